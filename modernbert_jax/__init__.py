@@ -1,0 +1,31 @@
+"""ModernBERT in pure Flax (NNX).
+
+Axis letters, used in the names of arrays, in einsums, in sharding and in docstrings:
+
+    B rows   L query length   M key length   D model   H heads   K head dim   F MLP inner
+    V vocabulary   N layers   P predicted positions   S segments of a row
+
+`hidden_BLD` is [rows, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
+"""
+
+from modernbert_jax.config import ModernBertConfig as ModernBertConfig
+from modernbert_jax.heads import (
+    ModernBertForMaskedLM as ModernBertForMaskedLM,
+    ModernBertForMultipleChoice as ModernBertForMultipleChoice,
+    ModernBertForQuestionAnswering as ModernBertForQuestionAnswering,
+    ModernBertForSequenceClassification as ModernBertForSequenceClassification,
+    ModernBertForTokenClassification as ModernBertForTokenClassification,
+    pool as pool,
+)
+from modernbert_jax.model import ModernBertModel as ModernBertModel
+
+__version__ = "0.1.0"
+
+# The names of transformers, so that a snippet needs one import changed.
+AutoModel = ModernBertModel
+AutoModelForMaskedLM = ModernBertForMaskedLM
+AutoModelForSequenceClassification = ModernBertForSequenceClassification
+AutoModelForTokenClassification = ModernBertForTokenClassification
+AutoModelForQuestionAnswering = ModernBertForQuestionAnswering
+AutoModelForMultipleChoice = ModernBertForMultipleChoice
+AutoConfig = ModernBertConfig

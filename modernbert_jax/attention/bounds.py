@@ -1,0 +1,77 @@
+"""The mask as two integers per query: which interval of keys it may see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Query i of a row sees the keys lo_BL[i] <= j < hi_BL[i]; none where they are equal (padding).
+
+    The relation is symmetric: key j is seen by the queries in its own interval. `window` is the
+    radius that is already part of the interval (None for a global layer); it is static, so that an
+    implementation can choose its tiles by it.
+    """
+
+    lo_BL: jax.Array
+    hi_BL: jax.Array
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def as_mask(self, key_length: int | None = None) -> jax.Array:
+        """The mask written out, mask_BLM: for tests, pictures and the reference only."""
+        length = self.lo_BL.shape[1] if key_length is None else key_length
+        j = jnp.arange(length, dtype=jnp.int32)[None, None, :]
+        return (self.lo_BL[..., None] <= j) & (j < self.hi_BL[..., None])
+
+
+def make_bounds(segment_ids_BL: jax.Array, window: int | None = None) -> Bounds:
+    """Bounds of packed rows: a query sees its own segment, no further than `window` tokens away.
+
+    A segment is a maximal run of equal non-zero ids; 0 is padding, which sees nothing and is not
+    seen. `window` is a radius, inclusive on both sides (64 for HF's local_attention=128).
+    Raises ValueError for a window below 1 or, on concrete arrays, for negative ids.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected None or a radius of at least 1 token, got {window}")
+    if segment_ids_BL.ndim != 2:
+        raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids_BL.shape}")
+    if not isinstance(segment_ids_BL, jax.core.Tracer):
+        lowest = np.min(segment_ids_BL, initial=0)
+        if lowest < 0:
+            raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
+    ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)
+    length = ids_BL.shape[1]
+    i_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
+    changes = ids_BL[:, 1:] != ids_BL[:, :-1]
+    edge = jnp.ones_like(ids_BL[:, :1], dtype=bool)
+    starts = jnp.concatenate([edge, changes], axis=1)
+    ends = jnp.concatenate([changes, edge], axis=1)
+    lo_BL = jax.lax.cummax(jnp.where(starts, i_1L, 0), axis=1)
+    hi_BL = jax.lax.cummin(jnp.where(ends, i_1L + 1, length), axis=1, reverse=True)
+    if window is not None:
+        lo_BL = jnp.maximum(lo_BL, i_1L - window)
+        hi_BL = jnp.minimum(hi_BL, i_1L + window + 1)
+    padding = ids_BL == 0
+    return Bounds(jnp.where(padding, i_1L, lo_BL), jnp.where(padding, i_1L, hi_BL), window)
+
+
+def segment_ids_from_mask(attention_mask_BL: jax.Array) -> jax.Array:
+    """An attention_mask (1 is a token, 0 is padding) as the ids of one segment a row.
+
+    Raises ValueError, on concrete arrays only, for a mask with holes: its tokens would not be one
+    interval.
+    """
+    if not isinstance(attention_mask_BL, jax.core.Tracer):
+        mask = np.asarray(attention_mask_BL) != 0
+        starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+        if (starts > 1).any():
+            row = int(np.argmax(starts > 1))
+            raise ValueError(
+                f"attention_mask: expected one run of ones a row (padding left or right), row {row} "
+                f"has {int(starts[row])} runs; pass segment_ids for packed rows"
+            )
+    return (jnp.asarray(attention_mask_BL) != 0).astype(jnp.int32)

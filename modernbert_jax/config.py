@@ -1,0 +1,355 @@
+"""The architecture as data: one frozen dataclass with HF's field names.
+
+`ModernBertConfig.from_dict` reads both generations of `config.json` (transformers 4.48 and 5);
+`to_dict` writes one that both read.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# The names that ACT2FN of transformers gives to the functions in model.ACTIVATIONS.
+ACTIVATION_NAMES = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_tanh",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+    "sigmoid",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModernBertConfig:
+    """Every choice that changes a result of the model. Defaults are ModernBERT-base's.
+
+    Raises ValueError with expected and got where values cannot go together.
+    Source: arXiv 2412.13663 and the `config.json` of the released checkpoints.
+    """
+
+    vocab_size: int = 50368
+    hidden_size: int = 768
+    intermediate_size: int = 1152  # F, one half of the GLU
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 8192  # tokens; training refuses longer rows
+
+    layer_types: tuple[str, ...] = ()  # () derives (full, sliding, sliding) from layer 0 on
+    local_attention: int = 128  # HF's name for the whole window; the radius is half of it
+    global_rope_theta: float = 160_000.0
+    local_rope_theta: float | None = 10_000.0  # None or <= 0: the global theta
+
+    hidden_activation: str = "gelu"  # exact (erf)
+    classifier_activation: str = "gelu"  # of the MLM head as well
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    decoder_bias: bool = True
+    classifier_bias: bool = False  # of head.dense
+    tie_word_embeddings: bool = True
+
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0  # HF: drops probabilities and the output of attn.Wo
+    attention_out_dropout: float = 0.0  # ours: drops the output of attn.Wo only (0.1 in training)
+    mlp_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+
+    initializer_range: float = 0.02
+    initializer_cutoff_factor: float | None = 2.0  # in standard deviations; None is 3
+
+    classifier_pooling: str = "cls"  # or "mean"
+    num_labels: int = 2
+    id2label: tuple[str, ...] = ()  # names of the labels, in order; () when unnamed
+    problem_type: str | None = None
+
+    pad_token_id: int | None = 50283
+    bos_token_id: int | None = 50281
+    eos_token_id: int | None = 50282
+    cls_token_id: int | None = 50281
+    sep_token_id: int | None = 50282
+
+    # How to compute; `param_dtype` is what config.json calls dtype (torch_dtype before v5).
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    residual_dtype: str = "float32"
+
+    # Keys of a config.json that change nothing here, as JSON text, so that a round trip keeps them.
+    hf_extra: str = "{}"
+
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head size {self.head_dim} (hidden_size / num_attention_heads) must be even: "
+                "RoPE rotates pairs"
+            )
+        if not self.layer_types:
+            set_("layer_types", _every_n(self.num_hidden_layers, 3))
+        set_("layer_types", tuple(self.layer_types))
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types: expected {self.num_hidden_layers} entries (num_hidden_layers), "
+                f"got {len(self.layer_types)}"
+            )
+        for kind in self.layer_types:
+            if kind not in (FULL, SLIDING):
+                raise ValueError(f"layer_types: expected {FULL!r} or {SLIDING!r}, got {kind!r}")
+        if self.local_rope_theta is None or self.local_rope_theta <= 0:
+            set_("local_rope_theta", self.global_rope_theta)
+        for name in ("global_rope_theta", "norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in ("hidden_activation", "classifier_activation"):
+            if getattr(self, name) not in ACTIVATION_NAMES:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(ACTIVATION_NAMES)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in _DROPOUTS:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: expected 0 <= rate < 1, got {getattr(self, name)!r}")
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ValueError(
+                f"classifier_pooling: expected 'cls' or 'mean', got {self.classifier_pooling!r}"
+            )
+        for name in ("dtype", "param_dtype", "residual_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(DTYPES)}, got {getattr(self, name)!r}"
+                )
+        if self.id2label and len(self.id2label) != self.num_labels:
+            raise ValueError(
+                f"id2label: expected {self.num_labels} names (num_labels), got {len(self.id2label)}"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id: expected an id below vocab_size {self.vocab_size}, "
+                f"got {self.pad_token_id}"
+            )
+
+    # Derived values.
+
+    @property
+    def head_dim(self) -> int:
+        """K, the size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def window(self) -> int:
+        """The radius of a sliding layer: query i sees keys with |i - j| <= window."""
+        return self.local_attention // 2
+
+    def rope_theta(self, kind: str) -> float:
+        """RoPE's base for layers of `kind`."""
+        theta = self.global_rope_theta if kind == FULL else self.local_rope_theta
+        assert theta is not None  # set in __post_init__
+        return theta
+
+    def replace(self, **changes: Any) -> "ModernBertConfig":
+        """A copy with some fields changed; a new depth drops a layer_types that no longer fits."""
+        depth = changes.get("num_hidden_layers", self.num_hidden_layers)
+        if depth != self.num_hidden_layers and "layer_types" not in changes:
+            changes["layer_types"] = ()
+        if changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes.setdefault("id2label", ())
+        return dataclasses.replace(self, **changes)
+
+    # Presets.
+
+    @classmethod
+    def base(cls, **changes: Any) -> "ModernBertConfig":
+        """ModernBERT-base: 149,655,232 parameters with its MLM head."""
+        return cls(classifier_pooling="mean").replace(**changes)
+
+    @classmethod
+    def large(cls, **changes: Any) -> "ModernBertConfig":
+        """ModernBERT-large: 395,881,664 parameters with its MLM head."""
+        return cls(
+            hidden_size=1024,
+            intermediate_size=2624,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            classifier_pooling="mean",
+        ).replace(**changes)
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "ModernBertConfig":
+        """Seven layers of width 128: for demonstrations and tests."""
+        return cls(
+            vocab_size=4096,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=7,
+            num_attention_heads=2,
+            max_position_embeddings=1024,
+            local_attention=64,
+            classifier_pooling="mean",
+            pad_token_id=2,
+            bos_token_id=0,
+            cls_token_id=0,
+            eos_token_id=1,
+            sep_token_id=1,
+        ).replace(**changes)
+
+    # config.json.
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModernBertConfig":
+        """Reads a `config.json` of either generation.
+
+        Theta: rope_parameters, else global_rope_theta / local_rope_theta, else 160,000 / 10,000.
+        Raises ValueError for another model_type, a rope_type other than "default", or values that
+        do not fit.
+        """
+        data = dict(data)
+        model_type = data.pop("model_type", "modernbert")
+        if model_type != "modernbert":
+            raise ValueError(f"model_type: expected 'modernbert', got {model_type!r}")
+        fields: dict[str, Any] = {}
+
+        n = data.pop("global_attn_every_n_layers", None)
+        depth = data.get("num_hidden_layers", cls.num_hidden_layers)
+        layer_types = data.pop("layer_types", None)
+        fields["layer_types"] = tuple(layer_types or _every_n(depth, 3 if n is None else n))
+
+        rope = data.pop("rope_parameters", None) or {}
+        scaling = data.pop("rope_scaling", None) or {}
+        if "rope_theta" in rope or "rope_type" in rope:  # one dictionary for both kinds
+            rope = {FULL: rope, SLIDING: rope}
+        thetas = {}
+        for kind, legacy, default in (
+            (FULL, "global_rope_theta", 160_000.0),
+            (SLIDING, "local_rope_theta", 10_000.0),
+        ):
+            parameters = {**scaling, **(rope.get(kind) or {})}
+            rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+            if rope_type != "default":
+                raise ValueError(
+                    f"rope_parameters[{kind!r}]: expected rope_type 'default', got {rope_type!r}"
+                )
+            legacy_theta = data.pop(legacy, default)
+            thetas[kind] = parameters.get("rope_theta", legacy_theta)
+        fields["global_rope_theta"], fields["local_rope_theta"] = thetas[FULL], thetas[SLIDING]
+
+        stored = data.pop("torch_dtype", None)
+        stored = data.pop("dtype", None) or stored
+        if stored is not None:
+            stored = str(stored).removeprefix("torch.")
+            fields["param_dtype"] = fields["dtype"] = stored
+
+        labels = data.pop("id2label", None)
+        data.pop("label2id", None)
+        if labels:
+            fields["id2label"] = tuple(labels[k] for k in sorted(labels, key=int))
+            fields["num_labels"] = len(labels)
+        if isinstance(data.get("eos_token_id"), list):
+            data["eos_token_id"] = data["eos_token_id"][0]
+        head_dim = data.pop("head_dim", None)
+
+        known = {f.name for f in dataclasses.fields(cls)} - {"hf_extra"}
+        for name in list(data):
+            if name in known:
+                fields.setdefault(name, data.pop(name))
+        fields["hf_extra"] = json.dumps(data, sort_keys=True)
+        config = cls(**fields)
+        if head_dim is not None and head_dim != config.head_dim:
+            raise ValueError(f"head_dim: expected {config.head_dim}, got {head_dim}")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """A `config.json` that transformers 4.48 and 5 both read."""
+        data = json.loads(self.hf_extra)
+        data["model_type"] = "modernbert"
+        skip = ("hf_extra", "dtype", "param_dtype", "residual_dtype", "layer_types", "id2label")
+        for field in dataclasses.fields(self):
+            if field.name not in skip:
+                data[field.name] = getattr(self, field.name)
+        data["layer_types"] = list(self.layer_types)
+        for n in range(1, self.num_hidden_layers + 1):  # 4.48 can say only "every n"
+            if self.layer_types == _every_n(self.num_hidden_layers, n):
+                data["global_attn_every_n_layers"] = n
+                break
+        data["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": self.rope_theta(kind)}
+            for kind in (FULL, SLIDING)
+        }
+        names = self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+        data.pop("num_labels")
+        data["id2label"] = {str(i): name for i, name in enumerate(names)}
+        data["label2id"] = {name: i for i, name in enumerate(names)}
+        data["dtype"] = data["torch_dtype"] = self.param_dtype
+        if not self.attention_out_dropout:
+            data.pop("attention_out_dropout")
+        return dict(sorted(data.items()))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> "ModernBertConfig":
+        """Reads the file `path`; ValueError names it when it is no valid configuration."""
+        try:
+            with open(path, encoding="utf-8") as f:
+                data = json.load(f)
+            if not isinstance(data, dict):
+                raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+            return cls.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def to_json(self) -> str:
+        """The text of `config.json`."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "local_attention",
+    "num_labels",
+)
+_DROPOUTS = (
+    "embedding_dropout",
+    "attention_dropout",
+    "attention_out_dropout",
+    "mlp_dropout",
+    "classifier_dropout",
+)
+
+
+def _every_n(num_layers: int, n: int) -> tuple[str, ...]:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"global_attn_every_n_layers: expected a positive integer, got {n!r}")
+    return tuple(SLIDING if i % n else FULL for i in range(num_layers))
+
+
+def init_std(config: ModernBertConfig, kind: str) -> float:
+    """Standard deviation of a weight: "in", "out", "embedding" or "classifier".
+
+    Source: `_init_weights` of transformers (ModernBERT's full_megatron scheme).
+    """
+    if kind == "out":
+        return config.initializer_range / math.sqrt(2.0 * config.num_hidden_layers)
+    if kind == "classifier":
+        return config.hidden_size**-0.5
+    return config.initializer_range

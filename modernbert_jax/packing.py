@@ -1,0 +1,81 @@
+"""Packing is an index: document lengths and a seed make a row plan, the same on every host."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Row r holds the documents `documents[starts[r]:starts[r + 1]]`, one after the other."""
+
+    documents: np.ndarray
+    starts: np.ndarray
+    row_length: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, r: int) -> np.ndarray:
+        """The documents of row r, in order."""
+        return self.documents[self.starts[r] : self.starts[r + 1]]
+
+
+def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None = None) -> RowPlan:
+    """Best-fit-decreasing: each document goes to the fullest row that still has room for it.
+
+    lengths in tokens. seed, e.g. (seed, epoch): which of several documents of one length goes where,
+    and the order of the rows, are shuffled by it; None keeps the order given as far as it can.
+    Documents of one length move together, so the cost is about one array operation for each pair of
+    a length and a free space, not one step a document.
+    Raises ValueError for a document longer than a row or empty.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.size and (lengths.min() < 1 or lengths.max() > row_length):
+        worst = lengths.min() if lengths.min() < 1 else lengths.max()
+        raise ValueError(f"lengths: expected 1 to {row_length} tokens a document, got {worst}")
+    rng = None if seed is None else np.random.default_rng(seed)
+    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    row_of = np.empty(len(lengths), np.int64)  # in `order`
+    free: list[list[np.ndarray]] = [[] for _ in range(row_length + 1)]  # by room left: row numbers
+    some = np.zeros(row_length + 1, bool)
+    rows = 0
+
+    def put_back(space: int, numbers: np.ndarray) -> None:
+        if space and len(numbers):
+            free[space].append(numbers)
+            some[space] = True
+
+    values, firsts = np.unique(-lengths[order], return_index=True)
+    for length, first, last in zip(-values, firsts, [*firsts, len(order)][1:], strict=True):
+        while first < last:
+            space = int(length + np.argmax(some[length:]))
+            if some[space]:
+                taken = free[space].pop()
+                some[space] = bool(free[space])
+            else:  # open as many rows as the rest of this length needs
+                space = row_length
+                taken = rows + np.arange(-(-(last - first) // (space // length)))
+                rows += len(taken)
+            # No free space lies between `length` and `space`, so best fit fills a row at a time.
+            a_row = space // length
+            count = min(last - first, len(taken) * a_row)
+            row_of[first : first + count] = np.repeat(taken, a_row)[:count]
+            first += count
+            full, rest = divmod(count, a_row)
+            put_back(space - a_row * length, taken[:full])
+            put_back(space - rest * length, taken[full : full + (rest > 0)])
+            put_back(space, taken[full + (rest > 0) :])
+
+    by_row = np.argsort(row_of, kind="stable")
+    counts = np.bincount(row_of, minlength=rows)
+    documents, starts = order[by_row], np.concatenate([[0], np.cumsum(counts)])
+    if rng is None:
+        return RowPlan(documents, starts, row_length)
+    shuffled = rng.permutation(rows)
+    new_starts = np.concatenate([[0], np.cumsum(counts[shuffled])])
+    within = np.arange(len(documents)) - np.repeat(new_starts[:-1], counts[shuffled])
+    return RowPlan(
+        documents[np.repeat(starts[shuffled], counts[shuffled]) + within], new_starts, row_length
+    )
