@@ -1,0 +1,81 @@
+"""python -m train VERB: the command line, made from the dataclasses."""
+
+import dataclasses
+import importlib
+import pathlib
+import pkgutil
+import sys
+
+USAGE = """usage: python -m train pretrain [--config NAME] [--FIELD VALUE ...]
+
+Masked-LM pretraining in phases; a run that was interrupted is taken up by the same command.
+
+  python -m train pretrain --config demo
+  python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
+  python -m train pretrain --config demo --phases.0.learning-rate 1e-3 --rows 16
+  python -m train pretrain --config demo --help        every field, with this config's values
+
+configs: {configs}
+"""
+
+
+def config_names() -> list[str]:
+    """The experiments in train/configs."""
+    folder = pathlib.Path(__file__).parent / "configs"
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0, or 2 with one line on stderr for bad input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    usage = USAGE.format(configs=", ".join(config_names()))
+    if not args or args[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if args else 2
+    if args[0] != "pretrain":
+        print(f"error: expected the verb pretrain, got {args[0]!r}\n\n{usage}", file=sys.stderr)
+        return 2
+    try:
+        return _pretrain(args[1:])
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _pretrain(args: list[str]) -> int:
+    import tyro
+
+    from . import loop
+    from .config import TrainConfig
+
+    name, rest = _take(args, "--config")
+    default = TrainConfig()
+    description = "Masked-LM pretraining in phases."
+    if name is not None:
+        if name not in config_names():
+            raise ValueError(f"--config: expected one of {', '.join(config_names())}, got {name!r}")
+        module = importlib.import_module(f".configs.{name}", __package__)
+        default, description = module.get_config(), module.__doc__ or description
+    if not default.corpus:  # so that --help and errors show it as an option, not as required
+        default = dataclasses.replace(default, corpus="")
+    config = tyro.cli(
+        TrainConfig, prog="python -m train pretrain", args=rest, default=default,
+        description=description,
+    )  # fmt: skip
+    loop.run(config)
+    return 0
+
+
+def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of one flag and the other arguments."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if i + 1 == len(args):
+                raise ValueError(f"{flag}: expected a name after it")
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith(flag + "="):
+            return arg.removeprefix(flag + "="), args[:i] + args[i + 1 :]
+    return None, args

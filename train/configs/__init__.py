@@ -1,0 +1,1 @@
+"""Experiments: each file has get_config() and says source, command, hardware and numbers."""

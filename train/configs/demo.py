@@ -1,0 +1,39 @@
+"""Both phases at the size of a laptop: seven layers of width 128 on notes made for this.
+
+    python -m train pretrain --config demo
+    python -m train pretrain --config demo --corpus DIR          (your own text)
+"""
+
+from modernbert_jax import ModernBertConfig
+
+from ..config import Phase, TrainConfig
+from ..corpora.synthetic import FILL_MASK_SENTENCES
+
+
+def get_config() -> TrainConfig:
+    """The configuration that `make demo` runs."""
+    return TrainConfig(
+        model=ModernBertConfig.tiny(vocab_size=2048, attention_out_dropout=0.1),
+        phases=(
+            Phase(
+                name="phase1",
+                tokens=1_800_000,
+                mask_rate=0.30,
+                learning_rate=3e-3,
+                warmup_tokens=80_000,
+            ),
+            Phase(
+                name="phase2",
+                tokens=600_000,
+                mask_rate=0.15,
+                learning_rate=3e-3,
+                decay_tokens=600_000,
+            ),
+        ),
+        workdir="runs/demo",
+        row_length=512,
+        rows=16,
+        eval_every=50,
+        checkpoint_every=100,
+        fill_mask=FILL_MASK_SENTENCES,
+    )
