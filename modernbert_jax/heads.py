@@ -4,6 +4,8 @@ Calls take what ModernBertModel takes and pass it on (`attention=`, `scan_layers
 Source: transformers' modeling_modernbert; init of the MLM head as ModernBERT's own training.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -36,7 +38,7 @@ class MaskedLMOutput:
 
 @struct.dataclass
 class ClassifierOutput:
-    """logits: [B, labels], [B, S, labels] of packed rows, [B, L, labels] of tokens, [B, choices]."""
+    """logits: [B, labels], packed rows [B, S, labels], tokens [B, L, labels], [B, choices]."""
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
@@ -74,9 +76,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
         if not config.tie_word_embeddings:
-            self.weight = nnx.Param(
-                truncated_normal(rngs, (V, D), init_std(config, "out"), config)
-            )
+            self.weight = nnx.Param(truncated_normal(rngs, (V, D), init_std(config, "out"), config))
         if config.decoder_bias:
             self.bias = nnx.Param(jnp.zeros((V,), config.param_dtype))
 
@@ -205,9 +205,7 @@ class _Classifier(Pretrained, nnx.Module):
             out.last_hidden_state, ids_BL, num_segments or 1, self.config.classifier_pooling
         )
         logits_BSE = self._classify(pooled_BSD, kwargs.get("dropout_key"))
-        return ClassifierOutput(
-            logits_BSE if num_segments else logits_BSE[:, 0], out.hidden_states
-        )
+        return ClassifierOutput(logits_BSE if num_segments else logits_BSE[:, 0], out.hidden_states)
 
 
 class ModernBertForSequenceClassification(_Classifier):
@@ -286,7 +284,7 @@ class ModernBertForMultipleChoice(_Classifier):
             out = self._pooled(
                 input_ids_BL, attention_mask_BL, segment_ids_BL, positions_BL, num_segments, kwargs
             )
-            return out.replace(logits=out.logits[..., 0])
+            return dataclasses.replace(out, logits=out.logits[..., 0])
         if jnp.ndim(input_ids_BL) != 3:
             raise ValueError(
                 f"input_ids: expected [B, choices, L], got shape {jnp.shape(input_ids_BL)}; packed "
@@ -302,4 +300,4 @@ class ModernBertForMultipleChoice(_Classifier):
             None,
             kwargs,
         )
-        return out.replace(logits=out.logits.reshape(B, C))
+        return dataclasses.replace(out, logits=out.logits.reshape(B, C))

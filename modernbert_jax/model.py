@@ -1,6 +1,7 @@
 """The encoder: embeddings, RoPE, attention, GeGLU, blocks. Knows no mesh and holds no state.
 
-Parameter paths are HF's keys ("layers.3.attn.Wqkv.weight"), one Param per HF tensor, shaped by axis:
+Parameter paths are HF's keys ("layers.3.attn.Wqkv.weight"), one Param per HF tensor, shaped by
+axis:
 
     Wqkv [D, 3, H, K]   attn.Wo [H, K, D]   Wi [D, 2, F]   mlp.Wo [F, D]   tok_embeddings [V, D]
 
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.core import Tracer
 
 from modernbert_jax.attention import (
     Bounds,
@@ -73,9 +75,9 @@ def fold(key: jax.Array | None, number: int) -> jax.Array | None:
 def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, config: ModernBertConfig):
     """Normal of `std`, redrawn beyond the cut-off; `std` is the parent's, as torch has it."""
     cut = config.initializer_cutoff_factor or 3.0
-    return (
-        jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32) * std
-    ).astype(config.param_dtype)
+    return (jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32) * std).astype(
+        config.param_dtype
+    )
 
 
 class Linear(nnx.Module):
@@ -132,7 +134,9 @@ class LayerNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
-def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BL: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the RoPE angles in float32, each [B, L, K/2]; positions in tokens."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / theta**exponents
@@ -198,7 +202,12 @@ class Attention(nnx.Module):
             rngs,
         )
         self.Wo = Linear(
-            "BLHK,HKD->BLD", (H, K, D), (D,) if bias else None, init_std(config, "out"), config, rngs
+            "BLHK,HKD->BLD",
+            (H, K, D),
+            (D,) if bias else None,
+            init_std(config, "out"),
+            config,
+            rngs,
         )
 
     def __call__(self, x_BLD, rope, bounds: Bounds, attention, key) -> jax.Array:
@@ -319,8 +328,8 @@ class ModernBertModel(Pretrained, nnx.Module):
     ) -> BaseModelOutput:
         """Encodes rows of tokens: last_hidden_state is hidden_BLD in config.residual_dtype.
 
-        attention_mask_BL: 1 is a token, 0 is padding (left or right). segment_ids_BL: packed rows, 0
-        is padding, equal neighbours are one sequence that attends to itself only. positions_BL:
+        attention_mask_BL: 1 is a token, 0 is padding (left or right). segment_ids_BL: packed rows,
+        0 is padding, equal neighbours are one sequence that attends to itself only. positions_BL:
         in tokens; by default they restart at 0 in each segment. dropout_key: None is inference.
         attention: the op, e.g. `functools.partial(attention, implementation="reference")` or a
         sharded one. scan_layers: one compiled body for each repeated group of layers (quick to
@@ -401,7 +410,8 @@ def as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL) -> jax.Array
     for name, x in (("attention_mask", attention_mask_BL), ("segment_ids", segment_ids_BL)):
         if x is not None and tuple(x.shape) != input_ids_BL.shape:
             raise ValueError(
-                f"{name}: expected the shape of input_ids {input_ids_BL.shape}, got {tuple(x.shape)}"
+                f"{name}: expected the shape of input_ids {input_ids_BL.shape}, "
+                f"got {tuple(x.shape)}"
             )
     if segment_ids_BL is not None:
         segment_ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)
@@ -409,7 +419,7 @@ def as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL) -> jax.Array
             segment_ids_BL = jnp.where(jnp.asarray(attention_mask_BL) != 0, segment_ids_BL, 0)
         return segment_ids_BL
     if attention_mask_BL is not None:
-        if not isinstance(attention_mask_BL, jax.core.Tracer):
+        if not isinstance(attention_mask_BL, Tracer):
             attention_mask_BL = jnp.asarray(attention_mask_BL)
         return segment_ids_from_mask(attention_mask_BL)
     return jnp.ones(input_ids_BL.shape, jnp.int32)

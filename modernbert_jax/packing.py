@@ -24,7 +24,8 @@ class RowPlan:
 def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None = None) -> RowPlan:
     """Best-fit-decreasing: each document goes to the fullest row that still has room for it.
 
-    lengths in tokens. seed, e.g. (seed, epoch): which of several documents of one length goes where,
+    lengths in tokens. seed, e.g. (seed, epoch): which of several documents of one length goes
+    where,
     and the order of the rows, are shuffled by it; None keeps the order given as far as it can.
     Documents of one length move together, so the cost is about one array operation for each pair of
     a length and a free space, not one step a document.

@@ -65,7 +65,7 @@ KEY_TABLE: tuple[tuple[str, str], ...] = (
     ("decoder.bias", "same"),
     ("classifier.bias", "same"),
 )
-_LAYOUT = dict(KEY_TABLE)
+_LAYOUT: dict[str, str] = dict(KEY_TABLE)
 _BACKBONE = ("embeddings.", "layers.", "final_norm.")
 _HEADS = ("head.", "decoder.", "classifier.")
 
@@ -146,7 +146,9 @@ def flatten_tree(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        flat.update(flatten_tree(value, path + ".") if isinstance(value, Mapping) else {path: value})
+        flat.update(
+            flatten_tree(value, path + ".") if isinstance(value, Mapping) else {path: value}
+        )
     return flat
 
 
@@ -238,7 +240,7 @@ def class_of(keys: Mapping[str, Any], config: ModernBertConfig) -> type:
 
 
 class SafetensorsFolder(Mapping[str, np.ndarray]):
-    """The tensors of a folder's model.safetensors, or of the shards its index names, read one by one.
+    """The tensors of model.safetensors, or of the shards that an index names, read one by one.
 
     Raises FileNotFoundError without weights, ValueError for a truncated file, an index that leaves
     the folder or a key that the index promises and no shard has.
@@ -338,9 +340,11 @@ def write_hf(
         shards[-1].append(key)
         size += tensor.nbytes
     n = len(shards)
-    names = [WEIGHTS_FILE] if n == 1 else [
-        f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)
-    ]
+    names = (
+        [WEIGHTS_FILE]
+        if n == 1
+        else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+    )
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX_FILE]:
         if old.name not in names:
@@ -428,7 +432,7 @@ def save_orbax(
     for name, tree in trees.items():
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree))
         with _orbax_context(largest):
-            ocp.save(folder / name, tree)
+            ocp.save(str(folder / name), tree)
     if data is not None:
         (folder / "data").mkdir()
         write_text(folder / "data" / "state.json", json.dumps(data, indent=2) + "\n")
@@ -467,7 +471,7 @@ def load_orbax(folder: str | os.PathLike, optimizer: bool = False) -> dict[str, 
 
 
 def _restore(folder: pathlib.Path) -> Any:
-    metadata = ocp.metadata(folder).metadata
+    metadata = ocp.metadata(str(folder)).metadata
     parts: list[dict[str, Any]] = [{}]  # read in turn: all at once takes twice the memory
     size = largest = 0
     for path, leaf in flatten_tree(metadata).items():
@@ -483,7 +487,7 @@ def _restore(folder: pathlib.Path) -> Any:
     context.pytree.loading.partial_load = True
     with context:
         for part in parts:
-            flat |= flatten_tree(ocp.load(folder, unflatten(part)))
+            flat |= flatten_tree(ocp.load(str(folder), unflatten(part)))
     return unflatten(flat)
 
 
@@ -495,8 +499,10 @@ def is_orbax(folder: str | os.PathLike) -> bool:
 # from_pretrained, save_pretrained.
 
 
-def resolve(path_or_repo: str | os.PathLike, revision: str | None = None, **hub: Any) -> pathlib.Path:
-    """A local folder as it is; a hub id through huggingface_hub's cache (HF_HUB_OFFLINE is heeded)."""
+def resolve(
+    path_or_repo: str | os.PathLike, revision: str | None = None, **hub: Any
+) -> pathlib.Path:
+    """A local folder as it is; a hub id through huggingface_hub (HF_HUB_OFFLINE is heeded)."""
     path = pathlib.Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
@@ -617,8 +623,11 @@ def _fill(cls, config, tensors, hf, seed, ignore_mismatched_sizes, source) -> An
     mismatched = [
         path
         for key, path in wanted.items()
-        if path.startswith(_HEADS) and key in tensors and ignore_mismatched_sizes
-        and _shape(tensors, key) != (hf_shape(path, shapes[path].shape) if hf else shapes[path].shape)
+        if path.startswith(_HEADS)
+        and key in tensors
+        and ignore_mismatched_sizes
+        and _shape(tensors, key)
+        != (hf_shape(path, shapes[path].shape) if hf else shapes[path].shape)
     ]
     fresh = missing + mismatched
     if fresh:

@@ -1,7 +1,6 @@
 """StableAdamW against torch-optimi, the decay mask, and schedules over their whole curve."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,8 +19,8 @@ SHAPES = {"a.weight": (7, 5), "a.bias": (5,), "norm.weight": (6,), "b.weight": (
 def test_stable_adamw_equals_optimi(weight_decay, rate_of):
     """100 steps, gradients that jump (so that the clipping acts), decay on matrices only.
 
-    optimi runs in float64: in float32 it rounds 1 - decay to 2^-24, the same way at every step, which
-    alone moves its weights by 2e-6 in 40 steps. Ours is float32, as in training.
+    optimi runs in float64: in float32 it rounds 1 - decay to 2^-24, the same way at every step,
+    which alone moves its weights by 2e-6 in 40 steps. Ours is float32, as in training.
     """
     torch = pytest.importorskip("torch")
     optimi = pytest.importorskip("optimi")

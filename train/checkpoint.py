@@ -54,9 +54,7 @@ def save(
     return folder
 
 
-def restore(
-    folder: pathlib.Path, config: ModernBertConfig
-) -> tuple[TrainState, dict[str, Any]]:
+def restore(folder: pathlib.Path, config: ModernBertConfig) -> tuple[TrainState, dict[str, Any]]:
     """(state, data) of a checkpoint. Raises ValueError where it has another architecture."""
     loaded = load_orbax(folder, optimizer=True)
     found, expected = loaded["config"].to_dict(), config.to_dict()

@@ -11,7 +11,7 @@ class Phase:
     """One phase. Weights and moments carry over from the last one; its token clock starts at 0."""
 
     name: str = "phase"
-    tokens: int = 1_000_000  # budget, in tokens without padding
+    tokens: int = 10_000_000  # budget, in tokens without padding
     mask_rate: float = 0.30  # share of tokens to predict
     learning_rate: float = 3e-4  # peak
     corpus: str = ""  # folder or file of .txt, .jsonl, .csv, .tsv; empty: the run's --corpus
@@ -49,11 +49,11 @@ class TrainConfig:
     init_from: str = ""  # checkpoint (HF or Orbax) to start from; empty: fresh weights
     init_optimizer: bool = False  # take the Adam moments of init_from as well (Orbax only)
     seed: int = 17
-    row_length: int = 8192  # tokens a packed row
-    rows: int = 576  # rows a step, over all micro-batches
+    row_length: int = 1024  # tokens a packed row
+    rows: int = 32  # a step, over all micro-batches
     micro_batches: int = 1  # gradient accumulation; the loss is the same for any number
     mask_special_tokens: bool = False  # the reference's packed training may mask [CLS] and [SEP]
-    scan_layers: bool = True  # one compiled body for repeated layers
+    scan_layers: bool = False  # one body for repeated layers: compiles faster, slower on CPUs
     remat: bool = False  # recompute each layer in the backward pass
     loss_chunk: int = 1024  # predicted positions whose logits exist at once
     eval_fraction: float = 0.05  # of the documents, by a hash of the text
@@ -65,7 +65,8 @@ class TrainConfig:
     log_every: int = 10  # steps
     fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled at the end
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raises ValueError with one line for values that cannot go together."""
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
         for name in (
@@ -106,7 +107,8 @@ class TrainConfig:
             if not 0 <= phase.warmup_tokens + phase.decay_tokens <= phase.tokens:
                 raise ValueError(
                     f"phase {phase.name}: warmup_tokens + decay_tokens "
-                    f"{phase.warmup_tokens + phase.decay_tokens:,} exceed its {phase.tokens:,} tokens"
+                    f"{phase.warmup_tokens + phase.decay_tokens:,} exceed its "
+                    f"{phase.tokens:,} tokens"
                 )
 
     @property

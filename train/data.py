@@ -49,7 +49,7 @@ class TokenStore:
 def tokens_folder(
     root: pathlib.Path, corpus: str, tokenizer: Tokenizer, config: TrainConfig
 ) -> pathlib.Path:
-    """Where the tokens of a corpus lie in a workdir: a name and a hash of all that they depend on."""
+    """Where the tokens of a corpus lie: its name and a hash of all that they depend on."""
     path = pathlib.Path(corpus)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
@@ -64,8 +64,8 @@ def prepare_tokens(
 ) -> dict[str, TokenStore]:
     """Reads, splits and tokenises a corpus into `folder`, or opens it where that is done already.
 
-    Documents are cut at row_length - 2 tokens; each piece gets [CLS] and [SEP]. Raises ValueError for
-    a corpus without a document for training and one for evaluation.
+    Documents are cut at row_length - 2 tokens; each piece gets [CLS] and [SEP]. Raises ValueError
+    for a corpus without a document for training and one for evaluation.
     """
     if not (folder / "manifest.json").exists():
         temporary = folder.with_name(folder.name + ".tmp")
@@ -249,7 +249,7 @@ class RowBuilder:
 
 
 def eval_batches(store: TokenStore, masking: Masking, config: TrainConfig) -> list[dict]:
-    """Held-out rows under one fixed mask, as batches [micro_rows, ...] of at most eval_rows rows."""
+    """Held-out rows under one fixed mask: batches [micro_rows, ...], at most eval_rows rows."""
     plan = plan_rows(store.lengths, config.row_length, (config.seed, 0))
     starts = store.starts
     limit = predicted_positions(config.row_length, masking.rate)

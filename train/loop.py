@@ -80,6 +80,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Diverged (with the step and the last good checkpoint) when the loss is NaN or infinite.
     """
     # ---- What the run needs ----------------------------------------------------------------------
+    config.validate()
     workdir = _open_workdir(config)
     say = lambda text: print(text, flush=True)  # noqa: E731
     config = _with_corpora(config, workdir, say)
@@ -101,7 +102,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             f"{int(store['eval'].lengths.sum()):,} held out; budget {phase.tokens:,} tokens"
         )
 
-    # ---- State: the newest checkpoint, else init_from, else fresh weights -------------------------
+    # ---- State: the newest checkpoint, else init_from, else fresh weights ------------------------
     tx = stable_adamw(
         config.optimizer.b1,
         config.optimizer.b2,
@@ -130,9 +131,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # ---- Steps -----------------------------------------------------------------------------------
     how = {"scan_layers": config.scan_layers, "remat": config.remat}
     train_step = jax.jit(
-        make_train_step(
-            model_config, tx, seed=config.seed, loss_chunk=config.loss_chunk, **how
-        ),
+        make_train_step(model_config, tx, seed=config.seed, loss_chunk=config.loss_chunk, **how),
         donate_argnums=0,
     )
     eval_step = jax.jit(make_eval_step(model_config, loss_chunk=config.loss_chunk, **how))
@@ -157,7 +156,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     baselines = {}
     for index, phase in enumerate(config.phases):
         masking = _masking(config, tokenizer, config.eval_mask_rate)
-        scores = evaluate(eval_step, state.params, eval_batches(stores[index]["eval"], masking, config))
+        scores = evaluate(
+            eval_step, state.params, eval_batches(stores[index]["eval"], masking, config)
+        )
         baselines[phase.name] = unigram_accuracy(stores[index], masking, config)
         result["phases"].append(
             {"phase": phase.name, **scores, "unigram_accuracy": baselines[phase.name]}
@@ -213,8 +214,12 @@ class _PhaseRun:
         position = dataclasses.replace(position, tokens_sha256=sha256)
         batches = Prefetch(
             Batches(
-                self.store["train"], self.masking, config,
-                phase=self.index, epoch=position.epoch, row=position.row,
+                self.store["train"],
+                self.masking,
+                config,
+                phase=self.index,
+                epoch=position.epoch,
+                row=position.row,
             )  # fmt: skip
         )
         bar = tqdm(
@@ -293,9 +298,7 @@ class _PhaseRun:
                 f"{values['grad_norm']}; last good checkpoint: {good[-1] if good else 'none yet'}. "
                 "Lower the learning rate, then take it as --init-from in a new --workdir"
             )
-        self.writer.write(
-            "train", step, **values, **facts, tokens_per_second=speed, waiting=waited
-        )
+        self.writer.write("train", step, **values, **facts, tokens_per_second=speed, waiting=waited)
         bar.update(tokens)
         if step % self.config.log_every == 0 or sys.stderr.isatty():
             bar.set_postfix_str(
@@ -387,9 +390,7 @@ def evaluate(eval_step, params, batches: list[dict]) -> dict[str, float]:
     return {"loss": loss / max(count, 1), "accuracy": right / max(count, 1)}
 
 
-def unigram_accuracy(
-    stores: dict[str, TokenStore], masking: Masking, config: TrainConfig
-) -> float:
+def unigram_accuracy(stores: dict[str, TokenStore], masking: Masking, config: TrainConfig) -> float:
     """Accuracy of always guessing the commonest token of the training text."""
     counts = np.bincount(stores["train"].ids, minlength=masking.vocab_size)
     if not masking.mask_special:
@@ -437,11 +438,13 @@ def _open_workdir(config: TrainConfig) -> pathlib.Path:
             if wanted.get(name) != found.get(name):
                 raise ValueError(
                     f"workdir {workdir} belongs to a run with another configuration: {name} "
-                    f"{_brief(found.get(name), wanted.get(name))}; choose another --workdir, or give "
-                    "the old value to go on"
+                    f"{_brief(found.get(name), wanted.get(name))}; choose another --workdir, or "
+                    "give the old value to go on"
                 )
     elif checkpoint.committed(workdir):
-        raise ValueError(f"workdir {workdir}: checkpoints without run.json; choose another --workdir")
+        raise ValueError(
+            f"workdir {workdir}: checkpoints without run.json; choose another --workdir"
+        )
     else:
         write_text(record, json.dumps(wanted, indent=2) + "\n")
     return workdir
@@ -499,8 +502,8 @@ def _tokenizer(config: TrainConfig, workdir: pathlib.Path, say) -> Tokenizer:
     for name in ("cls", "sep", "pad", "mask"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise ValueError(
-                f"tokenizer {config.tokenizer}: expected a {name} token, found none; use a tokenizer "
-                "with ModernBERT's special tokens"
+                f"tokenizer {config.tokenizer}: expected a {name} token, found none; use a "
+                "tokenizer with ModernBERT's special tokens"
             )
     return tokenizer
 
@@ -534,9 +537,11 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModernBertConfig
 
 
 def _masking(config: TrainConfig, tokenizer: Tokenizer, rate: float) -> Masking:
+    mask_id = tokenizer.mask_token_id
+    assert mask_id is not None  # _tokenizer refused the others
     return Masking(
         rate=rate,
-        mask_id=tokenizer.mask_token_id,
+        mask_id=mask_id,
         vocab_size=len(tokenizer),
         special_ids=tuple(sorted(tokenizer.all_special_ids)),
         mask_special=config.mask_special_tokens,

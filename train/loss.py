@@ -15,8 +15,8 @@ def masked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of losses in nats, number of right guesses) where labels are not IGNORE; float32.
 
-    Sums, so that a mean is right across chunks, micro-batches and devices. At most [chunk, V] logits
-    exist at a time; the backward pass computes them again.
+    Sums, so that a mean is right across chunks, micro-batches and devices. At most [chunk, V]
+    logits exist at a time; the backward pass computes them again.
     """
     D = hidden_BPD.shape[-1]
     n = labels_BP.size

@@ -48,7 +48,7 @@ def predicted_positions(row_length: int, rate: float) -> int:
 def fit_positions(
     positions: np.ndarray, limit: int, seed: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
-    """At most `limit` of a row's picked positions, in order, and how many were dropped at random."""
+    """At most `limit` of a row's picks, in order, and how many were dropped at random."""
     surplus = len(positions) - limit
     if surplus <= 0:
         return positions, 0

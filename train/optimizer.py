@@ -28,7 +28,8 @@ def stable_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with Adafactor's update clipping, per tensor, and fully decoupled weight decay.
 
-    `update(grads, state, params, learning_rate=..., max_learning_rate=...)`: the rates are scalars of
+    `update(grads, state, params, learning_rate=..., max_learning_rate=...)`: the rates are scalars
+    of
     the step, since the schedules count tokens. The decay takes weight_decay * rate / max rate of a
     weight, where the rate is the clipped one. mask: a tree of booleans (or one) saying what decays.
 
@@ -46,7 +47,7 @@ def stable_adamw(
             jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), jax.tree.map(zeros, params)
         )
 
-    def update(grads, state, params=None, *, learning_rate, max_learning_rate=None):
+    def update(updates, state, params=None, *, learning_rate, max_learning_rate=None, **_):
         if params is None:
             raise ValueError("stable_adamw: update needs the parameters")
         step = state.step + 1
@@ -65,13 +66,13 @@ def stable_adamw(
             return change.astype(w.dtype), m, v
 
         decays = jax.tree.map(lambda _: mask, params) if isinstance(mask, bool) else mask
-        out = jax.tree.map(one, grads, state.mu, state.nu, params, decays)
+        out = jax.tree.map(one, updates, state.mu, state.nu, params, decays)
         updates, mu, nu = jax.tree.transpose(
             jax.tree.structure(params), jax.tree.structure((0, 0, 0)), out
         )
         return updates, StableAdamWState(step, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _unbiased(beta: float, t: jax.Array) -> jax.Array:

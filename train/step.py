@@ -17,7 +17,7 @@ Batch = dict[str, jax.Array]  # leaves [A, B, ...]: A micro-batches of B rows; s
 
 
 class TrainState(NamedTuple):
-    """params: {path: array}, in param_dtype. optimizer: moments and the step, which never restarts."""
+    """params: {path: array}, param_dtype. optimizer: moments and the step, which never restarts."""
 
     params: dict[str, jax.Array]
     optimizer: StableAdamWState
@@ -79,6 +79,8 @@ def make_train_step(
             (loss, right, grads), _ = jax.lax.scan(
                 one, (zero, zero, zeros), (batch, jnp.arange(micro_batches))
             )
+        updates: Any
+        optimizer: Any
         updates, optimizer = tx.update(
             grads,
             state.optimizer,
@@ -86,11 +88,11 @@ def make_train_step(
             learning_rate=learning_rate,
             max_learning_rate=max_learning_rate,
         )
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "accuracy": right / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(params, optimizer), metrics
 
@@ -98,7 +100,7 @@ def make_train_step(
 
 
 def make_eval_step(config: ModernBertConfig, *, loss_chunk: int = 1024, **how: Any):
-    """step(params, batch) -> (sum of losses, right guesses), without dropout; batch leaves [B, ...]."""
+    """step(params, batch) -> (sum of losses, right guesses); no dropout; batch leaves [B, ...]."""
 
     def step(params, batch: Batch):
         return micro_loss(config, params, batch, None, chunk=loss_chunk, **how)

@@ -1,4 +1,4 @@
-"""One op: bounded attention. `attention` chooses an implementation or runs the one that is named."""
+"""One op, bounded attention: `attention` chooses an implementation or runs the one named."""
 
 import jax
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ def make_bounds(segment_ids_BL: jax.Array, window: int | None = None) -> Bounds:
         raise ValueError(f"window: expected None or a radius of at least 1 token, got {window}")
     if segment_ids_BL.ndim != 2:
         raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids_BL.shape}")
-    if not isinstance(segment_ids_BL, jax.core.Tracer):
+    if not isinstance(segment_ids_BL, Tracer):
         lowest = np.min(segment_ids_BL, initial=0)
         if lowest < 0:
             raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
@@ -65,13 +66,34 @@ def segment_ids_from_mask(attention_mask_BL: jax.Array) -> jax.Array:
     Raises ValueError, on concrete arrays only, for a mask with holes: its tokens would not be one
     interval.
     """
-    if not isinstance(attention_mask_BL, jax.core.Tracer):
+    if not isinstance(attention_mask_BL, Tracer):
         mask = np.asarray(attention_mask_BL) != 0
         starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
         if (starts > 1).any():
             row = int(np.argmax(starts > 1))
             raise ValueError(
-                f"attention_mask: expected one run of ones a row (padding left or right), row {row} "
-                f"has {int(starts[row])} runs; pass segment_ids for packed rows"
+                f"attention_mask: expected one run of ones a row (padding left or right), row "
+                f"{row} has {int(starts[row])} runs; pass segment_ids for packed rows"
             )
     return (jnp.asarray(attention_mask_BL) != 0).astype(jnp.int32)
+
+
+def tile_bounds(
+    bounds: Bounds, tile_q: int, tile_k: int, num_tiles_q: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The tiles of keys a tile of queries must visit: the first and one past the last, [B, T].
+
+    T is the number of query tiles (L / tile_q, rounded up, or `num_tiles_q`). A tile whose queries
+    see nothing gets (0, 0). The mask is symmetric, so with the sizes exchanged the same call says
+    which query tiles a tile of keys must visit.
+    """
+    length = bounds.lo_BL.shape[1]
+    tiles = -(-length // tile_q) if num_tiles_q is None else num_tiles_q
+    tail = ((0, 0), (0, tiles * tile_q - length))
+    some_BL = bounds.lo_BL < bounds.hi_BL
+    lo_BL = jnp.pad(jnp.where(some_BL, bounds.lo_BL, length), tail, constant_values=length)
+    hi_BL = jnp.pad(jnp.where(some_BL, bounds.hi_BL, 0), tail)
+    lo_BT = jnp.min(lo_BL.reshape(-1, tiles, tile_q), axis=-1) // tile_k
+    hi_BT = -(-jnp.max(hi_BL.reshape(-1, tiles, tile_q), axis=-1) // tile_k)
+    some_BT = hi_BT > 0
+    return jnp.where(some_BT, lo_BT, 0), jnp.where(some_BT, hi_BT, 0)

@@ -1,4 +1,4 @@
-"""Plain XLA, any backend, memory linear in L: bands for local layers, row chunks for global ones."""
+"""Plain XLA, any backend, memory linear in L: bands for local layers, chunks for global ones."""
 
 import jax
 import jax.numpy as jnp

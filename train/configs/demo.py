@@ -1,7 +1,7 @@
 """Both phases at the size of a laptop: seven layers of width 128 on notes made for this.
 
-    python -m train pretrain --config demo
-    python -m train pretrain --config demo --corpus DIR          (your own text)
+python -m train pretrain --config demo
+python -m train pretrain --config demo --corpus DIR          (your own text)
 """
 
 from modernbert_jax import ModernBertConfig

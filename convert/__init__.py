@@ -1,0 +1,1 @@
+"""Checkpoints between HF's layout, Orbax and Composer: `python -m convert --help`."""

@@ -1,0 +1,58 @@
+"""The one custom VJP that the kernels share: what is saved, and in what shape it comes back."""
+
+import functools
+from typing import Any, Protocol
+
+import jax
+
+from modernbert_jax.attention.bounds import Bounds
+
+
+class Forward(Protocol):
+    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without a key)."""
+
+    def __call__(self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /) -> tuple: ...
+
+
+class Backward(Protocol):
+    """(q, k, v, out, lse, bounds, d_out, scale) -> (dq, dk, dv) in the dtypes of q, k, v."""
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        lse: Any,
+        bounds: Bounds,
+        d_out: Any,
+        scale: float,
+        /,
+    ) -> tuple: ...
+
+
+def with_vjp(forward: Forward, backward: Backward):
+    """attention(q, k, v, bounds, *, scale) from a pair of kernels.
+
+    Saves q, k, v, out, the log-sum-exp and the bounds, nothing else. `forward` and `backward` are
+    looked up by the arguments alone: no state is kept between calls.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+    def run(q, k, v, bounds, scale):
+        return forward(q, k, v, bounds, scale)[0]
+
+    def save(q, k, v, bounds, scale):
+        out, lse = forward(q, k, v, bounds, scale)
+        return out, (q, k, v, out, lse, bounds)
+
+    def pull(scale, saved, d_out):
+        q, k, v, out, lse, bounds = saved
+        return (*backward(q, k, v, out, lse, bounds, d_out, scale), None)
+
+    run.defvjp(save, pull)
+
+    def attention(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float):
+        return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
+
+    return attention

@@ -1,0 +1,34 @@
+"""Settings that must be in place before jax is imported, and the fixtures that many files use."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# libtpu is here to compile for absent TPUs; without this it asks a cloud server where it runs.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+# No test may reach for the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Quiet and safe where a test starts processes after using a tokenizer.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Eight devices, so that the sharding tests run everywhere.
+jax.config.update("jax_num_cpu_devices", 8)
+# A silent broadcast between ranks hides a missing axis.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling takes longer than any deadline; the same examples every time, so that CI is repeatable.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real corpora beside the checkout; the test is skipped where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder `shared` beside the checkout")
+    return folder

@@ -1,0 +1,218 @@
+"""config.json of both generations, refusals, and that every field changes something."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import modernbert_jax as mj
+from modernbert_jax.config import FULL, SLIDING, ModernBertConfig
+
+SMALL = ModernBertConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    local_attention=4,
+    pad_token_id=2,
+    initializer_range=0.5,
+    bos_token_id=0,
+    cls_token_id=0,
+    eos_token_id=1,
+    sep_token_id=1,
+)
+
+
+class TestReading:
+    def test_released_large(self, shared):
+        config = ModernBertConfig.from_json(shared / "data" / "tokenizer" / "config.json")
+        large = ModernBertConfig.large()
+        for field in dataclasses.fields(large):
+            if field.name != "hf_extra":
+                assert getattr(config, field.name) == getattr(large, field.name), field.name
+
+    def test_generation_4_48(self):
+        config = ModernBertConfig.from_dict(
+            {
+                "model_type": "modernbert",
+                "num_hidden_layers": 4,
+                "global_attn_every_n_layers": 2,
+                "global_rope_theta": 5e4,
+                "local_rope_theta": 7e3,
+                "torch_dtype": "bfloat16",
+            }
+        )
+        assert config.layer_types == (FULL, SLIDING, FULL, SLIDING)
+        assert (config.rope_theta(FULL), config.rope_theta(SLIDING)) == (5e4, 7e3)
+        assert config.param_dtype == "bfloat16"
+
+    def test_generation_5_wins_over_left_over_keys(self):
+        config = ModernBertConfig.from_dict(
+            {
+                "num_hidden_layers": 3,
+                "layer_types": [SLIDING, FULL, SLIDING],
+                "global_attn_every_n_layers": 3,
+                "rope_parameters": {
+                    FULL: {"rope_type": "default", "rope_theta": 1e5},
+                    SLIDING: {"rope_type": "default"},
+                },
+                "global_rope_theta": 1.0,
+                "local_rope_theta": 2e4,
+            }
+        )
+        assert config.layer_types == (SLIDING, FULL, SLIDING)
+        assert (config.rope_theta(FULL), config.rope_theta(SLIDING)) == (1e5, 2e4)
+
+    @pytest.mark.parametrize("theta", [None, -1, 0, -1.0])
+    def test_no_local_theta_means_the_global_one(self, theta):
+        config = ModernBertConfig.from_dict({"global_rope_theta": 1e4, "local_rope_theta": theta})
+        assert config.rope_theta(SLIDING) == 1e4
+
+    def test_labels(self):
+        config = ModernBertConfig.from_dict({"id2label": {"1": "b", "0": "a", "10": "c"}})
+        assert config.num_labels == 3 and config.id2label == ("a", "b", "c")
+
+    def test_round_trip_keeps_everything(self):
+        data = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "local_rope_theta": -1,
+                "sparse_prediction": True, "architectures": ["X"], "num_labels": 4}  # fmt: skip
+        config = ModernBertConfig.from_dict(data)
+        written = json.loads(config.to_json())
+        assert written["sparse_prediction"] is True and written["architectures"] == ["X"]
+        again = ModernBertConfig.from_dict(written)
+        assert again.replace(id2label=(), hf_extra="{}") == config.replace(hf_extra="{}")
+
+    def test_transformers_reads_what_we_write(self):
+        transformers = pytest.importorskip("transformers")
+        ours = SMALL.replace(
+            layer_types=(SLIDING, FULL, SLIDING), global_rope_theta=3e4, attention_out_dropout=0.1
+        )
+        theirs = transformers.ModernBertConfig(**json.loads(ours.to_json()))
+        assert theirs.layer_types == list(ours.layer_types)
+        assert theirs.rope_parameters[FULL]["rope_theta"] == 3e4
+        assert theirs.attention_dropout == 0.0  # ours is never written as theirs
+        back = ModernBertConfig.from_dict(theirs.to_dict())
+        assert back.replace(hf_extra="{}", id2label=()) == ours
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_attention_heads": 3}, "16 is not a multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 16}, "head size 1 .* must be even"),
+        ({"hidden_activation": "mish"}, "hidden_activation: expected one of gelu, .*'mish'"),
+        ({"classifier_activation": "x"}, "classifier_activation"),
+        ({"layer_types": (FULL,)}, "layer_types: expected 3 entries .* got 1"),
+        ({"layer_types": (FULL, FULL, "causal")}, "got 'causal'"),
+        ({"vocab_size": 0}, "vocab_size: expected a positive integer, got 0"),
+        ({"local_attention": -1}, "local_attention: expected a positive integer"),
+        ({"mlp_dropout": 1.0}, "mlp_dropout: expected 0 <= rate < 1"),
+        ({"classifier_pooling": "max"}, "expected 'cls' or 'mean'"),
+        ({"pad_token_id": 40}, "below vocab_size 40"),
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"norm_eps": 0.0}, "norm_eps: expected a positive number"),
+        ({"num_labels": 3, "id2label": ("a",)}, "id2label: expected 3 names"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SMALL.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({"model_type": "bert"}, "expected 'modernbert', got 'bert'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'default', got 'yarn'"),
+        ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "'default', got 'linear'"),
+        ({"global_attn_every_n_layers": 0}, "expected a positive integer, got 0"),
+        ({"head_dim": 32}, "head_dim: expected 64, got 32"),
+    ],
+)
+def test_refusals_of_files(data, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        ModernBertConfig.from_json(tmp_path / "config.json")
+
+
+# What shows that each field is read. Fields about text only are named with the reason.
+CHANGES = {
+    "vocab_size": 41,
+    "hidden_size": 24,
+    "intermediate_size": 13,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "layer_types": (SLIDING, SLIDING, FULL),
+    "local_attention": 2,
+    "global_rope_theta": 3.0,
+    "local_rope_theta": 2.0,
+    "hidden_activation": "relu",
+    "classifier_activation": "silu",
+    "norm_eps": 0.1,
+    "norm_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "decoder_bias": False,
+    "classifier_bias": True,
+    "tie_word_embeddings": False,
+    "embedding_dropout": 0.5,
+    "attention_dropout": 0.5,
+    "attention_out_dropout": 0.5,
+    "mlp_dropout": 0.5,
+    "classifier_dropout": 0.5,
+    "initializer_range": 0.25,
+    "initializer_cutoff_factor": 1.0,
+    "classifier_pooling": "mean",
+    "num_labels": 5,
+    "pad_token_id": 7,
+    "dtype": "bfloat16",
+    "param_dtype": "bfloat16",
+    "residual_dtype": "bfloat16",
+}
+NOT_OF_THE_GRAPH = {
+    "max_position_embeddings": "training refuses longer rows (tests/test_pretrain.py)",
+    "id2label": "names only",
+    "problem_type": "chooses a loss, in fine-tuning",
+    "bos_token_id": "written for transformers' tokenizers",
+    "eos_token_id": "written for transformers' tokenizers",
+    "cls_token_id": "written for transformers' tokenizers",
+    "sep_token_id": "written for transformers' tokenizers",
+    "hf_extra": "keys that change nothing, kept for a round trip",
+}
+
+
+def test_every_field_is_accounted_for():
+    assert {f.name for f in dataclasses.fields(SMALL)} == set(CHANGES) | set(NOT_OF_THE_GRAPH)
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_graph_or_the_output(field):
+    """Parameters' shapes or dtypes, else the outputs or gradients of two models with one seed."""
+    changed = SMALL.replace(**{field: CHANGES[field]})
+
+    def shapes(config):
+        return [
+            jax.tree.map(lambda x: (x.shape, str(x.dtype)), nnx.to_pure_dict(nnx.state(m)))
+            for m in (
+                nnx.eval_shape(lambda c=c: c(config, rngs=nnx.Rngs(0)))
+                for c in (mj.ModernBertForMaskedLM, mj.ModernBertForSequenceClassification)
+            )
+        ]
+
+    if shapes(changed) != shapes(SMALL):
+        return
+
+    def numbers(config):
+        ids = jnp.arange(30, dtype=jnp.int32)[None] % 19
+        mlm = mj.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+        head = mj.ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0))
+        run = lambda m: m(ids, dropout_key=jax.random.key(0)).logits  # noqa: E731
+        grads = nnx.grad(lambda m: jnp.sum(jnp.sin(run(m))))(mlm)
+        return [np.asarray(x, np.float32) for x in (run(mlm), run(head), *jax.tree.leaves(grads))]
+
+    pairs = zip(numbers(SMALL), numbers(changed), strict=True)
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in pairs)

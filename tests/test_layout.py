@@ -1,0 +1,207 @@
+"""What every file must keep to: the direction of imports, the layout, the versions."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import modernbert_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LIBRARY_IMPORTS = {
+    "flax",
+    "huggingface_hub",
+    "jax",
+    "ml_dtypes",
+    "modernbert_jax",
+    "numpy",
+    "orbax",
+    "safetensors",
+    "tokenizers",
+}
+ALLOWED_IMPORTS = {
+    "modernbert_jax": LIBRARY_IMPORTS,
+    "train": LIBRARY_IMPORTS | {"matplotlib", "optax", "tensorboardX", "tqdm", "tyro"},
+    "convert": LIBRARY_IMPORTS | {"torch", "transformers"},
+}
+# Reading with any of these can run what the file says. `convert` has its own restricted unpickler.
+RUNS_FILES = {"_pickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+RUNS_TEXT = {"__import__", "eval", "exec", "import_module", "importlib.import_module"}
+
+REQUIRED = [
+    ".ci/run",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "convert/__main__.py",
+    "modernbert_jax/__init__.py",
+    "pyproject.toml",
+    "tests/conftest.py",
+    "train/__main__.py",
+]
+OPTIONAL_TOP_LEVEL = {"notebooks"}
+
+
+def sources(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found, f"{package}/ holds no Python file"
+    return found
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Top-level names of the absolute imports of a file, wherever they stand, with their lines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").split(".")[0], node.lineno
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """The calls of a file, each with what is called as it is written."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def tracked_files() -> list[Path]:
+    """Every file that git holds or would add."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("package", ALLOWED_IMPORTS)
+def test_imports_only_what_it_may(package):
+    allowed = ALLOWED_IMPORTS[package] | {package} | sys.stdlib_module_names
+    strangers = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sources(package)
+        for name, line in imported(path)
+        if name not in allowed
+    ]
+    assert not strangers
+
+
+@pytest.mark.parametrize("package", ["train", "convert"])
+def test_siblings_are_imported_relatively(package):
+    absolute = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sources(package)
+        for name, line in imported(path)
+        if name == package
+    ]
+    assert not absolute
+
+
+def test_library_runs_nothing_from_a_file():
+    found = []
+    for path in sources("modernbert_jax"):
+        where = path.relative_to(ROOT)
+        found += [f"{where}:{line} {name}" for name, line in imported(path) if name in RUNS_FILES]
+        for name, call in calls(path):
+            keywords = {keyword.arg for keyword in call.keywords}
+            if name in RUNS_TEXT or "allow_pickle" in keywords:
+                found.append(f"{where}:{call.lineno} {name}")
+    assert not found
+
+
+@pytest.mark.parametrize("package", ["train", "convert"])
+def test_main_only_calls_cli(package):
+    path = ROOT / package / "__main__.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        assert isinstance(node, ast.Expr | ast.Import | ast.ImportFrom | ast.If | ast.Raise)
+    names = {name for name, _ in calls(path)}
+    assert names & {"cli.main", "main"}
+    assert names <= {"SystemExit", "cli.main", "main", "sys.exit"}
+
+
+def test_top_level_is_the_agreed_one():
+    missing = [name for name in REQUIRED if not (ROOT / name).is_file()]
+    assert not missing
+    allowed = {name.split("/")[0] for name in REQUIRED} | OPTIONAL_TOP_LEVEL
+    present = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
+    assert not {name for name in present - allowed if not name.startswith(".")}
+
+
+def test_tests_are_flat():
+    named_like_packages = [ROOT / "tests" / package for package in ALLOWED_IMPORTS]
+    assert not [path for path in named_like_packages if path.exists()]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_file_names_a_machine_or_an_index():
+    # Written in halves, so that this file does not find itself.
+    folders = ["/" + name + "/" for name in ("root", "home/[^/]+", "Users/[^/]+", "opt", "work")]
+    hosts = [name + r"\." + end for name, end in [("pypi", "org"), ("pythonhosted", "org")]]
+    hosts += [r"registry\.npm" + r"js\.org", r"download\.py" + r"torch\.org", "index" + "-url"]
+    here = [re.escape(str(path)) + "/" for path in (ROOT.parent, Path.home()) if path != Path("/")]
+    pattern = re.compile(rf"(?<![\w.:/])({'|'.join(folders + here)})|{'|'.join(hosts)}")
+    found = []
+    for path in tracked_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:  # not text
+            continue
+        for number, line in enumerate(lines, start=1):
+            if match := pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number} {match.group()}")
+    assert not found
+
+
+def test_changelog_begins_with_this_version():
+    headings = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M
+    )
+    assert headings[0] == modernbert_jax.__version__
+
+
+def test_declared_dependencies_are_the_imports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        found = {re.split(r"[ ;<>=\[]", requirement)[0] for requirement in requirements}
+        return {name.removesuffix("-checkpoint").replace("-", "_") for name in found}
+
+    extras = project["optional-dependencies"]
+    library = names(project["dependencies"]) | {"modernbert_jax"}
+    assert library == LIBRARY_IMPORTS
+    assert library | names(extras["train"]) == ALLOWED_IMPORTS["train"]
+    # torch is brought by the user: only the tests pin it.
+    assert library | names(extras["convert"]) | {"torch"} == ALLOWED_IMPORTS["convert"]
+    assert "torch" not in names(extras["train"] + extras["convert"])
+
+
+def test_the_two_version_pairs():
+    def numbers(package: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in version(package).split(".")[:3])
+
+    jax_version, flax_version = numbers("jax"), numbers("flax")
+    if sys.version_info < (3, 12):
+        assert (0, 10) <= jax_version < (0, 11)
+        assert flax_version == (0, 12, 8)
+        # Without these every parity test would skip unseen.
+        assert version("torch").split("+")[0] == "2.13.0"
+        assert version("torch-optimi")
+        assert version("transformers")
+    else:
+        assert jax_version >= (0, 11, 1)
+        assert flax_version >= (0, 12, 9)

@@ -1,0 +1,386 @@
+"""The main job from its command line: both phases, exact resume, refusals."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from train import cli, loop
+from train.config import Phase, TrainConfig
+from train.corpora.synthetic import write_corpus
+from train.data import Batches, Masking, TokenStore, prepare_tokens
+from train.loss import IGNORE
+from train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, 300, seed=1)
+    return folder
+
+
+def small(corpus, workdir, **changes) -> TrainConfig:
+    model = ModernBertConfig.tiny(
+        vocab_size=512, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
+        attention_out_dropout=0.1,
+    )  # fmt: skip
+    phases = (
+        Phase("one", tokens=9_000, mask_rate=0.30, learning_rate=3e-3, warmup_tokens=2_000),
+        Phase("two", tokens=6_000, mask_rate=0.15, learning_rate=3e-3, decay_tokens=6_000),
+    )
+    config = TrainConfig(
+        model=model, phases=phases, corpus=str(corpus), workdir=str(workdir), row_length=128,
+        rows=8, micro_batches=2, eval_every=5, eval_rows=8, checkpoint_every=3, log_every=1,
+        eval_fraction=0.1, fill_mask=("The patient was [MASK].",),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """One whole run, left alone."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    config = small(corpus, workdir)
+    return config, loop.run(config)
+
+
+def losses(workdir):
+    return {m["step"]: m["loss"] for m in read_metrics(workdir) if m["kind"] == "train"}
+
+
+class TestRun:
+    def test_phases_clocks_and_steps(self, finished):
+        config, result = finished
+        lines = [m for m in read_metrics(pathlib.Path(config.workdir)) if m["kind"] == "train"]
+        assert (
+            [m["step"] for m in lines]
+            == list(range(1, len(lines) + 1))
+            == list(range(1, result["steps"] + 1))
+        )
+        one, two = ([m for m in lines if m["phase"] == name] for name in ("one", "two"))
+        assert one and two
+        assert one[-1]["phase_tokens"] >= 9_000 > one[-2]["phase_tokens"]
+        assert two[0]["phase_tokens"] < 1_100  # the clock restarts
+        assert two[-1]["total_tokens"] == result["total_tokens"]
+        assert two[-1]["total_tokens"] == one[-1]["phase_tokens"] + two[-1]["phase_tokens"]
+        assert one[0]["learning_rate"] == 0 and two[0]["learning_rate"] == 3e-3
+        assert two[-1]["learning_rate"] < two[0]["learning_rate"]
+        share = lambda part: sum(m["masked"] for m in part) / sum(  # noqa: E731
+            m["total_tokens"] - previous for m, previous in zip(
+                part, [part[0]["total_tokens"] - part[0]["phase_tokens"]]
+                + [m["total_tokens"] for m in part[:-1]], strict=True)
+        )  # fmt: skip
+        assert abs(share(one) - 0.30) < 0.03 and abs(share(two) - 0.15) < 0.03
+        assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+
+    def test_what_it_leaves_behind(self, finished):
+        config, result = finished
+        workdir = pathlib.Path(config.workdir)
+        assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert list((workdir / "tensorboard").glob("events*"))
+        assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
+        checkpoints = sorted(p.name for p in (workdir / "checkpoints").iterdir())
+        assert len(checkpoints) == 2 and checkpoints[-1] == f"{result['steps']:08d}"
+        newest = workdir / "checkpoints" / checkpoints[-1]
+        exported = ModernBertForMaskedLM.from_pretrained(workdir / "export")
+        restored = ModernBertForMaskedLM.from_pretrained(newest)
+        ids = np.arange(12, dtype=np.int32)[None]
+        np.testing.assert_array_equal(exported(ids).logits, restored(ids).logits)
+
+    def test_transformers_reads_the_export(self, finished):
+        transformers = pytest.importorskip("transformers")
+        import torch
+
+        folder = pathlib.Path(finished[0].workdir) / "export"
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        inputs = tokenizer("The patient has a [MASK].", return_tensors="pt")
+        with torch.no_grad():
+            want = theirs(**inputs).logits.numpy()
+        ours = ModernBertForMaskedLM.from_pretrained(folder)
+        got = ours(**{k: v.numpy() for k, v in inputs.items()}).logits
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+    def test_again_does_nothing_new(self, finished):
+        config, result = finished
+        before = losses(pathlib.Path(config.workdir))
+        again = loop.run(config)
+        assert again["phases"] == result["phases"]
+        assert losses(pathlib.Path(config.workdir)) == before
+
+    def test_no_text_in_the_records(self, finished):
+        """Neither metrics nor manifests hold a sentence of the corpus."""
+        workdir = pathlib.Path(finished[0].workdir)
+        source = pathlib.Path(finished[0].corpus)
+        first = next(source.glob("*.jsonl")).read_text().splitlines()[0]
+        sentence = json.loads(first)["text"][:40]
+        for path in [workdir / "metrics.jsonl", workdir / "run.json",
+                     *workdir.glob("tokens/*/manifest.json")]:  # fmt: skip
+            assert sentence not in path.read_text()
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import json, pathlib
+from test_pretrain import small
+from train import loop
+loop.run(small(pathlib.Path({corpus!r}), pathlib.Path({workdir!r})))
+"""
+
+
+def start(corpus, workdir):
+    code = SCRIPT.format(root=str(ROOT), corpus=str(corpus), workdir=str(workdir))
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def killed_after(process, workdir, steps, how=signal.SIGKILL):
+    deadline = time.monotonic() + 300
+    while len(losses(workdir)) < steps:
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate()
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "kills", [[5], pytest.param([2, 7, 10, 12], marks=pytest.mark.slow)], ids=str
+    )
+    def test_killed_and_started_again_is_the_same_run_bit_for_bit(
+        self, finished, corpus, tmp_path, kills
+    ):
+        for steps in kills:
+            killed_after(start(corpus, tmp_path), tmp_path, steps)
+        process = start(corpus, tmp_path)
+        output = process.communicate()[0].decode()
+        assert process.returncode == 0, output
+        assert kills == [2] or "taking up" in output
+        alone = pathlib.Path(finished[0].workdir)
+        assert losses(tmp_path) == losses(alone)
+        newest = sorted((alone / "checkpoints").iterdir())[-1].name
+        ours, theirs = (loop.load_orbax(w / "checkpoints" / newest, optimizer=True)
+                        for w in (tmp_path, alone))  # fmt: skip
+        assert ours["data"] == theirs["data"]
+        for part in ("mu", "nu"):
+            for key, value in theirs["optimizer"][part].items():
+                np.testing.assert_array_equal(ours["optimizer"][part][key], value)
+        for key, value in theirs["params"].items():
+            np.testing.assert_array_equal(ours["params"][key], value)
+
+    @pytest.mark.slow
+    def test_sigterm_saves_and_leaves(self, finished, corpus, tmp_path):
+        process = start(corpus, tmp_path)
+        killed_after(process, tmp_path, 4, signal.SIGTERM)
+        assert process.returncode == 0
+        seen = max(losses(tmp_path))
+        assert (tmp_path / "checkpoints" / f"{seen:08d}" / "config.json").exists()
+        again = start(corpus, tmp_path)
+        output = again.communicate()[0].decode()
+        assert again.returncode == 0, output
+        assert losses(tmp_path) == losses(pathlib.Path(finished[0].workdir))
+
+    def test_a_half_written_checkpoint_is_not_taken(self, finished, corpus, tmp_path):
+        config = small(corpus, tmp_path, phases=(small(corpus, tmp_path).phases[0],))
+        loop.run(config)
+        folders = sorted((tmp_path / "checkpoints").iterdir())
+        (folders[-1] / "config.json").unlink()
+        again = loop.run(config)
+        assert again["steps"] == max(losses(tmp_path))
+        alone = losses(pathlib.Path(finished[0].workdir))
+        assert losses(tmp_path) == {s: alone[s] for s in losses(tmp_path)}
+
+    def test_another_corpus_under_the_same_path_is_noticed(self, tmp_path):
+        folder = tmp_path / "corpus"
+        write_corpus(folder, 200, seed=1)
+        phase = Phase("one", tokens=5_000, learning_rate=1e-3)
+        config = small(folder, tmp_path / "w", phases=(phase,), checkpoint_every=2)
+        loop.run(config)
+        newest = sorted((tmp_path / "w" / "checkpoints").iterdir())[-1]
+        (newest / "config.json").unlink()
+        write_corpus(folder, 220, seed=2)
+        with pytest.raises(ValueError, match="the corpus is not the one"):
+            loop.run(config)
+
+
+def test_nan_stops_with_the_step_and_the_last_good_checkpoint(corpus, tmp_path):
+    phase = Phase("one", tokens=9_000, learning_rate=1e30)
+    config = small(corpus, tmp_path, phases=(phase,), checkpoint_every=1)
+    with pytest.raises(loop.Diverged, match=r"step \d+: the loss is .*last good checkpoint"):
+        loop.run(config)
+    for folder in (tmp_path / "checkpoints").iterdir():
+        loaded = loop.load_orbax(folder)
+        assert loaded["data"]["phase_tokens"] > 0
+
+
+def test_starts_from_a_checkpoint_with_and_without_moments(finished, corpus, tmp_path):
+    first = pathlib.Path(finished[0].workdir)
+    newest = sorted((first / "checkpoints").iterdir())[-1]
+    phase = (Phase("more", tokens=2_000, learning_rate=0.0 + 1e-12),)
+    export = small(corpus, tmp_path / "a", phases=phase, init_from=str(first / "export"))
+    loop.run(export)
+    weights = lambda folder: loop.load_orbax(folder)["params"]  # noqa: E731
+    done = sorted((tmp_path / "a" / "checkpoints").iterdir())[-1]
+    assert done.name == "00000002"
+    for key, value in weights(newest).items():
+        # Weight decay is fully decoupled: 1e-5 of a weight in each of the two steps.
+        np.testing.assert_allclose(weights(done)[key], value, rtol=3e-5, atol=1e-9)
+    moments = small(
+        corpus, tmp_path / "b", phases=phase, init_from=str(newest), init_optimizer=True
+    )
+    assert loop.run(moments)["steps"] == finished[1]["steps"] + 2  # the step never restarts
+    with pytest.raises(ValueError, match="init_optimizer needs an Orbax checkpoint"):
+        loop.run(dataclasses.replace(export, init_optimizer=True, workdir=str(tmp_path / "c")))
+
+
+class TestBatches:
+    def store(self, documents=40, seed=0):
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(3, 30, documents).astype(np.int32)
+        return TokenStore(rng.integers(5, 500, lengths.sum()).astype(np.uint16), lengths, "x")
+
+    def config(self, **changes):
+        return small("x", "y", row_length=32, rows=4, micro_batches=2, **changes)
+
+    masking = Masking(0.3, 4, 500, (0, 1, 2, 3, 4))
+
+    def test_rows_hold_what_the_documents_say(self):
+        store = self.store()
+        batch = next(Batches(store, self.masking, self.config(), phase=0))
+        a = {k: v.reshape(4, -1) for k, v in batch.arrays.items()}
+        assert batch.arrays["input_ids"].shape == (2, 2, 32)
+        documents = {tuple(store.ids[s:e]) for s, e in
+                     zip(store.starts[:-1], store.starts[1:], strict=True)}  # fmt: skip
+        for row in range(4):
+            original = a["input_ids"][row].copy()
+            used = a["labels"][row] != IGNORE
+            original[a["predict_positions"][row][used]] = a["labels"][row][used]
+            segments = a["segment_ids"][row]
+            for number in range(1, segments.max() + 1):
+                assert tuple(original[segments == number]) in documents
+            assert not original[segments == 0].any()
+        assert batch.tokens == (a["segment_ids"] > 0).sum()
+        assert batch.masked == (a["labels"] != IGNORE).sum()
+
+    def test_resumed_in_the_middle_goes_on_alike_across_epochs(self):
+        store, config = self.store(), self.config()
+        whole = Batches(store, self.masking, config, phase=1)
+        batches = [next(whole) for _ in range(12)]
+        assert batches[-1].epoch >= 1
+        for cut in (1, 5, 8):
+            at = batches[cut - 1]
+            rest = Batches(store, self.masking, config, phase=1, epoch=at.epoch, row=at.row)
+            for want in batches[cut:]:
+                got = next(rest)
+                for key in want.arrays:
+                    np.testing.assert_array_equal(got.arrays[key], want.arrays[key])
+
+    def test_an_epoch_shows_each_document_once(self):
+        store = self.store()
+        stream = Batches(store, self.masking, self.config(), phase=0)
+        rows = len(stream.plan)
+        stream.config = dataclasses.replace(stream.config, rows=rows, micro_batches=1)
+        assert next(stream).tokens == store.lengths.sum()
+
+    def test_surplus_picks_keep_their_token(self):
+        store = self.store()
+        stream = Batches(store, Masking(0.9, 4, 500, ()), self.config(), phase=0)
+        stream.limit = 8
+        batch = next(stream)
+        assert batch.dropped > 0
+        assert batch.masked == 4 * 8
+        a = {k: v.reshape(4, -1) for k, v in batch.arrays.items()}
+        for row in range(4):
+            others = np.setdiff1d(np.arange(32), a["predict_positions"][row])
+            assert 4 not in a["input_ids"][row][others]
+
+    def test_long_documents_are_cut_with_their_special_tokens(self, corpus, tmp_path):
+        config = small(corpus, tmp_path, row_length=64)
+        tokenizer = loop._tokenizer(loop._with_corpora(config, tmp_path, print), tmp_path, print)
+        stores = prepare_tokens(str(corpus), tokenizer, config, tmp_path / "t")
+        for store in stores.values():
+            assert store.lengths.max() == 64
+            starts = store.starts
+            assert (store.ids[starts[:-1]] == tokenizer.cls_token_id).all()
+            assert (store.ids[starts[1:] - 1] == tokenizer.sep_token_id).all()
+
+
+class TestBadInput:
+    """One line with the remedy, a non-zero exit, and nothing trained."""
+
+    def refused(self, capsys, tmp_path, *args, expect):
+        workdir = tmp_path / "w"
+        code = cli.main(["pretrain", "--config", "demo", "--workdir", str(workdir), *args])
+        error = capsys.readouterr().err
+        assert code == 2
+        lines = [line for line in error.strip().splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and all(part in lines[0] for part in expect), error
+        assert "Traceback" not in error
+        assert not list(workdir.glob("checkpoints/*")) if workdir.is_dir() else True
+
+    def test_not_text(self, capsys, tmp_path):
+        folder = tmp_path / "c"
+        folder.mkdir()
+        (folder / "a.txt").write_bytes(bytes(range(256)) * 4)
+        self.refused(capsys, tmp_path, "--corpus", str(folder), expect=["a.txt"])
+
+    def test_empty_corpus(self, capsys, tmp_path):
+        (tmp_path / "c").mkdir()
+        self.refused(capsys, tmp_path, "--corpus", str(tmp_path / "c"), expect=[".txt", ".csv"])
+
+    def test_no_such_corpus(self, capsys, tmp_path):
+        self.refused(capsys, tmp_path, "--corpus", str(tmp_path / "no"), expect=["found nothing"])
+
+    def test_vocabulary_beyond_the_models(self, capsys, tmp_path, finished):
+        tokenizer = pathlib.Path(finished[0].workdir) / "tokenizer"
+        self.refused(
+            capsys, tmp_path, "--corpus", finished[0].corpus, "--tokenizer", str(tokenizer),
+            "--model.vocab-size", "64", "--model.pad-token-id", "2",
+            expect=["512 tokens", "vocab_size is 64", "--model.vocab-size 512"],
+        )  # fmt: skip
+
+    def test_budget_below_one_step(self, capsys, tmp_path):
+        self.refused(
+            capsys, tmp_path, "--phases.0.tokens", "1000", "--phases.0.warmup-tokens", "0",
+            expect=["phase phase1", "1,000 tokens is below one step"],
+        )  # fmt: skip
+
+    def test_rows_longer_than_the_model(self, capsys, tmp_path):
+        self.refused(
+            capsys, tmp_path, "--row-length", "2048", expect=["max_position_embeddings 1024"]
+        )
+
+    def test_unwritable_workdir(self, capsys, tmp_path):
+        (tmp_path / "w").write_text("a file")
+        self.refused(capsys, tmp_path, expect=["cannot be written", "another --workdir"])
+
+    def test_workdir_of_another_configuration(self, finished):
+        config = finished[0]
+        with pytest.raises(ValueError, match="another configuration: seed was 17, is 18"):
+            loop.run(dataclasses.replace(config, seed=18))
+        phases = (dataclasses.replace(config.phases[0], mask_rate=0.2), config.phases[1])
+        with pytest.raises(ValueError, match="phases 0 mask_rate was 0.3, is 0.2"):
+            loop.run(dataclasses.replace(config, phases=phases))
+
+    def test_unknown_config_and_verb(self, capsys):
+        assert cli.main(["pretrain", "--config", "nothing"]) == 2
+        assert "expected one of demo" in capsys.readouterr().err
+        assert cli.main(["fly"]) == 2
+        assert "expected the verb" in capsys.readouterr().err
+        assert cli.main(["--help"]) == 0
+        assert "configs: demo" in capsys.readouterr().out

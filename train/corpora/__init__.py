@@ -1,0 +1,1 @@
+"""Where text comes from: readers, a synthetic corpus, and the training of tokenizers."""

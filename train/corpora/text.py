@@ -1,0 +1,359 @@
+"""Read documents from .txt, .jsonl, .csv and .tsv files, each also as .gz.
+
+A .txt file is one document. In the others a record is one, and its text is a column: see
+`read_documents`. Errors name the file and the line or record, and never show text, which may be
+clinical.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
+# Where text usually is, in this order; upper and lower case are one.
+TEXT_COLUMNS = (
+    "text",
+    "notes",
+    "note",
+    "note_text",
+    "transcription",
+    "report",
+    "full_text",
+    "content",
+)
+# A longer field is a quote that is never closed, or not text. In characters.
+LONGEST_FIELD = 1 << 26
+# How much of a file decides whether it is text. In bytes.
+HEAD = 1 << 16
+# Tab, line ends, form feed, and the end mark of old DOS files.
+HARMLESS_CONTROLS = frozenset("\t\n\v\f\r\x1a")
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+NOT_TEXT = "save it as UTF-8 text, or move it out of the corpus"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it came from: "path in the corpus:record", the record counted from 1.
+
+    The record of a .jsonl file is its line; that of a .csv or .tsv file its row below the header.
+    """
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: Path
+    name: str  # relative to the corpus, with "/" everywhere
+    suffix: str
+    column: str = ""  # as the file spells it; none in .txt
+
+
+def read_documents(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str | None = None,
+    counts: Counter[str] | None = None,
+) -> Iterator[Document]:
+    """The documents of a file, or of all files below a folder, sorted by relative path.
+
+    `text_column` (upper and lower case are one) or else the first of TEXT_COLUMNS is the text. With
+    `text_column` given, the tables of a folder that lack it are left out, as long as one has it.
+    Files of other suffixes and hidden files are left out. Newlines become "\\n". Empty texts are
+    left out. `counts` is filled on the way with "documents", "empty" (texts) and "tables left out".
+
+    UTF-8, with or without a BOM, and UTF-16 with one; a line that is not UTF-8 is read as cp1252.
+    All but .txt files are streamed. The files are found and their headers read before this returns.
+
+    Raises FileNotFoundError where there is no `path`; ValueError where no file or no text is found,
+    for a table without a text column, and, while reading, for a file that is not text, broken JSON,
+    a row longer than the header, a quote that is never closed, or a damaged .gz.
+    """
+    counts = Counter() if counts is None else counts
+    sources = _with_columns(_find(Path(path)), text_column, counts)
+    return _read_all(Path(path), sources, counts)
+
+
+def split_of(text: str, eval_fraction: float) -> str:
+    """Which split a text is in, "train" or "eval", by its hash alone: the same in any order.
+
+    Raises ValueError for a fraction outside [0, 1].
+    """
+    if not 0 <= eval_fraction <= 1:
+        raise ValueError(f"eval_fraction must be between 0 and 1, got {eval_fraction}")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "eval" if share < eval_fraction else "train"
+
+
+# Files and columns
+
+
+def _find(path: Path) -> list[_Source]:
+    known = ", ".join(SUFFIXES) + " (and each with .gz)"
+    if path.is_file():
+        suffix = _suffix(path)
+        if suffix is None:
+            raise ValueError(f"{path} is none of the files read here: {known}")
+        return [_Source(path, path.name, suffix)]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    sources = []
+    for file in path.rglob("*"):
+        relative = file.relative_to(path)
+        suffix = _suffix(file)
+        if suffix and file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            sources.append(_Source(file, relative.as_posix(), suffix))
+    if not sources:
+        raise ValueError(f"no text in the folder {path}: the files read here are {known}")
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _suffix(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _with_columns(
+    sources: list[_Source], text_column: str | None, counts: Counter[str]
+) -> list[_Source]:
+    chosen, left_out = [], []
+    for source in sources:
+        if source.suffix == ".txt":
+            chosen.append(source)
+            continue
+        columns = _columns(source)
+        if columns is None:  # an empty file
+            continue
+        wanted = TEXT_COLUMNS if text_column is None else (text_column,)
+        column = _match(columns, wanted)
+        if column is not None:
+            chosen.append(_Source(source.path, source.name, source.suffix, column))
+            continue
+        problem = f"{source.path} has no column {' or '.join(wanted)}; {_listed(columns)}"
+        if text_column is None:
+            raise ValueError(
+                f"{problem}; name the one with text by --text-column "
+                "(tables of the folder that lack it are then left out)"
+            )
+        left_out.append(problem)
+    if left_out and all(source.suffix == ".txt" for source in chosen):
+        raise ValueError(f"{left_out[0]}; name the one with text by --text-column")
+    counts["tables left out"] += len(left_out)
+    return chosen
+
+
+def _columns(source: _Source) -> list[str] | None:
+    if source.suffix == ".jsonl":
+        first = next(_objects(source), None)
+        return None if first is None else list(first[1])
+    first = next(_rows(source), None)
+    return None if first is None else first[1]
+
+
+def _listed(columns: list[str]) -> str:
+    # A table without a header begins with data, and data must not get into an error.
+    if any(len(c) > 64 or "\n" in c or (c and not re.search(r"[^\W\d]", c)) for c in columns):
+        return "its first record does not look like a header"
+    more = f" and {len(columns) - 40} more" if len(columns) > 40 else ""
+    return f"it has {', '.join(map(repr, columns[:40]))}{more}"
+
+
+def _match(columns: list[str], wanted: tuple[str, ...]) -> str | None:
+    """The first wanted name that a column has, the exact spelling before another case."""
+    for name in wanted:
+        if name in columns:
+            return name
+        for column in columns:
+            if column.strip().lower() == name.strip().lower():
+                return column
+    return None
+
+
+# Records
+
+
+def _read_all(path: Path, sources: list[_Source], counts: Counter[str]) -> Iterator[Document]:
+    readers: dict[str, Callable[[_Source], Iterator[tuple[int, str]]]] = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_table,
+        ".tsv": _read_table,
+    }
+    documents = 0
+    for source in sources:
+        for number, text in readers[source.suffix](source):
+            if not text.strip():
+                counts["empty"] += 1
+                continue
+            documents += 1
+            counts["documents"] += 1
+            yield Document(f"{source.name}:{number}", text)
+    if documents == 0:
+        raise ValueError(f"no text in {path}: every file or record there is empty")
+
+
+def _read_txt(source: _Source) -> Iterator[tuple[int, str]]:
+    yield 1, "".join(_lines(source.path))
+
+
+def _read_jsonl(source: _Source) -> Iterator[tuple[int, str]]:
+    for number, record in _objects(source):
+        text = record.get(source.column)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{source.path}, line {number}: {source.column!r} must be a string, "
+                f"got {type(text).__name__}"
+            )
+        yield number, _without_lone_surrogates(text or "")
+
+
+def _objects(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_lines(source.path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            # Not chained: the error holds the whole line.
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "bad number"
+            raise ValueError(f"{source.path}, line {number}: not valid JSON ({reason})") from None
+        except RecursionError:
+            raise ValueError(f"{source.path}, line {number}: JSON nested too deep") from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{source.path}, line {number}: expected a JSON object, got "
+                f"{type(record).__name__}; a .jsonl file has one object a line"
+            )
+        yield number, record
+
+
+def _without_lone_surrogates(text: str) -> str:
+    # JSON can hold "\ud800" alone, which no encoding and no tokenizer takes.
+    if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _read_table(source: _Source) -> Iterator[tuple[int, str]]:
+    rows = _rows(source)
+    _, header = next(rows)
+    index = header.index(source.column)
+    for number, row in rows:
+        if any(row[len(header) :]):
+            raise ValueError(
+                f"{source.path}, record {number}: {len(row)} fields under {len(header)} columns; "
+                "quote the fields that hold a separator"
+            )
+        yield number, row[index] if index < len(row) else ""
+
+
+def _rows(source: _Source) -> Iterator[tuple[int, list[str]]]:
+    """(number, fields): 0 for the header; blank lines are no rows."""
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
+        yield from _lines(source.path)
+        ended = True
+
+    reader = csv.reader(lines(), delimiter="\t" if source.suffix == ".tsv" else ",")
+    number = 0
+    while (row := _next_row(reader, source, number)) is not None:
+        # The reader asks for no line beyond a whole row, so a row at the end is a cut one.
+        if ended:
+            raise ValueError(f"{source.path}, record {number}: a quote is opened and never closed")
+        if row:
+            yield number, row
+            number += 1
+
+
+def _next_row(reader: Any, source: _Source, number: int) -> list[str] | None:
+    # The limit belongs to the process, so it is put back before anyone else runs.
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise ValueError(
+            f"{source.path}, record {number}: {error}; is a quote left open?"
+        ) from None
+    finally:
+        csv.field_size_limit(before)
+
+
+# Bytes to lines
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their "\\n", whatever the file's encoding and line ends are."""
+    try:
+        with _open(path) as file:
+            head = file.read(HEAD)
+            file.seek(0)
+            encoding = next((name for bom, name in BOMS if head.startswith(bom)), "utf-8")
+            _refuse_binary(path, head, encoding)
+            lines = (
+                io.TextIOWrapper(file, encoding, newline=None)
+                if encoding == "utf-16"
+                else _utf8_lines(path, file, len(codecs.BOM_UTF8) * (encoding == "utf-8-sig"))
+            )
+            for number, line in enumerate(lines, start=1):
+                if "\0" in line:
+                    raise ValueError(f"{path}, line {number}: not text (NUL bytes); {NOT_TEXT}")
+                yield line
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text (broken UTF-16); {NOT_TEXT}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise ValueError(f"{path}: damaged or cut .gz; get the file again") from None
+
+
+def _refuse_binary(path: Path, head: bytes, encoding: str) -> None:
+    text = head.decode(encoding if encoding == "utf-16" else "latin-1", "replace")
+    if "\0" in text:
+        raise ValueError(f"{path}: not text (NUL bytes); {NOT_TEXT}")
+    controls = sum(c < " " and c not in HARMLESS_CONTROLS for c in text)
+    if controls > len(text) / 1000:
+        raise ValueError(f"{path}: not text (control characters); {NOT_TEXT}")
+
+
+def _utf8_lines(path: Path, file: gzip.GzipFile | io.BufferedReader, skip: int) -> Iterator[str]:
+    file.seek(skip)
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            # By line, so that one bad byte does not spoil the accents of a whole file.
+            try:
+                line = raw.decode("cp1252")
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"{path}, line {number}: not text (neither UTF-8 nor cp1252); {NOT_TEXT}"
+                ) from None
+        # Not splitlines(), which splits at a form feed and more.
+        line = line.replace("\r\n", "\n")
+        if "\r" in line:
+            *whole, last = line.replace("\r", "\n").split("\n")
+            yield from (part + "\n" for part in whole)
+            line = last
+        if line:
+            yield line
