@@ -158,16 +158,8 @@ def test_neighbours_tell_much_more_than_frequencies(notes):
 def test_the_corpus_decides_the_masked_words(notes):
     patterns = (
         (r"Ms\. \w+ is an? \d+-year-old (\w+)", r"Mr\. \w+ is an? \d+-year-old (\w+)", "man"),
-        (
-            r"seen in the (\w+) clinic for heart failure\.",
-            r"seen in the (\w+) clinic for gout\.",
-            "rheumatology",
-        ),
-        (
-            r"Allopurinol 100 mg daily was started for (\w+)\.",
-            r"Enoxaparin .* was started for (.+?)\.",
-            "deep vein thrombosis",
-        ),
+        (r"[Ff]urosemide 40 mg twice (\w+)", r"[Aa]lendronate 70 mg (\w+)", "weekly"),
+        (r"told to Dr\. Okafor of (\w+)", r"told to Dr\. Fairbanks of (\w+)", "rheumatology"),
     )
     text = "\n".join(notes)
     assert len(FILL_MASK_SENTENCES) == 3 == len(FILL_MASK_ANSWERS)

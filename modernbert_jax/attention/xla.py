@@ -1,102 +1,266 @@
-"""Plain XLA, any backend, memory linear in L: bands for local layers, chunks for global ones."""
+"""Plain XLA, any backend, memory linear in L: bands for local layers, chunks for global ones.
+
+Short rows are one dense block. Local layers meet blocks of one window with both neighbours. Global
+layers go chunk by chunk with an online softmax over the chunks of keys that the bounds of the row
+admit; the backward pass computes the scores again from the log-sum-exp.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.bounds import Bounds, tile_bounds
+from modernbert_jax.attention.vjp import with_vjp
 
-_DENSE_LENGTH = 1024  # below this the whole [L, M] of a head is small enough to keep
-_CHUNK = 512  # queries a chunk of the global path
+_DENSE_LENGTH = 512  # up to here all scores of a row are kept at once
+_CHUNK_Q, _CHUNK_K = 256, 512  # queries and keys of one step of the global path
+_FLOOR = -1e30  # finite: a row without a key stays free of NaN
 
 
-def attention(
-    q_BLHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHK: jax.Array,
-    bounds: Bounds,
-    *,
-    scale: float,
-) -> jax.Array:
-    """softmax(scale * q k^T + mask) v with float32 accumulation; a query with no key gives 0."""
+def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float):
+    """(out_BLHK, lse_BHL); see vjp.Forward."""
+    kind, block = _plan(q_BLHK, bounds)
+    if kind == "chunks":
+        return _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
+    q, k, v, mask = _blocks(kind, block, bounds, q_BLHK, k_BMHK, v_BMHK)
+    out, lse = _dense_forward(q, k, v, mask, scale)
+    B, L, H, _ = q_BLHK.shape
+    lse_BHL = jnp.swapaxes(_join(jnp.swapaxes(lse, 1, 2)[..., None], B, L)[..., 0], 1, 2)
+    return _join(out, B, L).astype(q_BLHK.dtype), lse_BHL
+
+
+def backward(q_BLHK, k_BMHK, v_BMHK, out_BLHK, lse_BHL, bounds: Bounds, d_out_BLHK, scale: float):
+    """(dq, dk, dv); see vjp.Backward."""
+    delta_BLH = jnp.sum(out_BLHK.astype(jnp.float32) * d_out_BLHK.astype(jnp.float32), axis=-1)
+    kind, block = _plan(q_BLHK, bounds)
+    if kind == "chunks":
+        return _chunks_backward(
+            q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_BLHK, scale
+        )
+    B, L, H, _ = q_BLHK.shape
+    q, k, v, mask = _blocks(kind, block, bounds, q_BLHK, k_BMHK, v_BMHK)
+    per_query = jnp.stack([jnp.swapaxes(lse_BHL, 1, 2), delta_BLH], axis=-1)
+    d_out, per_query = (_split(x, block) for x in (d_out_BLHK, per_query))
+    lse, delta = (jnp.swapaxes(per_query[..., i], 1, 2) for i in (0, 1))
+    dq, dk, dv = _dense_backward(q, k, v, mask, lse, delta, d_out, scale)
+    if kind == "bands":
+        dk, dv = (_fold_neighbours(x, B, block) for x in (dk, dv))
+    return tuple(
+        _join(x, B, L).astype(like.dtype) for x, like in ((dq, q_BLHK), (dk, k_BMHK), (dv, v_BMHK))
+    )
+
+
+attention = with_vjp(forward, backward)
+
+
+def _plan(q_BLHK, bounds: Bounds) -> tuple[str, int]:
+    """("dense", L), ("bands", block) or ("chunks", _), by what is static."""
     length = q_BLHK.shape[1]
-    if bounds.window is not None and length > 3 * _band(bounds.window):
-        return _banded(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
-    if length <= _DENSE_LENGTH:
-        return _dense(q_BLHK, k_BMHK, v_BMHK, bounds.lo_BL, bounds.hi_BL, 0, scale)
-    return _chunked(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
+    if bounds.window is not None:
+        block = max(bounds.window, 16)
+        if length > 3 * block:
+            return "bands", block
+    return ("dense", length) if length <= _DENSE_LENGTH else ("chunks", _CHUNK_Q)
 
 
-def _band(window: int) -> int:
-    return max(window, 16)
+# One block of queries against one block of keys: [N, q, H, K], [N, m, H, K], mask [N, q, m].
 
 
-def _dense(q_BLHK, k_BMHK, v_BMHK, lo_BL, hi_BL, first_key, scale):
-    """Every query against every key given; `first_key` (scalar or [B]) is the index of key 0."""
-    precision = jax.lax.Precision.HIGHEST if q_BLHK.dtype == jnp.float32 else None
-    f32 = jnp.float32
-    scores_BHLM = jnp.einsum(
-        "BLHK,BMHK->BHLM", q_BLHK, k_BMHK, precision=precision, preferred_element_type=f32
-    )
-    j_BM = jnp.arange(k_BMHK.shape[1])[None, :] + jnp.reshape(first_key, (-1, 1))
-    mask_BLM = (lo_BL[..., None] <= j_BM[:, None]) & (j_BM[:, None] < hi_BL[..., None])
-    # A finite floor keeps rows without a key free of NaN, forward and backward.
-    scores_BHLM = jnp.where(mask_BLM[:, None], scores_BHLM * scale, jnp.finfo(f32).min / 2)
-    top_BHL1 = jax.lax.stop_gradient(jnp.max(scores_BHLM, axis=-1, keepdims=True))
-    p_BHLM = jnp.where(mask_BLM[:, None], jnp.exp(scores_BHLM - top_BHL1), 0.0)
-    sum_BHL = jnp.sum(p_BHLM, axis=-1)
-    out_BLHK = jnp.einsum(
-        "BHLM,BMHK->BLHK",
-        p_BHLM.astype(v_BMHK.dtype),
-        v_BMHK,
-        precision=precision,
-        preferred_element_type=f32,
-    )
-    sum_BLH1 = jnp.swapaxes(sum_BHL, 1, 2)[..., None]
-    return (out_BLHK / jnp.where(sum_BLH1 == 0, 1.0, sum_BLH1)).astype(q_BLHK.dtype)
+def _precision(x):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _banded(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
-    """Blocks of one window: a block of queries meets its own block of keys and both neighbours."""
-    B, L, H, K = q_BLHK.shape
-    block = _band(bounds.window)
+def _einsum(equation, x, y):
+    return jnp.einsum(equation, x, y, precision=_precision(x), preferred_element_type=jnp.float32)
+
+
+def _dense_forward(q, k, v, mask, scale):
+    """(out [N, q, H, K] float32, lse [N, H, q])."""
+    s = jnp.where(mask[:, None], _einsum("nqhd,nmhd->nhqm", q, k) * scale, _FLOOR)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    p = jnp.exp(s - top)
+    total = jnp.sum(p, axis=-1)
+    some = jnp.any(mask, axis=-1)[:, None]
+    out = _einsum("nhqm,nmhd->nqhd", p.astype(v.dtype), v)
+    share = jnp.where(some, 1.0 / total, 0.0)
+    lse = jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)
+    return out * jnp.swapaxes(share, 1, 2)[..., None], lse
+
+
+def _dense_backward(q, k, v, mask, lse, delta, d_out, scale):
+    """(dq, dk, dv) in float32, of the block alone."""
+    s = _einsum("nqhd,nmhd->nhqm", q, k) * scale
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    p = jnp.where(mask[:, None], jnp.exp(s - lse[..., None]), 0.0)
+    dv = _einsum("nhqm,nqhd->nmhd", p.astype(d_out.dtype), d_out)
+    dp = _einsum("nqhd,nmhd->nhqm", d_out, v)
+    ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
+    return _einsum("nhqm,nmhd->nqhd", ds, k), _einsum("nhqm,nqhd->nmhd", ds, q), dv
+
+
+# Rows as blocks and back.
+
+
+def _split(x_BL, block: int):
+    """[B, L, ...] as [B * blocks, block, ...], padded at the end."""
+    B, L = x_BL.shape[:2]
     n = -(-L // block)
-    tail = n * block - L
-    pad4 = lambda x: jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, 0)))  # noqa: E731
-    q = pad4(q_BLHK).reshape(B * n, block, H, K)
-
-    def neighbours(x_BMHK):
-        x = pad4(x_BMHK).reshape(B, n, block, H, K)
-        x = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-        x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
-        return x.reshape(B * n, 3 * block, H, K)
-
-    edges = lambda x: jnp.pad(x, ((0, 0), (0, tail))).reshape(B * n, block)  # noqa: E731
-    first_key = jnp.tile((jnp.arange(n) - 1) * block, B)
-    out = _dense(
-        q,
-        neighbours(k_BMHK),
-        neighbours(v_BMHK),
-        edges(bounds.lo_BL),
-        edges(bounds.hi_BL),
-        first_key,
-        scale,
-    )
-    return out.reshape(B, n * block, H, K)[:, :L]
+    x_BL = jnp.pad(x_BL, ((0, 0), (0, n * block - L), *((0, 0),) * (x_BL.ndim - 2)))
+    return x_BL.reshape(B * n, block, *x_BL.shape[2:])
 
 
-def _chunked(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
-    """One chunk of queries at a time against all keys; the backward pass recomputes its scores."""
+def _join(x, B: int, L: int):
+    """The inverse of `_split`."""
+    return x.reshape(B, -1, *x.shape[2:])[:, :L]
+
+
+def _blocks(kind: str, block: int, bounds: Bounds, q_BLHK, k_BMHK, v_BMHK):
+    """(q, k, v, mask) as blocks: the whole row ("dense") or bands with their neighbours."""
+    lo, hi = _split(bounds.lo_BL, block), _split(bounds.hi_BL, block)
+    q, k, v = (_split(x, block) for x in (q_BLHK, k_BMHK, v_BMHK))
+    first = jnp.zeros((len(q),), jnp.int32)
+    if kind == "bands":
+        B = len(q_BLHK)
+        n = len(q) // B
+        k, v = (_neighbours(x, B) for x in (k, v))
+        first = jnp.tile((jnp.arange(n, dtype=jnp.int32) - 1) * block, B)
+    j = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :] + first[:, None, None]
+    return q, k, v, (lo[..., None] <= j) & (j < hi[..., None])
+
+
+def _neighbours(x, B: int):
+    """Each block with the one before and the one after: [B * n, 3 * block, ...]."""
+    x = x.reshape(B, -1, *x.shape[1:])
+    x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
+    x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _fold_neighbours(x, B: int, block: int):
+    """The transpose of `_neighbours`: each block's three shares, added up."""
+    x = x.reshape(B, -1, 3, block, *x.shape[2:])
+    x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
+    x = x[:, 2:, 0] + x[:, 1:-1, 1] + x[:, :-2, 2]
+    return x.reshape(-1, *x.shape[2:])
+
+
+# Long global rows: one chunk of queries after the other, each over its own chunks of keys.
+
+
+def _pad_to(x_BL, multiple: int):
+    tail = -x_BL.shape[1] % multiple
+    return jnp.pad(x_BL, ((0, 0), (0, tail), *((0, 0),) * (x_BL.ndim - 2)))
+
+
+def _slice(x_BL, row, start, size: int):
+    """x_BL[row, start : start + size] with a leading axis of one."""
+    sizes = (1, size, *x_BL.shape[2:])
+    return jax.lax.dynamic_slice(x_BL, (row, start, *(0,) * (x_BL.ndim - 2)), sizes)
+
+
+def _each_chunk(body, B: int, length: int, chunk: int):
+    """body(row, number) for every chunk of every row, its results joined to [B, length, ...]."""
+    n = -(-length // chunk)
+    results = jax.lax.map(lambda i: body(i // n, i % n), jnp.arange(B * n, dtype=jnp.int32))
+    return jax.tree.map(lambda x: _join(x[:, 0], B, length), results)
+
+
+def _mask(lo, hi, start):
+    j = start + jnp.arange(_CHUNK_K, dtype=jnp.int32)[None, None, :]
+    return (lo[..., None] <= j) & (j < hi[..., None])
+
+
+def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
     B, L, H, K = q_BLHK.shape
-    n = -(-L // _CHUNK)
-    tail = n * _CHUNK - L
-    q = jnp.pad(q_BLHK, ((0, 0), (0, tail), (0, 0), (0, 0))).reshape(B, n, _CHUNK, H, K)
-    edges = lambda x: jnp.pad(x, ((0, 0), (0, tail))).reshape(B, n, _CHUNK)  # noqa: E731
-    chunks = (q, edges(bounds.lo_BL), edges(bounds.hi_BL))
+    first_BT, last_BT = tile_bounds(bounds, _CHUNK_Q, _CHUNK_K)
+    q, lo, hi = (_pad_to(x, _CHUNK_Q) for x in (q_BLHK, bounds.lo_BL, bounds.hi_BL))
+    k, v = (_pad_to(x, _CHUNK_K) for x in (k_BMHK, v_BMHK))
 
-    @jax.checkpoint
-    def one(chunk):
-        q_chunk, lo, hi = chunk
-        return _dense(q_chunk, k_BMHK, v_BMHK, lo, hi, 0, scale)
+    def one(row, t):
+        part = functools.partial(_slice, row=row, start=t * _CHUNK_Q, size=_CHUNK_Q)
+        q_t, lo_t, hi_t = part(q), part(lo), part(hi)
 
-    out = jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(B, n * _CHUNK, H, K)[:, :L]
+        def visit(c, carry):
+            out, top, total = carry
+            start = c * _CHUNK_K
+            k_c, v_c = (_slice(x, row, start, _CHUNK_K) for x in (k, v))
+            s = _einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
+            s = jnp.where(_mask(lo_t, hi_t, start)[:, None], s, _FLOOR)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            p = jnp.exp(s - new_top[..., None])
+            fade = jnp.exp(top - new_top)
+            total = total * fade + jnp.sum(p, axis=-1)
+            more = _einsum("nhqm,nmhd->nhqd", p.astype(v.dtype), v_c)
+            return out * fade[..., None] + more, new_top, total
+
+        # A floor above _FLOOR: a query that a chunk hides altogether adds exp(-inf) = 0 there.
+        start = (
+            jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32),
+            jnp.full((1, H, _CHUNK_Q), _FLOOR / 2, jnp.float32),
+            jnp.zeros((1, H, _CHUNK_Q), jnp.float32),
+        )
+        out, top, total = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, start)
+        some = total > 0
+        out = jnp.where(some[..., None], out / jnp.where(some, total, 1.0)[..., None], 0.0)
+        lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+        return jnp.swapaxes(out, 1, 2).astype(q_BLHK.dtype), jnp.swapaxes(lse, 1, 2)
+
+    out_BLHK, lse_BLH = _each_chunk(one, B, L, _CHUNK_Q)
+    return out_BLHK, jnp.swapaxes(lse_BLH, 1, 2)
+
+
+def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_BLHK, scale):
+    """The pass over queries gives dq; the same loop with the roles exchanged gives dk and dv.
+
+    The mask is symmetric, so the interval of a key's own index says which queries see it.
+    """
+    B, L, H, K = q_BLHK.shape
+    first_BT, last_BT = tile_bounds(bounds, _CHUNK_Q, _CHUNK_K)
+    lse_BLH = jnp.swapaxes(lse_BHL, 1, 2)
+    lse_BLH = jnp.where(jnp.isneginf(lse_BLH), 0.0, lse_BLH)
+    arrays = (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK, lse_BLH, delta_BLH, bounds.lo_BL, bounds.hi_BL)
+    multiple = max(_CHUNK_Q, _CHUNK_K)
+    q, k, v, d_out, lse, delta, lo, hi = (_pad_to(x, multiple) for x in arrays)
+    across = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+
+    def queries(row, t):
+        part = functools.partial(_slice, row=row, start=t * _CHUNK_Q, size=_CHUNK_Q)
+        q_t, d_t, lo_t, hi_t = part(q), part(d_out), part(lo), part(hi)
+        lse_t, delta_t = across(part(lse))[..., None], across(part(delta))[..., None]
+
+        def visit(c, dq):
+            start = c * _CHUNK_K
+            k_c, v_c = (_slice(x, row, start, _CHUNK_K) for x in (k, v))
+            s = _einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
+            p = jnp.where(_mask(lo_t, hi_t, start)[:, None], jnp.exp(s - lse_t), 0.0)
+            ds = p * (_einsum("nqhd,nmhd->nhqm", d_t, v_c) - delta_t) * scale
+            return dq + _einsum("nhqm,nmhd->nhqd", ds.astype(q.dtype), k_c)
+
+        zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
+        dq = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, zero)
+        return across(dq).astype(q_BLHK.dtype)
+
+    def keys(row, t):
+        part = functools.partial(_slice, row=row, start=t * _CHUNK_Q, size=_CHUNK_Q)
+        k_t, v_t, lo_t, hi_t = part(k), part(v), part(lo), part(hi)
+
+        def visit(c, carry):
+            dk, dv = carry
+            start = c * _CHUNK_K
+            q_c, d_c = (_slice(x, row, start, _CHUNK_K) for x in (q, d_out))
+            lse_c, delta_c = (across(_slice(x, row, start, _CHUNK_K)) for x in (lse, delta))
+            s = _einsum("nmhd,nqhd->nhmq", k_t, q_c) * scale
+            p = jnp.exp(s - lse_c[:, :, None, :])
+            p = jnp.where(_mask(lo_t, hi_t, start)[:, None], p, 0.0)
+            dv = dv + _einsum("nhmq,nqhd->nhmd", p.astype(d_out.dtype), d_c)
+            ds = p * (_einsum("nmhd,nqhd->nhmq", v_t, d_c) - delta_c[:, :, None, :]) * scale
+            return dk + _einsum("nhmq,nqhd->nhmd", ds.astype(q.dtype), q_c), dv
+
+        zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
+        dk, dv = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, (zero, zero))
+        return across(dk).astype(k_BMHK.dtype), across(dv).astype(v_BMHK.dtype)
+
+    dq = _each_chunk(queries, B, L, _CHUNK_Q)
+    dk, dv = _each_chunk(keys, B, L, _CHUNK_Q)
+    return dq, dk, dv

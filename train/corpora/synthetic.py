@@ -15,13 +15,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# The corpus decides each [MASK]: a title has its sex, a diagnosis its clinic, a drug its diagnosis.
+# The corpus decides each [MASK]: a title has its sex, a drug its schedule, a physician one service.
 FILL_MASK_SENTENCES = (
-    "Ms. Hartley is a 63-year-old [MASK] with heart failure.",
-    "The patient was seen in the [MASK] clinic for heart failure.",
-    "Allopurinol 100 mg daily was started for [MASK].",
+    "Ms. Hartley is a 63-year-old [MASK] who was seen for exertional dyspnea, orthopnea and "
+    "leg swelling for 3 days.",
+    "Furosemide 40 mg twice [MASK] was started for heart failure.",
+    "The finding was told to Dr. Okafor of [MASK].",
 )
-FILL_MASK_ANSWERS = ("woman", "cardiology", "gout")
+FILL_MASK_ANSWERS = ("woman", "daily", "cardiology")
 
 
 @dataclass(frozen=True)
