@@ -56,5 +56,5 @@ format:  ## rewrites the sources: import order, fixable lint, format
 	$(TEST)/bin/ruff format
 
 clean:  ## removes the environments and every cache
-	rm -rf $(DEMO) $(TEST) $(NEXT) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -338,9 +338,10 @@ class ModernBertModel(Pretrained, nnx.Module):
         """
         config = self.config
         input_ids_BL = jnp.asarray(input_ids_BL)
+        whole = attention_mask_BL is None and segment_ids_BL is None
         segment_ids_BL = as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL)
         bounds = {
-            kind: make_bounds(segment_ids_BL, None if kind == FULL else config.window)
+            kind: make_bounds(segment_ids_BL, None if kind == FULL else config.window, whole=whole)
             for kind in dict.fromkeys((FULL, *config.layer_types))
         }
         if positions_BL is None:

@@ -13,7 +13,7 @@ from modernbert_jax.attention import attention, make_bounds, segment_ids_from_ma
 from modernbert_jax.config import FULL, SLIDING
 
 CONFIG = mj.ModernBertConfig.tiny(
-    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=8, local_attention=8
+    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=4, local_attention=8
 )
 
 
@@ -86,25 +86,6 @@ class TestBounds:
             segment_ids_from_mask(np.array([[1, 0, 1]]))
 
 
-@pytest.mark.parametrize("length, window", [(60, 4), (300, 20), (1300, None), (1100, 64)])
-def test_xla_attention_equals_the_reference(length, window):
-    """Forward and the gradients under a random cotangent; padding rows give 0, never NaN."""
-    rng = np.random.default_rng(0)
-    q, k, v, cotangent = rng.normal(size=(4, 2, length, 2, 8)).astype(np.float32)
-    cuts = np.sort(rng.integers(0, length, (2, 3)), axis=1)
-    ids = (np.arange(length)[None, :, None] >= cuts[:, None, :]).sum(-1).astype(np.int32)
-    bounds = make_bounds(ids, window)
-
-    def run(name):
-        f = functools.partial(attention, bounds=bounds, scale=0.3, implementation=name)
-        out, vjp = jax.vjp(lambda q, k, v: f(q, k, v), q, k, v)
-        return (out, *vjp(cotangent))
-
-    for ours, want in zip(run("xla"), run("reference"), strict=True):
-        np.testing.assert_allclose(ours, want, atol=2e-5)
-        assert not np.asarray(want)[ids == 0].any()
-
-
 def test_attention_refuses_what_it_cannot_do():
     x = jnp.zeros((1, 4, 2, 8))
     bounds = make_bounds(np.ones((1, 4), np.int32))
@@ -173,7 +154,7 @@ def test_a_local_layer_sees_its_window_only():
     np.testing.assert_array_equal(seen, np.arange(15 - 4, 15 + 4 + 1))
 
 
-@pytest.mark.parametrize("layers, remat", [(8, True), (3, False), (1, False)])
+@pytest.mark.parametrize("layers, remat", [(7, True), (1, False)])
 def test_scan_and_remat_change_nothing(layers, remat):
     config = CONFIG.replace(num_hidden_layers=layers, attention_out_dropout=0.3)
     model = mj.ModernBertForMaskedLM(config, rngs=nnx.Rngs(1))

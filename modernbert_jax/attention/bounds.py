@@ -15,12 +15,14 @@ class Bounds:
 
     The relation is symmetric: key j is seen by the queries in its own interval. `window` is the
     radius that is already part of the interval (None for a global layer); it is static, so that an
-    implementation can choose its tiles by it.
+    implementation can choose its tiles by it. `whole`, static too, promises that every row is one
+    segment without padding.
     """
 
     lo_BL: jax.Array
     hi_BL: jax.Array
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    whole: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def as_mask(self, key_length: int | None = None) -> jax.Array:
         """The mask written out, mask_BLM: for tests, pictures and the reference only."""
@@ -29,21 +31,23 @@ class Bounds:
         return (self.lo_BL[..., None] <= j) & (j < self.hi_BL[..., None])
 
 
-def make_bounds(segment_ids_BL: jax.Array, window: int | None = None) -> Bounds:
+def make_bounds(
+    segment_ids_BL: jax.Array, window: int | None = None, *, whole: bool = False
+) -> Bounds:
     """Bounds of packed rows: a query sees its own segment, no further than `window` tokens away.
 
     A segment is a maximal run of equal non-zero ids; 0 is padding, which sees nothing and is not
     seen. `window` is a radius, inclusive on both sides (64 for HF's local_attention=128).
-    Raises ValueError for a window below 1 or, on concrete arrays, for negative ids.
+    `whole` is the caller's promise that all ids are one and the same, not 0.
+    Raises ValueError for a window below 1 or, on concrete arrays, for ids that are negative or that
+    fall along a row.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or a radius of at least 1 token, got {window}")
     if segment_ids_BL.ndim != 2:
         raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids_BL.shape}")
     if not isinstance(segment_ids_BL, Tracer):
-        lowest = np.min(segment_ids_BL, initial=0)
-        if lowest < 0:
-            raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
+        _check(np.asarray(segment_ids_BL))
     ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)
     length = ids_BL.shape[1]
     i_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -57,7 +61,21 @@ def make_bounds(segment_ids_BL: jax.Array, window: int | None = None) -> Bounds:
         lo_BL = jnp.maximum(lo_BL, i_1L - window)
         hi_BL = jnp.minimum(hi_BL, i_1L + window + 1)
     padding = ids_BL == 0
-    return Bounds(jnp.where(padding, i_1L, lo_BL), jnp.where(padding, i_1L, hi_BL), window)
+    return Bounds(jnp.where(padding, i_1L, lo_BL), jnp.where(padding, i_1L, hi_BL), window, whole)
+
+
+def _check(ids_BL: np.ndarray) -> None:
+    lowest = np.min(ids_BL, initial=0)
+    if lowest < 0:
+        raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
+    so_far_BL = np.maximum.accumulate(ids_BL, axis=1)
+    falls_BL = (ids_BL > 0) & (ids_BL < so_far_BL)
+    if falls_BL.any():
+        row, place = (int(x[0]) for x in np.nonzero(falls_BL))
+        raise ValueError(
+            f"segment_ids: expected ids that rise along a row, row {row} has "
+            f"{ids_BL[row, place]} after {so_far_BL[row, place]} at token {place}"
+        )
 
 
 def segment_ids_from_mask(attention_mask_BL: jax.Array) -> jax.Array:

@@ -17,17 +17,17 @@ def get_config() -> TrainConfig:
         phases=(
             Phase(
                 name="phase1",
-                tokens=1_600_000,
+                tokens=1_300_000,
                 mask_rate=0.30,
                 learning_rate=3e-3,
                 warmup_tokens=80_000,
             ),
             Phase(
                 name="phase2",
-                tokens=600_000,
+                tokens=500_000,
                 mask_rate=0.15,
                 learning_rate=3e-3,
-                decay_tokens=600_000,
+                decay_tokens=500_000,
             ),
         ),
         # The recipe's 1e-6 is large beside the gradients of so small a model's queries and keys.

@@ -1,0 +1,551 @@
+"""Bounded attention for sm90 (H100, H200) in Mosaic GPU: TMA, wgmma, specialised warpgroups.
+
+Three kernels of one plan. A block of threads owns `groups` x 64 positions; its last warpgroup only
+copies, through TMA, the tiles that the bounds admit into a ring of shared memory, and the others
+compute. Both loops run from the first admitted tile to the last, so a tile outside is neither
+computed nor fetched. The schedule is FlashAttention-3's (arXiv:2407.08608) without its ping-pong.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.gpu_tiles import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    check_scale,
+    is_narrow,
+    pad_length,
+    padded_length,
+    softmax_residuals,
+    tiled,
+    visit,
+)
+from modernbert_jax.attention.vjp import with_vjp
+
+HEAD_DIMS = (64, 128)
+DTYPES = ("bfloat16", "float16")
+
+_ROWS = 64  # positions of a warpgroup: the height of a wgmma
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Warpgroups that compute, positions streamed at a time, and slots of the ring."""
+
+    groups: int
+    columns: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Positions that a block owns."""
+        return self.groups * _ROWS
+
+
+def supports(q_BLHK: jax.Array, bounds: Bounds, device: Any) -> str | None:
+    """None if `attention` runs on this device and shape, else one line saying why not."""
+    del bounds  # any interval will do
+    if device.platform not in ("gpu", "cuda"):
+        return f"pallas_hopper: expected an NVIDIA GPU, got {device.platform}"
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        return f"pallas_hopper: expected compute capability 9.0 (H100, H200), got {capability}"
+    return _refusal(q_BLHK)
+
+
+def _checked(q_BLHK):
+    if (reason := _refusal(q_BLHK)) is not None:
+        raise ValueError(reason)
+    return q_BLHK
+
+
+def _refusal(q_BLHK) -> str | None:
+    if q_BLHK.dtype.name not in DTYPES:
+        return (
+            f"pallas_hopper: expected {' or '.join(DTYPES)} (wgmma has no float32), "
+            f"got {q_BLHK.dtype.name}"
+        )
+    if q_BLHK.shape[-1] not in HEAD_DIMS:
+        return f"pallas_hopper: expected a head dim of 64 or 128, got {q_BLHK.shape[-1]}"
+    return None
+
+
+def forward_tiles(window: int | None, head_dim: int) -> Tiles:
+    """Tiles of the forward and the dq kernel.
+
+    A narrow window uses few keys of a wide tile, and waits more than it computes: with one
+    computing group two blocks fit on a multiprocessor, so that one computes while the other waits.
+    """
+    if is_narrow(window):
+        return Tiles(groups=1, columns=64, stages=3)
+    return Tiles(groups=2, columns=128 if head_dim == 64 else 64, stages=3)
+
+
+def dkv_tiles(window: int | None, head_dim: int) -> Tiles:
+    """Tiles of the dk/dv kernel: two accumulators, so registers are what limits it."""
+    if head_dim == 128:
+        return Tiles(groups=1, columns=64, stages=3)
+    return Tiles(groups=2, columns=64 if is_narrow(window) else 128, stages=3)
+
+
+def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float, *, interpret=None):
+    """(out_BLHK in q's dtype, lse_BHL float32, -inf for a query without a key)."""
+    check_scale(scale)
+    B, L, H, K = _checked(q_BLHK).shape
+    tiles = forward_tiles(bounds.window, K)
+    length = padded_length(L, tiles.rows, tiles.columns)
+    mask = tiled(bounds, length, tiles.rows, tiles.columns)
+    q, k, v = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK))
+    out, lse = _launch(
+        functools.partial(_forward_kernel, _Plan(tiles, bounds.window, scale, bool(interpret))),
+        out_type=(_like(q), jax.ShapeDtypeStruct((B, H, length), jnp.float32)),
+        scratch_types=dict(
+            q_smem=_matrix(tiles.groups, _ROWS, q),
+            lse_smem=_vector(tiles.groups, _ROWS),
+            edges_smem=plgpu.SMEM((2, tiles.groups, _ROWS), jnp.int32),
+            own_ready=plgpu.Barrier(num_arrivals=3, num_barriers=tiles.groups),
+            rings=[_Ring.of(tiles, [_matrix(tiles.stages, tiles.columns, q)])] * 2,
+        ),
+        tiles=tiles,
+        grid=(length // tiles.rows, H, B),
+        interpret=interpret,
+    )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, q, k, v)
+    return out[:, :L], lse[:, :, :L]
+
+
+def backward(
+    q_BLHK, k_BMHK, v_BMHK, out_BLHK, lse_BHL, bounds: Bounds, d_out_BLHK, scale, *, interpret=None
+):
+    """(dq, dk, dv): one kernel over tiles of queries, one over tiles of keys."""
+    L, K = _checked(q_BLHK).shape[1::2]
+    tiles_dq, tiles_dkv = forward_tiles(bounds.window, K), dkv_tiles(bounds.window, K)
+    sizes = tiles_dq.rows, tiles_dq.columns, tiles_dkv.rows, tiles_dkv.columns
+    length = padded_length(L, *sizes)
+    lse, delta = softmax_residuals(out_BLHK, d_out_BLHK, lse_BHL, length)
+    q, k, v, d_out = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK))
+    dq = _dq(tiles_dq, bounds, scale, interpret, q, d_out, lse, delta, k, v)
+    dk, dv = _dkv(tiles_dkv, bounds, scale, interpret, k, v, q, d_out, lse, delta)
+    return dq[:, :L], dk[:, :L], dv[:, :L]
+
+
+def _dq(tiles: Tiles, bounds: Bounds, scale, interpret, q, d_out, lse, delta, k, v):
+    B, length, H, _ = q.shape
+    mask = tiled(bounds, length, tiles.rows, tiles.columns)
+    return _launch(
+        functools.partial(_dq_kernel, _Plan(tiles, bounds.window, scale, bool(interpret))),
+        out_type=_like(q),
+        scratch_types=dict(
+            own_smem=[_matrix(tiles.groups, _ROWS, q)] * 2,
+            row_smem=[_vector(tiles.groups, _ROWS)] * 2,
+            edges_smem=plgpu.SMEM((2, tiles.groups, _ROWS), jnp.int32),
+            own_ready=plgpu.Barrier(num_arrivals=6, num_barriers=tiles.groups),
+            rings=[_Ring.of(tiles, [_matrix(tiles.stages, tiles.columns, q)])] * 2,
+        ),
+        tiles=tiles,
+        grid=(length // tiles.rows, H, B),
+        interpret=interpret,
+    )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, q, d_out, lse, delta, k, v)
+
+
+def _dkv(tiles: Tiles, bounds: Bounds, scale, interpret, k, v, q, d_out, lse, delta):
+    B, length, H, _ = k.shape
+    mask = tiled(bounds, length, tiles.rows, tiles.columns)
+    streamed = [
+        _matrix(tiles.stages, tiles.columns, q),
+        _vector(tiles.stages, tiles.columns),
+    ]
+    return _launch(
+        functools.partial(_dkv_kernel, _Plan(tiles, bounds.window, scale, bool(interpret))),
+        out_type=(_like(k), _like(v)),
+        scratch_types=dict(
+            own_smem=[_matrix(tiles.groups, _ROWS, q)] * 2,
+            edges_smem=plgpu.SMEM((2, tiles.groups, _ROWS), jnp.int32),
+            own_ready=plgpu.Barrier(num_arrivals=4, num_barriers=tiles.groups),
+            rings=[_Ring.of(tiles, streamed)] * 2,
+        ),
+        tiles=tiles,
+        grid=(length // tiles.rows, H, B),
+        interpret=interpret,
+    )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, k, v, q, d_out, lse, delta)
+
+
+attention = with_vjp(forward, backward)
+
+
+def _forward_kernel(
+    plan,
+    ranges_ref,
+    lo_ref,
+    hi_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    *,
+    q_smem,
+    lse_smem,
+    edges_smem,
+    own_ready,
+    rings,
+):
+    block = _Block.here(plan, ranges_ref)
+    k_ring, v_ring = rings
+
+    @pl.when(block.copies)
+    def _copy():
+        _produce(block, [([k_ref], k_ring), ([v_ref], v_ring)])
+
+    @pl.when(block.computes)
+    def _compute():
+        own_q = q_smem.at[block.group]
+        own = [(q_ref, own_q)]
+        edges = _load_own(block, own, lo_ref, hi_ref, edges_smem, own_ready)
+
+        def step(column, carry, masked):
+            acc_RK, top_R, sum_R = carry
+            slot = block.slot(column)
+            (k_CK,) = k_ring.wait(slot)
+            s_RC = _product(own_q, k_CK.T)
+            k_ring.release(slot)
+            if masked:
+                s_RC = _masked(s_RC, edges, column, block)
+            # The maximum is kept scaled and in base 2, for exp2 of one multiply-add an element.
+            new_R = jnp.maximum(top_R, jnp.max(s_RC, axis=1) * (plan.scale * LOG2E))
+            shrink_R = jnp.exp2(top_R - new_R)
+            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _across(new_R, s_RC.shape))
+            sum_R = sum_R * shrink_R + jnp.sum(p_RC, axis=1)
+            (v_CK,) = v_ring.wait(slot)
+            pv_RK = _register_product(p_RC.astype(q_ref.dtype), v_CK, plan)
+            v_ring.release(slot)
+            return acc_RK * _across(shrink_R, acc_RK.shape) + pv_RK, new_R, sum_R
+
+        start = (
+            jnp.zeros(own_q.shape, jnp.float32),
+            jnp.full((_ROWS,), FLOOR, jnp.float32),
+            jnp.zeros((_ROWS,), jnp.float32),
+        )
+        acc_RK, top_R, sum_R = visit(block.ranges, plan.window, step, start)
+        some_R = sum_R > 0
+        sum_R = jnp.where(some_R, sum_R, 1.0)
+        own_lse = lse_smem.at[block.group]
+        own_q[...] = (acc_RK * _across(1.0 / sum_R, acc_RK.shape)).astype(q_ref.dtype)
+        own_lse[...] = jnp.where(some_R, top_R * LN2 + jnp.log(sum_R), -jnp.inf)
+        _store_own(block, [(own_q, out_ref), (own_lse, lse_ref)])
+
+
+def _dq_kernel(
+    plan,
+    ranges_ref,
+    lo_ref,
+    hi_ref,
+    q_ref,
+    d_out_ref,
+    lse_ref,
+    delta_ref,
+    k_ref,
+    v_ref,
+    dq_ref,
+    *,
+    own_smem,
+    row_smem,
+    edges_smem,
+    own_ready,
+    rings,
+):
+    block = _Block.here(plan, ranges_ref)
+    k_ring, v_ring = rings
+
+    @pl.when(block.copies)
+    def _copy():
+        _produce(block, [([k_ref], k_ring), ([v_ref], v_ring)])
+
+    @pl.when(block.computes)
+    def _compute():
+        own_q, own_d_out = (ref.at[block.group] for ref in own_smem)
+        own_lse, own_delta = (ref.at[block.group] for ref in row_smem)
+        own = [(q_ref, own_q), (d_out_ref, own_d_out), (lse_ref, own_lse), (delta_ref, own_delta)]
+        edges = _load_own(block, own, lo_ref, hi_ref, edges_smem, own_ready)
+        lse_R, delta_R = own_lse[...], own_delta[...]
+
+        def step(column, dq_RK, masked):
+            slot = block.slot(column)
+            (k_CK,) = k_ring.wait(slot)
+            s_RC = _product(own_q, k_CK.T)
+            if masked:
+                s_RC = _masked(s_RC, edges, column, block)
+            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _across(lse_R, s_RC.shape))
+            (v_CK,) = v_ring.wait(slot)
+            dp_RC = _product(own_d_out, v_CK.T)
+            v_ring.release(slot)
+            ds_RC = p_RC * (dp_RC - _across(delta_R, p_RC.shape))
+            dq_RK = _accumulate(dq_RK, ds_RC.astype(q_ref.dtype), k_CK, plan)
+            k_ring.release(slot)
+            return dq_RK
+
+        zeros = jnp.zeros(own_q.shape, jnp.float32)
+        dq_RK = visit(block.ranges, plan.window, step, zeros)
+        own_q[...] = (dq_RK * plan.scale).astype(q_ref.dtype)
+        _store_own(block, [(own_q, dq_ref)])
+
+
+def _dkv_kernel(
+    plan,
+    ranges_ref,
+    lo_ref,
+    hi_ref,
+    k_ref,
+    v_ref,
+    q_ref,
+    d_out_ref,
+    lse_ref,
+    delta_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    own_smem,
+    edges_smem,
+    own_ready,
+    rings,
+):
+    # Rows are keys here and columns queries; the bounds of a key are the queries that see it.
+    block = _Block.here(plan, ranges_ref)
+    q_ring, d_out_ring = rings
+
+    @pl.when(block.copies)
+    def _copy():
+        _produce(block, [([q_ref, lse_ref], q_ring), ([d_out_ref, delta_ref], d_out_ring)])
+
+    @pl.when(block.computes)
+    def _compute():
+        own_k, own_v = (ref.at[block.group] for ref in own_smem)
+        own = [(k_ref, own_k), (v_ref, own_v)]
+        edges = _load_own(block, own, lo_ref, hi_ref, edges_smem, own_ready)
+
+        def step(column, carry, masked):
+            dk_RK, dv_RK = carry
+            slot = block.slot(column)
+            q_CK, lse_C = q_ring.wait(slot)
+            s_RC = _product(own_k, q_CK.T)
+            if masked:
+                s_RC = _masked(s_RC, edges, column, block)
+            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _down(lse_C[...], s_RC.shape))
+            d_out_CK, delta_C = d_out_ring.wait(slot)
+            dv_RK = _accumulate(dv_RK, p_RC.astype(k_ref.dtype), d_out_CK, plan)
+            dp_RC = _product(own_v, d_out_CK.T)
+            ds_RC = p_RC * (dp_RC - _down(delta_C[...], p_RC.shape))
+            plgpu.commit_smem()  # lse and delta were read by plain loads: order them before TMA
+            d_out_ring.release(slot)
+            dk_RK = _accumulate(dk_RK, ds_RC.astype(k_ref.dtype), q_CK, plan)
+            q_ring.release(slot)
+            return dk_RK, dv_RK
+
+        zeros = jnp.zeros(own_k.shape, jnp.float32)
+        dk_RK, dv_RK = visit(block.ranges, plan.window, step, (zeros, zeros))
+        own_k[...] = (dk_RK * plan.scale).astype(k_ref.dtype)
+        own_v[...] = dv_RK.astype(k_ref.dtype)
+        _store_own(block, [(own_k, dk_ref), (own_v, dv_ref)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a kernel is specialised for."""
+
+    tiles: Tiles
+    window: int | None
+    scale: float
+    interpreted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Where a block of threads is, and the column tiles it visits (see `Tiled.ranges_BT4`)."""
+
+    plan: _Plan
+    row: jax.Array
+    head: jax.Array
+    tile: jax.Array
+    group: jax.Array
+    ranges: tuple[jax.Array, ...]
+
+    @classmethod
+    def here(cls, plan, ranges_ref):
+        row, head, tile, group = (lax.axis_index(n) for n in ("row", "head", "tile", "group"))
+        ranges = tuple(ranges_ref[row, tile, i] for i in range(4))
+        return cls(plan, row, head, tile, group, ranges)
+
+    @property
+    def computes(self):
+        return self.group < self.plan.tiles.groups
+
+    @property
+    def copies(self):
+        return self.group == self.plan.tiles.groups
+
+    def slot(self, column):
+        return lax.rem(column - self.ranges[0], jnp.int32(self.plan.tiles.stages))
+
+    def at(self, ref, start, size):
+        """Positions of this block's head in a [B, L, H, K] or a [B, H, L] array."""
+        here = pl.ds(start, size)
+        return (
+            ref.at[self.row, here, self.head]
+            if ref.ndim == 4
+            else ref.at[self.row, self.head, here]
+        )
+
+    def own(self, ref):
+        return self.at(ref, self.own_start, _ROWS)
+
+    @property
+    def own_start(self):
+        """The first position of this warpgroup."""
+        return self.tile * self.plan.tiles.rows + self.group * _ROWS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """Slots of shared memory, with a barrier each for filled and for free again."""
+
+    buffers: list
+    filled: Any
+    free: Any
+
+    @classmethod
+    def of(cls, tiles: Tiles, buffers: list):
+        filled = plgpu.Barrier(num_arrivals=len(buffers), num_barriers=tiles.stages)
+        free = plgpu.Barrier(num_arrivals=tiles.groups, num_barriers=tiles.stages)
+        return cls(buffers, filled, free)
+
+    def wait(self, slot):
+        """The slot's buffers, once they are filled."""
+        plgpu.barrier_wait(self.filled.at[slot])
+        return [buffer.at[slot] for buffer in self.buffers]
+
+    def release(self, slot):
+        plgpu.barrier_arrive(self.free.at[slot])
+
+
+def _produce(block, sources):
+    """The copying warpgroup: fills a slot as soon as every computing warpgroup has left it."""
+    tiles = block.plan.tiles
+    if tiles.groups > 1:
+        plgpu.set_max_registers(24, action="decrease")
+
+    def fill(column, _):
+        slot = block.slot(column)
+        for refs, ring in sources:
+
+            @pl.when(column - block.ranges[0] >= tiles.stages)
+            def _wait(ring=ring):
+                plgpu.barrier_wait(ring.free.at[slot])
+
+            for ref, buffer in zip(refs, ring.buffers, strict=True):
+                source = block.at(ref, column * tiles.columns, tiles.columns)
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], ring.filled.at[slot])
+
+    lax.fori_loop(block.ranges[0], block.ranges[3], fill, None)
+
+
+def _load_own(block, pairs, lo_ref, hi_ref, edges_smem, ready):
+    """A computing warpgroup's own rows into shared memory; returns their bounds (lo, hi)."""
+    if block.plan.tiles.groups > 1:
+        plgpu.set_max_registers(240, action="increase")
+    ready = ready.at[block.group]
+    edges = [edges_smem.at[i, block.group] for i in range(2)]
+    here = pl.ds(block.own_start, _ROWS)
+    for ref, smem in zip((lo_ref, hi_ref), edges, strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[block.row, here], smem, ready)
+    for ref, smem in pairs:
+        plgpu.copy_gmem_to_smem(block.own(ref), smem, ready)
+    plgpu.barrier_wait(ready)
+    return [smem[...] for smem in edges]
+
+
+def _store_own(block, pairs):
+    plgpu.commit_smem()
+    for smem, ref in pairs:
+        plgpu.copy_smem_to_gmem(smem, block.own(ref))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _product(a, b):
+    """a @ b on the tensor cores with float32 accumulation, b in shared memory."""
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _accumulate(sum_RK, a, b, plan):
+    """sum + a @ b with `a` in registers, added by the tensor cores."""
+    if plan.interpreted:
+        return sum_RK + _register_product(a, b, plan)
+    multiply = pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))
+    return multiply(plgpu.WGMMAAccumulatorRef.init(sum_RK))
+
+
+def _register_product(a, b, plan):
+    """a @ b with `a` in registers."""
+    if plan.interpreted:  # JAX's interpreter knows wgmma on shared memory only
+        product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # wgmma would have read b through the proxy that TMA writes through
+        return product
+    return _product(a, b)
+
+
+def _masked(s_RC, edges, column, block):
+    """-inf where the bounds of its row do not admit the column."""
+    lo_R, hi_R = edges
+    column_RC = lax.broadcasted_iota(jnp.int32, s_RC.shape, 1) + column * block.plan.tiles.columns
+    seen_RC = (_across(lo_R, s_RC.shape) <= column_RC) & (column_RC < _across(hi_R, s_RC.shape))
+    return jnp.where(seen_RC, s_RC, -jnp.inf)
+
+
+def _across(x_R, shape):
+    return lax.broadcast_in_dim(x_R, shape, [0])
+
+
+def _down(x_C, shape):
+    return lax.broadcast_in_dim(x_C, shape, [1])
+
+
+def _matrix(slots: int, rows: int, like):
+    """`slots` matrices in shared memory, laid out as TMA writes and wgmma reads them."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((slots, rows, like.shape[-1]), like.dtype, transforms=transforms)
+
+
+def _vector(slots: int, rows: int):
+    return plgpu.SMEM((slots, rows), jnp.float32)
+
+
+def _like(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _launch(kernel, *, tiles: Tiles, **arguments):
+    # The default semantics differ between versions: written out.
+    params = plgpu.CompilerParams(
+        approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    )
+    return plgpu.kernel(
+        kernel,
+        grid_names=("tile", "head", "row"),
+        num_threads=tiles.groups + 1,
+        thread_name="group",
+        compiler_params=params,
+        **arguments,
+    )

@@ -1,0 +1,253 @@
+"""The TPU kernels: numerics in the interpreter (races, bounds, NaN memory), and compilation."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from modernbert_jax.attention import make_bounds, pallas_tpu, reference
+from modernbert_jax.attention.pallas_tpu import Generation, Tiles
+from modernbert_jax.attention.vjp import with_vjp
+
+INTERPRET = pltpu.InterpretParams(
+    detect_races=True,
+    out_of_bounds_reads="raise",
+    uninitialized_memory="nan",
+)
+# A chip of two cores shares the parallel axes of the grid out between them.
+TWO_CORES = dataclasses.replace(INTERPRET, num_cores_or_threads=2)
+# Several tiles and units in a few hundred tokens.
+SMALL = Generation(
+    vmem_bytes=64 * 2**20,
+    forward_global=Tiles(256, 128, 256, 128),
+    forward_local=Tiles(256, 128),
+    backward_global=Tiles(256, 128, 256, 128),
+    backward_local=Tiles(256, 128),
+)
+# Of the largest value of each array. A wrong gradient must fail at these (test below).
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
+
+# Runs of (segment id, tokens).
+MIXED = [(0, 10), (1, 90), (2, 1), (0, 19), (3, 180)]  # padding first and in the middle, one token
+PACKED = [(1, 500), (2, 90), (0, 10)]  # padding last, a segment over two tile edges
+PADDING = [(0, 300)]
+
+
+def segment_ids(*rows):
+    return np.stack([np.repeat([i for i, _ in row], [n for _, n in row]) for row in rows])
+
+
+def draw(ids_BL, heads, head_dim, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (*ids_BL.shape, heads, head_dim)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(4)]
+
+
+def out_and_gradients(attention, qkv, d_out, bounds):
+    """out, dq, dk, dv, compiled once for the two runs that are compared."""
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        scale = q.shape[-1] ** -0.5
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, bounds, scale=scale), q, k, v)
+        return out, *pull(d_out)
+
+    return functools.partial(run, *qkv, d_out)
+
+
+def expected(qkv, d_out, bounds):
+    """The same from the reference in float64."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (*qkv, d_out)]
+        return [
+            np.asarray(x)
+            for x in out_and_gradients(reference.attention, wide[:3], wide[3], bounds)()
+        ]
+
+
+def interpreted(generation=SMALL, interpret=INTERPRET):
+    options = {"generation": generation, "interpret": interpret}
+    return with_vjp(
+        functools.partial(pallas_tpu.forward, **options),
+        functools.partial(pallas_tpu.backward, **options),
+    )
+
+
+def errors(got, want):
+    """The largest error of out, dq, dk and dv, each relative to its largest value."""
+    assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in got)
+    return [
+        np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1e-30)
+        for x, y in zip(got, want, strict=True)
+    ]
+
+
+def check(ids_BL, heads, head_dim, window, dtype, capfd, generation=SMALL, interpret=INTERPRET):
+    *qkv, d_out = draw(ids_BL, heads, head_dim, dtype)
+    bounds = make_bounds(jnp.asarray(ids_BL), window)
+    run = out_and_gradients(interpreted(generation, interpret), qkv, d_out, bounds)
+    got = run()
+    assert [x.dtype for x in got] == [dtype] * 4
+    assert max(errors(got, expected(qkv, d_out, bounds))) < TOLERANCE[dtype]
+    padding = ids_BL == 0
+    assert all(not np.asarray(x, np.float32)[padding].any() for x in got)
+    assert all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(got, run(), strict=True)
+    )
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matches_reference(window, dtype, capfd):
+    check(segment_ids(MIXED, PADDING), 2, 64, window, dtype, capfd)
+
+
+@pytest.mark.parametrize(("heads", "window"), [(3, None), (1, 16), (3, 1)])
+def test_odd_heads_and_several_tiles(heads, window, capfd):
+    check(segment_ids(PACKED), heads, 64, window, jnp.float32, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [64, None])
+def test_two_cores(window, capfd):
+    check(segment_ids(MIXED), 2, 64, window, jnp.bfloat16, capfd, interpret=TWO_CORES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("heads", [1, 5, 16])
+@pytest.mark.parametrize("window", [1, 16, 64, 300, None])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matches_reference_everywhere(head_dim, heads, window, dtype, capfd):
+    if heads == 16 and head_dim != 64:
+        pytest.skip("16 heads are tried at the head dim of the model only")
+    check(segment_ids(PACKED), heads, head_dim, window, dtype, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("length", [1024, 1100, 2048])
+def test_matches_reference_with_the_tiles_in_use(length, window, capfd):
+    ids_BL = segment_ids([(1, 700), (2, length - 800), (0, 100)])
+    generation = pallas_tpu.GENERATIONS["TPU v6 lite"]
+    check(ids_BL, 2, 64, window, jnp.bfloat16, capfd, generation)
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+    max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    runs=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200)), min_size=1, max_size=6),
+    window=st.sampled_from([None, 1, 16, 64, 512]),
+)
+def test_any_layout_of_segments(runs, window, capfd):
+    check(segment_ids(runs), 2, 64, window, jnp.float32, capfd)
+
+
+def test_log_sum_exp():
+    ids_BL = segment_ids(MIXED, PADDING)
+    q, k, v, _ = draw(ids_BL, 2, 64, jnp.float32)
+    bounds = make_bounds(jnp.asarray(ids_BL), None)
+    _, lse_BHL = pallas_tpu.forward(q, k, v, bounds, 0.125, generation=SMALL, interpret=INTERPRET)
+    scores_BHLM = np.einsum("blhk,bmhk->bhlm", *(np.asarray(x, np.float64) for x in (q, k))) / 8
+    scores_BHLM[~np.broadcast_to(bounds.as_mask()[:, None], scores_BHLM.shape)] = -np.inf
+    want_BHL = np.logaddexp.reduce(scores_BHLM, axis=-1)
+    np.testing.assert_allclose(lse_BHL, want_BHL, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_wrong_gradient_fails(dtype):
+    """64 keys that got the values of their neighbours: what reading a wrong tile would do."""
+    ids_BL = segment_ids(MIXED)
+    *qkv, d_out = draw(ids_BL, 2, 64, dtype)
+    bounds = make_bounds(jnp.asarray(ids_BL), 64)
+    got = out_and_gradients(interpreted(), qkv, d_out, bounds)()
+    want = expected(qkv, d_out, bounds)
+    for wrong in (1, 2, 3):
+        broken = list(got)
+        broken[wrong] = got[wrong].at[:, 128:192].set(got[wrong][:, 192:256])
+        found = errors(broken, want)
+        assert found.pop(wrong) > 5 * TOLERANCE[dtype]
+        assert max(found) < TOLERANCE[dtype]
+
+
+def test_race_detector_speaks(capfd):
+    """Two cores writing one block: the check for races above would have seen it."""
+
+    def kernel(x, out):
+        out[...] = x[...] * 2.0
+
+    x = jnp.ones((256, 128))
+    pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec((128, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((128, 128), lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((128, 128), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=TWO_CORES,
+    )(x).block_until_ready()
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+def test_supports():
+    def ask(shape, dtype=jnp.bfloat16, device="TPU v6 lite"):
+        bounds = make_bounds(jnp.ones((1, 8), jnp.int32))
+        return pallas_tpu.supports(jax.ShapeDtypeStruct(shape, dtype), bounds, device)
+
+    assert all(ask((2, 8192, 12, 64), device=kind) is None for kind in pallas_tpu.GENERATIONS)
+    assert "got 'NVIDIA H100'" in ask((2, 8192, 12, 64), device="NVIDIA H100")
+    assert "got float16" in ask((2, 8192, 12, 64), jnp.float16)
+    assert "got 48" in ask((2, 8192, 12, 48))
+    assert "L=1000000" in ask((2, 1000000, 12, 64))
+
+
+# Compiled for TPUs that are not there
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+ALL_CASES = [f"{s}:{L}:{w}" for s in ("base", "large") for L in (1024, 8192) for w in (64, "none")]
+
+
+def compile_for(generation, cases):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    script = Path(__file__).with_name("tpu_compile.py")
+    found = subprocess.run(
+        [sys.executable, script, TOPOLOGIES[generation], *cases],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONWARNINGS="ignore"),
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
+    assert [line["case"] for line in lines] == list(cases)
+    for line in lines:
+        assert line["device_kind"] in pallas_tpu.GENERATIONS
+        assert line["kernels"] == 2  # one forward, one backward
+        # Padded and relaid copies of the arrays at most; scores would be hundreds of times q.
+        assert line["temp_bytes"] < 12 * line["qkv_bytes"]
+
+
+def test_compiles_for_v6e():
+    compile_for("v6e", ["base:8192:64", "base:8192:none"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_compiles_everywhere(generation):
+    compile_for(generation, ALL_CASES)
