@@ -87,10 +87,13 @@ def interpreted(generation=SMALL, interpret=INTERPRET):
 
 
 def errors(got, want):
-    """The largest error of out, dq, dk and dv, each relative to its largest value."""
+    """The largest error of out, dq, dk and dv, each relative to its largest value, or to 1.
+
+    1 is the size of the inputs: in segments of one token, dq and dk are nothing but rounding.
+    """
     assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in got)
     return [
-        np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1e-30)
+        np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1.0)
         for x, y in zip(got, want, strict=True)
     ]
 
@@ -152,11 +155,12 @@ def test_matches_reference_with_the_tiles_in_use(length, window, capfd):
     max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
 @hypothesis.given(
-    runs=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200)), min_size=1, max_size=6),
+    runs=st.lists(st.tuples(st.booleans(), st.integers(1, 200)), min_size=1, max_size=6),
     window=st.sampled_from([None, 1, 16, 64, 512]),
 )
 def test_any_layout_of_segments(runs, window, capfd):
-    check(segment_ids(runs), 2, 64, window, jnp.float32, capfd)
+    row = [(i if token else 0, n) for i, (token, n) in enumerate(runs, start=1)]
+    check(segment_ids(row), 2, 64, window, jnp.float32, capfd)
 
 
 def test_log_sum_exp():

@@ -241,7 +241,8 @@ class _Plan:
 
 def _plan(q_BLHK, bounds: Bounds, for_global: Tiles, for_local: Tiles) -> _Plan:
     B, L, H, K = q_BLHK.shape
-    local = bounds.window is not None and bounds.window <= _WIDEST_BAND
+    window = bounds.window or 0
+    local = 0 < window <= _WIDEST_BAND
     tiles = for_local if local else for_global
     # As many tiles as the length needs, all of one size: 1100 tokens are 2 x 640, not 2 x 1024.
     count = -(-L // tiles.queries)
@@ -249,7 +250,7 @@ def _plan(q_BLHK, bounds: Bounds, for_global: Tiles, for_local: Tiles) -> _Plan:
     padded = count * queries
     unit_queries = math.gcd(queries, tiles.unit_queries)
     # A half tile of lanes is the finest offset that suits both dtypes' rows.
-    reach = _round_up(bounds.window, _LANES // 2) if local else 0
+    reach = _round_up(window, _LANES // 2) if local else 0
     if local:
         keys = min(queries + 2 * reach, padded)
         unit_keys = min(unit_queries + 2 * reach, padded)
@@ -431,7 +432,7 @@ def _staggered(units, *stages):
     The compiler's scheduler stays near program order: this way the products of one unit overlap
     with the exponentials of its predecessor.
     """
-    values = [()] * len(units)
+    values: list[Any] = [()] * len(units)
     for time in range(len(units) + len(stages) - 1):
         for lag, stage in enumerate(stages):
             if 0 <= time - lag < len(units):

@@ -14,16 +14,19 @@ itself; the sum over partial dq that its fused backward leaves to XLA is not cou
 """
 
 import argparse
+import atexit
 import dataclasses
 import datetime
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 DUMP = tempfile.mkdtemp(prefix="tpu_static_")
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
