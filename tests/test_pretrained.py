@@ -110,13 +110,13 @@ def test_shards_and_their_index(tmp_path):
 
 
 def test_transformers_shards_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     reference = hf_model("ModernBertForMaskedLM")
     reference.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     ids, _ = inputs(9)
     got = mj.ModernBertForMaskedLM.from_pretrained(tmp_path)(ids).logits
-    import torch
-
     with torch.no_grad():
         assert relative_error(got, reference(torch.tensor(ids)).logits) < 1e-5
 
