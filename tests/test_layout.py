@@ -1,6 +1,7 @@
 """What every file must keep to: the direction of imports, the layout, the versions."""
 
 import ast
+import platform
 import re
 import subprocess
 import sys
@@ -202,6 +203,8 @@ def test_the_two_version_pairs():
         assert version("torch").split("+")[0] == "2.13.0"
         assert version("torch-optimi")
         assert version("transformers")
+        if sys.platform == "linux" and platform.machine() == "x86_64":  # as pyproject.toml has it
+            assert version("libtpu")  # without it the TPU kernels' compilation would skip
     else:
         assert jax_version >= (0, 11, 1)
         assert flax_version >= (0, 12, 9)

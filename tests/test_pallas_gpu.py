@@ -6,6 +6,7 @@ memory, barriers and TMA) and machine code. No test of this file has run on a GP
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import types
@@ -262,7 +263,7 @@ def test_compiles_for_an_absent_gpu(target):
     script = Path(__file__).with_name("compile_h100.py")
     command = [sys.executable, str(script), "--target", target]
     done = subprocess.run(command, capture_output=True, text=True)
-    if "pip could not install" in done.stderr:
+    if "pip could not install" in done.stderr and not os.environ.get("CI"):  # CI has an index
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-2000:]
     records = json.loads(done.stdout)
