@@ -1,6 +1,5 @@
 """python -m train VERB: the command line, made from the dataclasses."""
 
-import dataclasses
 import importlib
 import pathlib
 import pkgutil
@@ -59,8 +58,6 @@ def _pretrain(args: list[str]) -> int:
             raise ValueError(f"--config: expected one of {', '.join(config_names())}, got {name!r}")
         module = importlib.import_module(f".configs.{name}", __package__)
         default, description = module.get_config(), module.__doc__ or description
-    if not default.corpus:  # so that --help and errors show it as an option, not as required
-        default = dataclasses.replace(default, corpus="")
     config = tyro.cli(
         TrainConfig, prog="python -m train pretrain", args=rest, default=default,
         description=description,

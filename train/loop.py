@@ -28,6 +28,7 @@ from modernbert_jax.pretrained import (
     is_orbax,
     load_orbax,
     module_of,
+    param_shapes,
     resolve,
     write_text,
 )
@@ -103,11 +104,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
         )
 
     # ---- State: the newest checkpoint, else init_from, else fresh weights ------------------------
+    optimizer = config.optimizer
     tx = stable_adamw(
-        config.optimizer.b1,
-        config.optimizer.b2,
-        config.optimizer.eps,
-        config.optimizer.weight_decay,
+        optimizer.b1,
+        optimizer.b2,
+        optimizer.eps,
+        optimizer.weight_decay,
+        decay_mask(param_shapes(ModernBertForMaskedLM, model_config)),
     )
     done = checkpoint.committed(workdir)
     if done:
@@ -116,13 +119,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
         say(f"taking up {done[-1]} (step {int(state.optimizer.step):,})")
     else:
         state, position = _fresh_state(config, model_config, tx), Position()
-    tx = stable_adamw(
-        config.optimizer.b1,
-        config.optimizer.b2,
-        config.optimizer.eps,
-        config.optimizer.weight_decay,
-        decay_mask(state.params),
-    )
     say(
         f"{sum(p.size for p in state.params.values()):,} parameters; a step is "
         f"{config.rows} rows of {config.row_length} tokens"
@@ -135,14 +131,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
         donate_argnums=0,
     )
     eval_step = jax.jit(make_eval_step(model_config, loss_chunk=config.loss_chunk, **how))
+    eval_mask = _masking(config, tokenizer, config.eval_mask_rate)
+    held_out = [eval_batches(store["eval"], eval_mask, config) for store in stores]
     writer = MetricsWriter(workdir, int(state.optimizer.step))
     result: dict[str, Any] = {"phases": []}
     stop = _StopSignal()
     try:
         for index in range(position.phase, len(config.phases)):
             trainer = _PhaseRun(
-                config, model_config, workdir, tokenizer, stores[index], index,
-                train_step, eval_step, writer, stop,
+                config, model_config, workdir, tokenizer, stores[index]["train"], held_out[index],
+                index, train_step, eval_step, writer, stop,
             )  # fmt: skip
             state, position = trainer.run(state, position)
             if stop.asked:
@@ -155,11 +153,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # ---- What is left behind ---------------------------------------------------------------------
     baselines = {}
     for index, phase in enumerate(config.phases):
-        masking = _masking(config, tokenizer, config.eval_mask_rate)
-        scores = evaluate(
-            eval_step, state.params, eval_batches(stores[index]["eval"], masking, config)
-        )
-        baselines[phase.name] = unigram_accuracy(stores[index], masking, config)
+        scores = evaluate(eval_step, state.params, held_out[index])
+        baselines[phase.name] = unigram_accuracy(stores[index]["train"], eval_mask, held_out[index])
         result["phases"].append(
             {"phase": phase.name, **scores, "unigram_accuracy": baselines[phase.name]}
         )
@@ -187,24 +182,22 @@ class _PhaseRun:
     """One phase: the step loop, with its evaluations, checkpoints and progress."""
 
     def __init__(
-        self, config, model_config, workdir, tokenizer, store, index, train_step, eval_step,
-        writer, stop,
+        self, config, model_config, workdir, tokenizer, train, held_out, index, train_step,
+        eval_step, writer, stop,
     ):  # fmt: skip
         self.config, self.model_config, self.workdir = config, model_config, workdir
-        self.phase, self.index, self.store = config.phases[index], index, store
+        self.phase, self.index, self.train = config.phases[index], index, train
+        self.held_out = held_out
         self.train_step, self.eval_step = train_step, eval_step
         self.writer, self.stop = writer, stop
         self.masking = _masking(config, tokenizer, self.phase.mask_rate)
         self.rate = schedule(self.phase)
         self.peak = config.optimizer.max_learning_rate or self.phase.learning_rate
-        self.eval_batches = eval_batches(
-            store["eval"], _masking(config, tokenizer, config.eval_mask_rate), config
-        )
 
     def run(self, state: TrainState, position: Position) -> tuple[TrainState, Position]:
         """Steps until the budget is spent; returns the state and where the next phase starts."""
         config, phase = self.config, self.phase
-        sha256 = self.store["train"].fingerprint
+        sha256 = self.train.fingerprint
         if position.tokens_sha256 not in ("", sha256):
             raise ValueError(
                 f"phase {phase.name}: the corpus is not the one that this run has been trained on "
@@ -214,7 +207,7 @@ class _PhaseRun:
         position = dataclasses.replace(position, tokens_sha256=sha256)
         batches = Prefetch(
             Batches(
-                self.store["train"],
+                self.train,
                 self.masking,
                 config,
                 phase=self.index,
@@ -308,7 +301,7 @@ class _PhaseRun:
             )
 
     def _evaluate(self, state: TrainState, step: int, position: Position) -> None:
-        scores = evaluate(self.eval_step, state.params, self.eval_batches)
+        scores = evaluate(self.eval_step, state.params, self.held_out)
         self.writer.write(
             "eval", step, **scores, phase=self.phase.name, total_tokens=position.total_tokens
         )
@@ -390,14 +383,12 @@ def evaluate(eval_step, params, batches: list[dict]) -> dict[str, float]:
     return {"loss": loss / max(count, 1), "accuracy": right / max(count, 1)}
 
 
-def unigram_accuracy(stores: dict[str, TokenStore], masking: Masking, config: TrainConfig) -> float:
+def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) -> float:
     """Accuracy of always guessing the commonest token of the training text."""
-    counts = np.bincount(stores["train"].ids, minlength=masking.vocab_size)
+    counts = np.bincount(train.ids, minlength=masking.vocab_size)
     if not masking.mask_special:
         counts[list(masking.special_ids)] = 0
-    labels = np.concatenate(
-        [b["labels"].ravel() for b in eval_batches(stores["eval"], masking, config)]
-    )
+    labels = np.concatenate([batch["labels"].ravel() for batch in held_out])
     return float(np.mean(labels[labels != IGNORE] == counts.argmax()))
 
 
