@@ -7,7 +7,7 @@
 import dataclasses
 import json
 import math
-import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -303,16 +303,16 @@ class ModernBertConfig:
         return dict(sorted(data.items()))
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> "ModernBertConfig":
+    def from_json(cls, path: Any) -> "ModernBertConfig":
         """Reads the file `path`; ValueError names it when it is no valid configuration."""
         try:
-            with open(path, encoding="utf-8") as f:
-                data = json.load(f)
+            file = pathlib.Path(path) if isinstance(path, str) else path
+            data = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(data, dict):
                 raise ValueError(f"expected a JSON object, got {type(data).__name__}")
             return cls.from_dict(data)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
 
     def to_json(self) -> str:
         """The text of `config.json`."""

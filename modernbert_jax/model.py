@@ -163,8 +163,10 @@ class Embeddings(nnx.Module):
         self.tok_embeddings = Embedding(config, rngs)
         self.norm = LayerNorm(config)
 
-    def __call__(self, input_ids_BL: jax.Array, key: jax.Array | None) -> jax.Array:
-        x_BLD = self.norm(self.tok_embeddings(input_ids_BL))
+    def __call__(self, input_ids_BL, inputs_embeds_BLD, key: jax.Array | None) -> jax.Array:
+        if inputs_embeds_BLD is None:
+            inputs_embeds_BLD = self.tok_embeddings(input_ids_BL)
+        x_BLD = self.norm(inputs_embeds_BLD)
         return dropout(x_BLD.astype(self.config.residual_dtype), self.config.embedding_dropout, key)
 
 
@@ -288,6 +290,7 @@ def accepts_hf_names(call: Callable) -> Callable:
         "segment_ids": "segment_ids_BL",
         "positions": "positions_BL",
         "position_ids": "positions_BL",
+        "inputs_embeds": "inputs_embeds_BLD",
         "predict_positions": "predict_positions_BP",
     }
 
@@ -320,20 +323,23 @@ class ModernBertModel(Pretrained, nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         positions_BL: jax.Array | None = None,
         *,
+        inputs_embeds_BLD: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         attention: Callable[..., jax.Array] = default_attention,
         scan_layers: bool = False,
-        remat: bool = False,
+        remat: bool | Callable[..., bool] = False,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
         """Encodes rows of tokens: last_hidden_state is hidden_BLD in config.residual_dtype.
 
         attention_mask_BL: 1 is a token, 0 is padding (left or right). segment_ids_BL: packed rows,
         0 is padding, equal neighbours are one sequence that attends to itself only. positions_BL:
-        in tokens; by default they restart at 0 in each segment. dropout_key: None is inference.
+        in tokens; by default they restart at 0 in each segment. inputs_embeds_BLD: stands for the
+        look-up of input_ids_BL, before the norm. dropout_key: None is inference.
         attention: the op, e.g. `functools.partial(attention, implementation="reference")` or a
         sharded one. scan_layers: one compiled body for each repeated group of layers (quick to
-        compile). remat: recompute each layer in the backward pass.
+        compile). remat: recompute each layer in the backward pass, or what a policy of
+        jax.checkpoint_policies does not save.
         Raises ValueError for shapes that do not match and for a mask with holes.
         """
         config = self.config
@@ -358,9 +364,11 @@ class ModernBertModel(Pretrained, nnx.Module):
                 return layer(x_BLD, rope[kind], bounds[kind], attention, key)
 
             graph, state = nnx.split(layer)
-            return (jax.checkpoint(run) if remat else run)(state, x_BLD, key)
+            if remat:
+                run = jax.checkpoint(run, policy=None if remat is True else remat)
+            return run(state, x_BLD, key)
 
-        x_BLD = self.embeddings(input_ids_BL, fold(dropout_key, 0))
+        x_BLD = self.embeddings(input_ids_BL, inputs_embeds_BLD, fold(dropout_key, 0))
         states = [x_BLD]
         groups, period = self._groups() if scan_layers and not output_hidden_states else (0, 1)
         first = 1 if groups else 0

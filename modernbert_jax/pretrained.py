@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -368,60 +368,89 @@ def write_hf(
     write_text(folder / CONFIG_FILE, json.dumps(data, indent=2) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a whole file or nothing."""
+def _path(path: str | os.PathLike) -> Any:
+    """An absolute path; one of another kind (etils' epath: gs://...) as it is."""
+    return pathlib.Path(path).absolute() if isinstance(path, str | pathlib.Path) else path
+
+
+def remove_tree(folder: Any) -> None:
+    """Removes a directory with all that it holds; pathlib's or epath's."""
+    folder.rmtree() if hasattr(folder, "rmtree") else shutil.rmtree(folder)
+
+
+def write_text(path: Any, text: str) -> None:
+    """Writes a whole file or nothing; pathlib's path or epath's."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Any, content: bytes) -> None:
+    """Writes a whole file or nothing; pathlib's path or epath's."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 
-def copy_tokenizer(source: str | os.PathLike | None, folder: pathlib.Path) -> None:
-    """Copies the tokenizer files that `source` has; None copies nothing."""
+def copy_tokenizer(source: str | os.PathLike | None, folder: Any) -> None:
+    """Copies the tokenizer files that `source` has, tokenizer.json last; None copies nothing."""
     if source is None:
         return
-    for name in TOKENIZER_FILES:
-        path = pathlib.Path(source) / name
-        if path.exists() and path.resolve() != (folder / name).resolve():
-            shutil.copyfile(path, folder / name)
+    for name in reversed(TOKENIZER_FILES):
+        path = _path(source) / name
+        if path.exists() and path != folder / name:
+            write_bytes(folder / name, path.read_bytes())
 
 
 # Orbax directories.
 
 
-def _orbax_context(largest_bytes: int) -> ocp.Context:
-    # Uncompressed, at most the largest leaf in flight, and no copy of NumPy leaves (saves here do
-    # not return before they are done): the defaults peak at 2.4 to 3.3 times the checkpoint's size
-    # in memory.
+def _orbax_context(largest_bytes: int, copy: bool = False) -> ocp.Context:
+    # Uncompressed, at most the largest leaf in flight, and a copy of NumPy leaves only for a save
+    # that goes on in the background: the defaults peak at 2.4 to 3.3 times the checkpoint's size in
+    # memory.
     limit = max(largest_bytes, 64 * 1024**2)
     context = ocp.Context()
     context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False
+    context.memory.deepcopy_host_arrays = copy
     context.memory.write_concurrent_bytes = limit
     context.memory.read_concurrent_bytes = limit
     return context
 
 
-def save_orbax(
+def save_orbax(folder: str | os.PathLike, **content: Any) -> None:
+    """Writes the Orbax layout into a new directory; config.json comes last and makes it whole.
+
+    Takes what `start_save_orbax` takes, raises what it raises, and returns when all is written.
+    """
+    start_save_orbax(folder, in_turn=True, **content)()
+
+
+def start_save_orbax(
     folder: str | os.PathLike,
     *,
     config: ModernBertConfig,
     params: Mapping[str, Any],
     optimizer: Mapping[str, Any] | None = None,
     tokenizer_dir: str | os.PathLike | None = None,
-    data: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes the Orbax layout into a new directory; config.json comes last and makes it whole.
+    data: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+    in_turn: bool = False,
+) -> Callable[[], None]:
+    """Takes the arrays off the devices and writes in the background; the result waits and commits.
 
     params: {path: array}. optimizer: {"step": int, "mu": {path: array}, "nu": {path: array}}.
-    data: the position of a training run, plain JSON. Raises FileExistsError where `folder` is a
-    whole checkpoint already.
+    data: the position of a training run, plain JSON, or a function that gives it when the arrays
+    are written. in_turn: one tree after the other, which takes less memory and leaves nothing to
+    the background. Every process of a job calls this and the result; the first one writes what is
+    not an array. Raises FileExistsError where `folder` is a
+    whole checkpoint already, OSError (from the result, too) where it cannot be written.
     """
-    folder = pathlib.Path(folder).absolute()
-    if (folder / CONFIG_FILE).exists():
-        raise FileExistsError(f"{folder}: expected a new directory, found a checkpoint")
-    if folder.exists():
-        shutil.rmtree(folder)  # an unfinished save of the same step
-    folder.mkdir(parents=True)
+    root = _path(folder)
+    first = jax.process_index() == 0
+    if (root / CONFIG_FILE).exists():
+        raise FileExistsError(f"{root}: expected a new directory, found a checkpoint")
+    if first:
+        if root.exists():
+            remove_tree(root)  # an unfinished save of the same step
+        root.mkdir(parents=True)
     trees: dict[str, Any] = {"params": unflatten(params)}
     if optimizer is not None:
         trees["optimizer"] = {
@@ -429,48 +458,67 @@ def save_orbax(
             "mu": unflatten(optimizer["mu"]),
             "nu": unflatten(optimizer["nu"]),
         }
+    waiting = []
     for name, tree in trees.items():
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(tree))
-        with _orbax_context(largest):
-            ocp.save(str(folder / name), tree)
-    if data is not None:
-        (folder / "data").mkdir()
-        write_text(folder / "data" / "state.json", json.dumps(data, indent=2) + "\n")
-    copy_tokenizer(tokenizer_dir, folder)
-    names = {"architectures": [class_of(params, config).__name__]}
-    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict() | names, indent=2) + "\n")
+        with _orbax_context(largest, copy=not in_turn):
+            waiting.append(ocp.save_async(str(root / name), tree))
+        if in_turn:
+            waiting.pop().result()
+
+    def finish() -> None:
+        for response in waiting:
+            response.result()
+        if not first:
+            return
+        if data is not None:
+            values = data() if callable(data) else data
+            (root / "data").mkdir()
+            write_text(root / "data" / "state.json", json.dumps(values, indent=2) + "\n")
+        copy_tokenizer(tokenizer_dir, root)
+        names = {"architectures": [class_of(params, config).__name__]}
+        write_text(root / CONFIG_FILE, json.dumps(config.to_dict() | names, indent=2) + "\n")
+
+    return finish
 
 
-def load_orbax(folder: str | os.PathLike, optimizer: bool = False) -> dict[str, Any]:
-    """{"config", "params" {path: np array}, "optimizer" (asked for, else None), "data" (or None)}.
+def load_orbax(
+    folder: str | os.PathLike,
+    optimizer: bool = False,
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """{"config", "params" {path: array}, "optimizer" (asked for, else None), "data" (or None)}.
 
-    Raises FileNotFoundError where the directory is no whole checkpoint or lacks the optimizer.
+    The arrays are NumPy's, or with `shardings` {path: sharding} jax's, each read straight to where
+    it belongs. Raises FileNotFoundError where the directory is no whole checkpoint or lacks the
+    optimizer.
     """
-    folder = pathlib.Path(folder).absolute()
-    if not (folder / CONFIG_FILE).exists():
+    root = _path(folder)
+    if not (root / CONFIG_FILE).exists():
         raise FileNotFoundError(
-            f"{folder}: expected a whole checkpoint (params/ and {CONFIG_FILE}), found no "
+            f"{root}: expected a whole checkpoint (params/ and {CONFIG_FILE}), found no "
             f"{CONFIG_FILE}"
         )
-    out: dict[str, Any] = {"config": ModernBertConfig.from_json(folder / CONFIG_FILE)}
-    out["params"] = flatten_tree(_restore(folder / "params"))
+    out: dict[str, Any] = {"config": ModernBertConfig.from_json(root / CONFIG_FILE)}
+    out["params"] = _restore(root / "params", shardings)
     out["optimizer"] = out["data"] = None
     if optimizer:
-        if not (folder / "optimizer").exists():
-            raise FileNotFoundError(f"{folder}: no optimizer/ in this checkpoint")
-        state = _restore(folder / "optimizer")
-        out["optimizer"] = {
-            "step": int(state["step"]),
-            "mu": flatten_tree(state["mu"]),
-            "nu": flatten_tree(state["nu"]),
+        if not (root / "optimizer").exists():
+            raise FileNotFoundError(f"{root}: no optimizer/ in this checkpoint")
+        where = {f"{m}.{k}": s for m in ("mu", "nu") for k, s in (shardings or {}).items()}
+        state = _restore(root / "optimizer", where)
+        out["optimizer"] = {"step": int(state["step"])} | {
+            moment: {k[3:]: v for k, v in state.items() if k.startswith(moment + ".")}
+            for moment in ("mu", "nu")
         }
-    state_file = folder / "data" / "state.json"
+    state_file = root / "data" / "state.json"
     if state_file.exists():
         out["data"] = json.loads(state_file.read_text(encoding="utf-8"))
     return out
 
 
-def _restore(folder: pathlib.Path) -> Any:
+def _restore(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """{path: array} of one tree."""
     metadata = ocp.metadata(str(folder)).metadata
     parts: list[dict[str, Any]] = [{}]  # read in turn: all at once takes twice the memory
     size = largest = 0
@@ -480,7 +528,11 @@ def _restore(folder: pathlib.Path) -> Any:
         if parts[-1] and size + nbytes > 128 * 1024**2:
             parts.append({})
             size = 0
-        parts[-1][path] = np.empty((0,), leaf.dtype)
+        parts[-1][path] = (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+            if shardings and path in shardings
+            else np.empty((0,), leaf.dtype)
+        )
         size += nbytes
     flat: dict[str, Any] = {}
     context = _orbax_context(largest)
@@ -488,12 +540,12 @@ def _restore(folder: pathlib.Path) -> Any:
     with context:
         for part in parts:
             flat |= flatten_tree(ocp.load(str(folder), unflatten(part)))
-    return unflatten(flat)
+    return flat
 
 
 def is_orbax(folder: str | os.PathLike) -> bool:
     """Whether a directory is laid out as `save_orbax` does."""
-    return (pathlib.Path(folder) / "params").is_dir()
+    return (_path(folder) / "params").is_dir()
 
 
 # from_pretrained, save_pretrained.

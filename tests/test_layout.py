@@ -29,7 +29,9 @@ LIBRARY_IMPORTS = {
 }
 ALLOWED_IMPORTS = {
     "modernbert_jax": LIBRARY_IMPORTS,
-    "train": LIBRARY_IMPORTS | {"matplotlib", "optax", "tensorboardX", "tqdm", "tyro"},
+    "train": LIBRARY_IMPORTS
+    | {"absl", "array_record", "etils", "grain", "matplotlib", "optax", "tensorboardX", "tqdm"}
+    | {"tyro", "wandb"},
     "convert": LIBRARY_IMPORTS | {"torch", "transformers"},
 }
 # Reading with any of these can run what the file says. `convert` has its own restricted unpickler.
@@ -180,7 +182,9 @@ def test_declared_dependencies_are_the_imports():
 
     def names(requirements: list[str]) -> set[str]:
         found = {re.split(r"[ ;<>=\[]", requirement)[0] for requirement in requirements}
-        return {name.removesuffix("-checkpoint").replace("-", "_") for name in found}
+        return {
+            name.removesuffix("-checkpoint").removesuffix("-py").replace("-", "_") for name in found
+        }
 
     extras = project["optional-dependencies"]
     library = names(project["dependencies"]) | {"modernbert_jax"}

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from train.masking import Masking, fit_positions, mask_document, predicted_positions
+from train.masking import (
+    Masking,
+    _mix,
+    corrupt,
+    fit_positions,
+    mask_document,
+    pick_positions,
+    predicted_positions,
+    token_draws,
+)
 
 MASKING = Masking(rate=0.3, mask_id=4, vocab_size=1000, special_ids=(0, 1, 2, 3, 4))
 IDS = np.random.default_rng(0).integers(5, 1000, 100_000).astype(np.int32)
@@ -41,6 +50,37 @@ def test_seeded_per_record():
     one, again, other = (mask_document(IDS, MASKING, (17, 0, d)) for d in (5, 5, 6))
     np.testing.assert_array_equal(one[0], again[0])
     assert (one[0] != other[0]).any()
+
+
+def test_a_mask_depends_on_no_neighbour():
+    """Documents of a row, in any order, are drawn as each is alone."""
+    lengths = np.array([300, 1, 57, 2000])
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        ids = np.concatenate([IDS[: lengths[d]] for d in order])
+        draws = token_draws(np.array(order), lengths[order], (17, 0))
+        picked = pick_positions(ids, draws, MASKING)
+        corrupted = corrupt(ids, picked, draws, MASKING)
+        alone = [mask_document(IDS[: lengths[d]], MASKING, (17, 0, d)) for d in order]
+        np.testing.assert_array_equal(corrupted, np.concatenate([a for a, _ in alone]))
+        starts = np.cumsum(lengths[order]) - lengths[order]
+        want = np.concatenate([p + s for (_, p), s in zip(alone, starts, strict=True)])
+        np.testing.assert_array_equal(picked, want)
+
+
+def test_draws_are_splitmix64_and_look_random():
+    """Known answers of the published generator, seeded with 1234567; then counts of bits."""
+    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert _mix(states).tolist() == known
+    lengths = np.full(2000, 100)
+    draws = token_draws(np.arange(2000), lengths, (17, 3)).reshape(2000, 100)
+    assert len(np.unique(draws)) == draws.size
+    other = token_draws(np.arange(2000), lengths, (17, 4)).reshape(2000, 100)
+    pairs = [(draws, other), (draws[1:], draws[:-1]), (draws[:, 1:], draws[:, :-1])]
+    for one, two in pairs:  # epochs, documents, places
+        for bit in range(64):
+            same = ((one ^ two) >> np.uint64(bit) & np.uint64(1)).mean()
+            assert abs(same - 0.5) < 5 * 0.5 / np.sqrt(one.size)
 
 
 def test_predicted_positions():

@@ -9,10 +9,11 @@ import pytest
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.pretrained import hf_to_params
 from tests.parity_cases import hf_model
-from train.config import Phase
+from train.config import Optimizer, Phase, TrainConfig
 from train.loss import IGNORE
-from train.optimizer import decay_mask, schedule, stable_adamw
-from train.step import TrainState, make_train_step
+from train.optimizer import decay_mask, schedule
+from train.sharding import make_mesh
+from train.step import Trainer, TrainState
 
 torch = pytest.importorskip("torch")
 optimi = pytest.importorskip("optimi")
@@ -113,14 +114,14 @@ def test_fifty_steps(packed, micro_batches, scan):
     config = ModernBertConfig.from_dict(reference.config.to_dict())
     tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
     params = hf_to_params(config, tensors, ModernBertForMaskedLM)
-    tx = stable_adamw(0.9, 0.98, 1e-6, 5e-4, decay_mask(params))
+    recipe = TrainConfig(optimizer=Optimizer(weight_decay=5e-4), loss_chunk=16, scan_layers=scan)
+    trainer = Trainer(recipe, config, make_mesh(devices=jax.devices()[:1]))
     params = jax.tree.map(jax.numpy.asarray, params)
-    state = TrainState(params, tx.init(params))
-    step_fn = jax.jit(make_train_step(config, tx, seed=0, loss_chunk=16, scan_layers=scan))
+    state = TrainState(params, trainer.tx.init(params))
     ours = []
     for step in range(STEPS):
         batch = batch_of(step, packed, micro_batches)
-        state, metrics = step_fn(state, batch, RATE(step), PEAK)
+        state, metrics = trainer.train_step(state, batch, RATE(step), PEAK)
         ours.append(float(metrics["loss"]))
     theirs = torch_losses()
     assert theirs[0] - theirs[-1] > 0.2  # it did learn

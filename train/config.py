@@ -1,6 +1,7 @@
 """What a pretraining run is: phases as data. The command line is made from these dataclasses."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from modernbert_jax import ModernBertConfig
@@ -14,11 +15,33 @@ class Phase:
     tokens: int = 10_000_000  # budget, in tokens without padding
     mask_rate: float = 0.30  # share of tokens to predict
     learning_rate: float = 3e-4  # peak
-    corpus: str = ""  # folder or file of .txt, .jsonl, .csv, .tsv; empty: the run's --corpus
+    corpus: tuple[str, ...] = ()  # folders or files, see TrainConfig; empty: the run's --corpus
     warmup_tokens: int = 0  # linear, from 0
     decay_tokens: int = 0  # at the end of the budget; 0 is a constant rate
     decay: Literal["one_minus_sqrt", "linear"] = "one_minus_sqrt"
     final_lr_share: float = 0.001  # of the peak, where the decay ends
+    warmup_rows: int = 0  # rows of the first steps; 0: all of them from the start
+    rows_warmup_tokens: int = 0  # by when all rows are in use
+
+    def __post_init__(self) -> None:
+        if isinstance(self.corpus, str):
+            object.__setattr__(self, "corpus", (self.corpus,) if self.corpus else ())
+
+    def rows_at(self, tokens: int, rows: int, micro_rows: int) -> int:
+        """The rows of the step that starts at `tokens` of the phase's clock.
+
+        They rise from warmup_rows to `rows` by one micro-batch at a time, each size serving as many
+        steps as the next. Source: ModernBERT's batch-size warm-up (its sequence packer).
+        """
+        if not self.warmup_rows or tokens >= self.rows_warmup_tokens:
+            return rows
+        sizes = range(self.warmup_rows, rows + 1, micro_rows)
+        done = 0
+        for size in sizes:
+            done += size
+            if tokens < math.ceil(self.rows_warmup_tokens * done / sum(sizes)):
+                return size
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +58,25 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices by axis. Rows are split over data and fsdp, weights over fsdp and tensor."""
+
+    data: int = -1  # copies of the model; -1: the devices that fsdp and tensor leave
+    fsdp: int = 1  # parameters and moments are split this many ways
+    tensor: int = 1  # heads, MLP and vocabulary are split this many ways
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """How the processes of a run find each other: jax.distributed.initialize()."""
+
+    coordinator: str = ""  # host:port of process 0; empty: as Cloud TPU, SLURM or Open MPI tell it
+    count: int = 0  # processes; 0: as they tell it, else 1
+    index: int = -1  # this one's number
+    heartbeat_seconds: int = 100  # a host silent for that long ends the run everywhere
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A pretraining run."""
 
@@ -42,20 +84,31 @@ class TrainConfig:
     phases: tuple[Phase, ...] = (Phase(),)
     optimizer: Optimizer = Optimizer()
     workdir: str = "runs/pretrain"  # checkpoints, tokens, metrics, curves and the export
-    corpus: str = ""  # for the phases that name none; empty: notes made by train/corpora/synthetic
-    synthetic_notes: int = 12_000  # how many, where corpus is empty
+    # For the phases that name none: folders or files of .txt, .jsonl, .csv, .tsv, folders of tokens
+    # made by `prepare`, MDS folders. Empty: notes made by train/corpora/synthetic.
+    corpus: tuple[str, ...] = ()
+    synthetic_notes: int = 12_000  # how many, where corpus is empty; 0: refuse instead
     text_column: str = ""  # of .jsonl, .csv, .tsv; empty: text, notes, note, ...
     tokenizer: str = ""  # folder or hub id; empty: a byte-level BPE trained on the corpus
-    init_from: str = ""  # checkpoint (HF or Orbax) to start from; empty: fresh weights
+    init_from: str = ""  # checkpoint (HF, Orbax, or another run's workdir); empty: fresh weights
     init_optimizer: bool = False  # take the Adam moments of init_from as well (Orbax only)
+    global_rope_theta: float = 0.0  # replaces init_from's (context extension); 0: leave it
     seed: int = 17
     row_length: int = 1024  # tokens a packed row
     rows: int = 32  # a step, over all micro-batches
     micro_batches: int = 1  # gradient accumulation; the loss is the same for any number
     mask_special_tokens: bool = False  # the reference's packed training may mask [CLS] and [SEP]
+    # tokens: the mean over all masked tokens of a step. sequences: as the reference's trainer has
+    # it, the mean of each micro-batch weighted by its number of sequences.
+    loss_weighting: Literal["tokens", "sequences"] = "tokens"
+    mesh: MeshShape = MeshShape()
+    hosts: Hosts = Hosts()
+    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"  # of dropout; rbg is quicker on TPUs
+    attention: str = ""  # implementation by name (modernbert_jax.attention); empty: chosen
     scan_layers: bool = False  # one body for repeated layers: compiles faster, slower on CPUs
-    remat: bool = False  # recompute each layer in the backward pass
-    loss_chunk: int = 1024  # predicted positions whose logits exist at once
+    # What the backward pass computes again: nothing, whole layers, or all but matrix products.
+    remat: Literal["none", "layers", "all_but_dots"] = "none"
+    loss_chunk: int = 1024  # predicted positions a device whose logits exist at once
     eval_fraction: float = 0.05  # of the documents, by a hash of the text
     eval_mask_rate: float = 0.15
     eval_every: int = 200  # steps; also at the end of each phase
@@ -63,7 +116,15 @@ class TrainConfig:
     checkpoint_every: int = 200  # steps; also at the end of each phase
     keep_checkpoints: int = 2
     log_every: int = 10  # steps
+    stall_minutes: float = 15.0  # without a step, until every host says where it is
+    profile_step: int = 0  # step that jax.profiler starts at; 0: never
+    profile_steps: int = 3
+    wandb: str = ""  # project of Weights & Biases (needs wandb); empty: none
     fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled at the end
+
+    def __post_init__(self) -> None:
+        if isinstance(self.corpus, str):
+            object.__setattr__(self, "corpus", (self.corpus,) if self.corpus else ())
 
     def validate(self) -> None:
         """Raises ValueError with one line for values that cannot go together."""
@@ -82,9 +143,9 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.rows % self.micro_batches:
+        if self.micro_batches > self.rows:
             raise ValueError(
-                f"rows {self.rows} is not a multiple of micro_batches {self.micro_batches}"
+                f"micro_batches {self.micro_batches}: expected at most rows {self.rows}"
             )
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected 0 to 1, got {self.eval_fraction}")
@@ -104,6 +165,17 @@ class TrainConfig:
                     f"phase {phase.name}: a budget of {phase.tokens:,} tokens is below one step of "
                     f"{step_tokens:,} (rows x row_length); raise tokens or lower --rows"
                 )
+            if phase.warmup_rows and (
+                phase.warmup_rows % self.micro_rows
+                or self.rows % self.micro_rows
+                or not phase.rows_warmup_tokens
+                or phase.warmup_rows > self.rows
+            ):
+                raise ValueError(
+                    f"phase {phase.name}: warmup_rows {phase.warmup_rows}: expected "
+                    f"rows_warmup_tokens with it, and warmup_rows and rows {self.rows} to be "
+                    f"multiples of the {self.micro_rows} rows of a micro-batch"
+                )
             if not 0 <= phase.warmup_tokens + phase.decay_tokens <= phase.tokens:
                 raise ValueError(
                     f"phase {phase.name}: warmup_tokens + decay_tokens "
@@ -113,5 +185,5 @@ class TrainConfig:
 
     @property
     def micro_rows(self) -> int:
-        """Rows a micro-batch."""
-        return self.rows // self.micro_batches
+        """Rows a micro-batch; the last one of a step may have fewer."""
+        return -(-self.rows // self.micro_batches)

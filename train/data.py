@@ -1,167 +1,73 @@
-"""Text to token files once, then token files to batches of packed, masked rows.
+"""Pieces of text to batches of packed, masked rows, the same for any number of hosts and workers.
 
-A token folder holds, for each of train and eval, `ids.npy` (one document after the other) and
-`lengths.npy`, and `manifest.json`, which is written last and makes the folder whole.
+A row plan says which pieces make which row of an epoch. A step takes the next rows of the plan;
+each process builds only those of its own slots. What a run must keep to go on is two integers, the
+epoch and the row, and the phase's token clock.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
-import pathlib
-import queue
-import shutil
-import sys
 import threading
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
+import grain
 import numpy as np
-from tqdm import tqdm
+from absl import flags
 
 from modernbert_jax.packing import RowPlan, plan_rows
-from modernbert_jax.tokenizer import Tokenizer
 
 from .config import TrainConfig
-from .corpora.text import read_documents, split_of
 from .loss import IGNORE
-from .masking import Masking, fit_positions, mask_document, predicted_positions
+from .masking import (
+    Masking,
+    corrupt,
+    fit_positions,
+    pick_positions,
+    predicted_positions,
+    token_draws,
+)
+from .tokens import TokenStore
 
-SPLITS = ("train", "eval")
-_TOKENIZE_AT_ONCE = 256  # documents
 _EVAL_EPOCH = 2**31  # a mask seed that no training epoch has
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenStore:
-    """The documents of one split: `ids[starts[d]:starts[d + 1]]`, each with [CLS] and [SEP]."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    fingerprint: str  # sha256 of ids and lengths
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Where each document starts in `ids`, and the end."""
-        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-
-
-def tokens_folder(
-    root: pathlib.Path, corpus: str, tokenizer: Tokenizer, config: TrainConfig
-) -> pathlib.Path:
-    """Where the tokens of a corpus lie: its name and a hash of all that they depend on."""
-    path = pathlib.Path(corpus)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
-    text = json.dumps(
-        [stats, tokenizer.fingerprint, config.row_length, config.eval_fraction, config.text_column]
-    )
-    return root / f"{path.name or 'corpus'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def prepare_tokens(
-    corpus: str, tokenizer: Tokenizer, config: TrainConfig, folder: pathlib.Path
-) -> dict[str, TokenStore]:
-    """Reads, splits and tokenises a corpus into `folder`, or opens it where that is done already.
-
-    Documents are cut at row_length - 2 tokens; each piece gets [CLS] and [SEP]. Raises ValueError
-    for a corpus without a document for training and one for evaluation.
-    """
-    if not (folder / "manifest.json").exists():
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        manifest = _tokenise(corpus, tokenizer, config, temporary)
-        for split in SPLITS:
-            if not manifest[split]["pieces"]:
-                raise ValueError(
-                    f"{corpus}: no document fell into the {split} split "
-                    f"(eval_fraction {config.eval_fraction}, {manifest['documents']} documents); "
-                    "give more text or another --eval-fraction"
-                )
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return {
-        split: TokenStore(
-            np.load(folder / f"{split}.ids.npy", mmap_mode="r"),
-            np.load(folder / f"{split}.lengths.npy"),
-            manifest[split]["sha256"],
-        )
-        for split in SPLITS
-    }
-
-
-def _tokenise(
-    corpus: str, tokenizer: Tokenizer, config: TrainConfig, folder: pathlib.Path
-) -> dict[str, Any]:
-    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.uint32
-    raw = {split: open(folder / f"{split}.raw", "wb") for split in SPLITS}
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    documents = 0
-    cut = config.row_length - 2
-
-    def flush(texts: list[str]) -> None:
-        for text, ids in zip(texts, _encode(tokenizer, texts), strict=True):
-            split = split_of(text, config.eval_fraction)
-            for first in range(0, len(ids), cut):
-                piece = [tokenizer.cls_token_id, *ids[first : first + cut], tokenizer.sep_token_id]
-                raw[split].write(np.asarray(piece, dtype).tobytes())
-                lengths[split].append(len(piece))
-
-    texts: list[str] = []
-    column = config.text_column or None
-    bar = tqdm(
-        read_documents(corpus, text_column=column),
-        desc=f"tokenise {pathlib.Path(corpus).name}",
-        unit=" documents",
-        disable=not sys.stderr.isatty(),
-    )
-    for document in bar:
-        documents += 1
-        texts.append(document.text)
-        if len(texts) == _TOKENIZE_AT_ONCE:
-            flush(texts)
-            texts = []
-    flush(texts)
-    manifest: dict[str, Any] = {"documents": documents, "tokenizer": tokenizer.fingerprint}
-    for split in SPLITS:
-        raw[split].close()
-        data = np.fromfile(folder / f"{split}.raw", dtype)
-        sizes = np.asarray(lengths[split], np.int32)
-        np.save(folder / f"{split}.ids.npy", data)
-        np.save(folder / f"{split}.lengths.npy", sizes)
-        (folder / f"{split}.raw").unlink()
-        digest = hashlib.sha256(data.tobytes() + sizes.tobytes()).hexdigest()
-        manifest[split] = {"pieces": len(sizes), "tokens": int(sizes.sum()), "sha256": digest}
-    return manifest
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-@dataclasses.dataclass(frozen=True)
 class Batch:
-    """One step's rows, and where the next one starts.
+    """One step's rows that this process builds, and where the next step starts.
 
-    arrays, int32: input_ids, segment_ids [A, B, L]; predict_positions, labels [A, B, P] (labels are
-    IGNORE where a place is unused). tokens: without padding. dropped: picks beyond P.
+    arrays, int32: input_ids, segment_ids [A, S, L]; predict_positions, labels [A, S, P] (labels are
+    IGNORE where a place is unused); dropped [A, S], picks beyond P. A micro-batches, S slots.
+    tokens (without padding) and rows are those of the whole step, on every host the same, like
+    epoch and row. documents: the pieces that this process read.
     """
 
     arrays: dict[str, np.ndarray]
     tokens: int
-    masked: int
-    dropped: int
+    rows: int
     epoch: int
     row: int
+    documents: np.ndarray
+
+    @property
+    def masked(self) -> int:
+        """Tokens to predict, of this process."""
+        return int((self.arrays["labels"] != IGNORE).sum())
+
+    @property
+    def dropped(self) -> int:
+        """Picks beyond P, of this process."""
+        return int(self.arrays["dropped"].sum())
 
 
 class Batches(Iterator[Batch]):
     """The batches of one phase, without end: epochs follow each other inside a batch if need be.
 
-    The state is two integers: the epoch and the row of its plan that comes next.
+    Goes on where `epoch`, `row` and `tokens` (the phase's clock) say, whatever slots or hosts there
+    were before. Row k of a step is slot k % micro_rows of micro-batch k // micro_rows. slots: those
+    that this process builds, None for all; slots from micro_rows on stay empty and fill the
+    devices. Rows are read ahead by Grain, in `threads` of this process or, with workers, of as many
+    processes. Raises ValueError for pieces longer than a row or ids beyond the vocabulary.
     """
 
     def __init__(
@@ -173,126 +79,230 @@ class Batches(Iterator[Batch]):
         phase: int,
         epoch: int = 0,
         row: int = 0,
+        tokens: int = 0,
+        slots: np.ndarray | None = None,
+        workers: int = 0,
+        threads: int = 4,
     ):
-        self.store, self.masking, self.config = store, masking, config
-        self.phase, self.epoch, self.row = phase, epoch, row
-        self.starts = store.starts
-        self.limit = predicted_positions(config.row_length, masking.rate)
-        self.plan = self._plan()
-
-    def _plan(self) -> RowPlan:
-        seed = (self.config.seed, self.phase, self.epoch)
-        return plan_rows(self.store.lengths, self.config.row_length, seed)
+        self.config, self.phase, self.tokens = config, phase, tokens
+        self.slots = np.arange(config.micro_rows) if slots is None else np.asarray(slots)
+        self._filled = np.flatnonzero(self.slots < config.micro_rows)
+        self._plans = Plans(store, config.row_length, (config.seed, phase))
+        self._plans.epoch_rows = len(self._plans(epoch))
+        self._next = epoch * self._plans.epoch_rows + row
+        self._limit = predicted_positions(config.row_length, masking.rate)
+        self._rows = iter(())
+        # Rows come in units that are alike: micro-batches, or steps where the last micro-batch of
+        # each is not full.
+        whole = config.rows % config.micro_rows == 0
+        unit = config.micro_rows if whole else config.rows
+        own = np.flatnonzero(np.isin(np.arange(unit) % config.micro_rows, self.slots))
+        if len(own):
+            source = _Rows(store, masking, self._plans, self._next, own, unit)
+            ahead = 2 * config.rows // unit * len(own)  # two steps
+            self._rows = _read_ahead(source, ahead, workers, threads)
 
     def __next__(self) -> Batch:
-        config = self.config
-        rows = RowBuilder(config.rows, config.row_length, self.limit)
-        for _ in range(config.rows):
-            if self.row == len(self.plan):
-                self.epoch, self.row = self.epoch + 1, 0
-                self.plan = self._plan()
-            seed = (config.seed, self.phase, self.epoch)
-            rows.add(self.store, self.starts, self.plan.row(self.row), self.masking, seed)
-            self.row += 1
-        arrays = {
-            name: array.reshape(config.micro_batches, config.micro_rows, -1)
-            for name, array in rows.arrays.items()
-        }
-        return Batch(arrays, rows.tokens, rows.masked, rows.dropped, self.epoch, self.row)
-
-
-class RowBuilder:
-    """Fills rows one after the other; rows never added stay empty (padding)."""
-
-    def __init__(self, rows: int, row_length: int, limit: int):
-        shapes = {"input_ids": row_length, "segment_ids": row_length}
-        shapes |= {"predict_positions": limit, "labels": limit}
-        self.arrays = {name: np.zeros((rows, n), np.int32) for name, n in shapes.items()}
-        self.arrays["labels"][:] = IGNORE
-        self.limit = limit
-        self.rows = self.tokens = self.masked = self.dropped = 0
-
-    def add(
-        self,
-        store: TokenStore,
-        starts: np.ndarray,
-        documents: np.ndarray,
-        masking: Masking,
-        seed: tuple[int, ...],
-    ) -> None:
-        """Adds a row of these documents."""
-        a, r, end = self.arrays, self.rows, 0
-        places, originals, corrupted = [], [], []
-        for number, document in enumerate(documents, start=1):
-            ids = store.ids[starts[document] : starts[document + 1]].astype(np.int32)
-            changed, picked = mask_document(ids, masking, (*seed, int(document)))
-            a["segment_ids"][r, end : end + len(ids)] = number
-            places.append(picked + end)
-            originals.append(ids)
-            corrupted.append(changed)
-            end += len(ids)
-        original, changed = np.concatenate(originals), np.concatenate(corrupted)
-        picked, dropped = fit_positions(
-            np.concatenate(places), self.limit, (*seed, int(documents[0]), 1)
+        config, plans = self.config, self._plans
+        rows = config.phases[self.phase].rows_at(self.tokens, config.rows, config.micro_rows)
+        micro_batches = -(-rows // config.micro_rows)
+        arrays = _empty(micro_batches * len(self.slots), config.row_length, self._limit)
+        documents = [np.zeros(0, np.int64)]
+        for micro in range(micro_batches):
+            for slot in self._filled.tolist():
+                if micro * config.micro_rows + self.slots[slot] >= rows:
+                    continue
+                row = next(self._rows)
+                documents.append(row.pop("documents"))
+                for name, array in row.items():
+                    arrays[name][micro * len(self.slots) + slot] = array
+        tokens = plans.tokens(self._next, rows)
+        self._next += rows
+        self.tokens += tokens
+        return Batch(
+            {k: v.reshape(micro_batches, len(self.slots), *v.shape[1:]) for k, v in arrays.items()},
+            tokens,
+            rows,
+            *divmod(self._next, plans.epoch_rows),
+            np.concatenate(documents),
         )
-        if dropped:  # a pick that is not predicted stays as it was
-            kept = np.zeros(end, bool)
-            kept[picked] = True
-            changed = np.where(kept, changed, original)
-        a["input_ids"][r, :end] = changed
-        a["predict_positions"][r, : len(picked)] = picked
-        a["labels"][r, : len(picked)] = original[picked]
-        self.rows += 1
-        self.tokens += end
-        self.masked += len(picked)
-        self.dropped += dropped
-
-
-def eval_batches(store: TokenStore, masking: Masking, config: TrainConfig) -> list[dict]:
-    """Held-out rows under one fixed mask: batches [micro_rows, ...], at most eval_rows rows."""
-    plan = plan_rows(store.lengths, config.row_length, (config.seed, 0))
-    starts = store.starts
-    limit = predicted_positions(config.row_length, masking.rate)
-    count = min(len(plan), config.eval_rows)
-    batches = []
-    for first in range(0, count, config.micro_rows):
-        rows = RowBuilder(config.micro_rows, config.row_length, limit)
-        for r in range(first, min(first + config.micro_rows, count)):
-            rows.add(store, starts, plan.row(r), masking, (config.seed, 0, _EVAL_EPOCH))
-        batches.append(rows.arrays)
-    return batches
-
-
-class Prefetch(Iterator[Batch]):
-    """Draws batches in a thread, a few ahead; an error there is raised here."""
-
-    def __init__(self, batches: Iterator[Batch], ahead: int = 4):
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
-        self._thread.start()
-
-    def _fill(self, batches: Iterator[Batch]) -> None:
-        try:
-            for batch in batches:
-                while not self._stop.is_set():
-                    try:
-                        self._queue.put(batch, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if self._stop.is_set():
-                    return
-        except BaseException as error:  # handed to the reader
-            self._queue.put(error)
-
-    def __next__(self) -> Batch:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        self._thread.join()
+        """Ends the threads and workers."""
+        if isinstance(self._rows, grain.DatasetIterator):
+            self._rows.close()
+            self._rows = iter(())  # Grain's iterators complain when the interpreter ends first
+        self._plans.close()
+
+
+class Plans:
+    """The row plan of each epoch; the next one is made in a thread while this one is in use.
+
+    Best fit over lengths makes the same number of rows in every epoch, so that row r of epoch e is
+    row `e * epoch_rows + r` of the phase.
+    """
+
+    def __init__(self, store: TokenStore, row_length: int, seed: tuple[int, ...]):
+        self.lengths, self.row_length, self.seed = _fitted(store, row_length), row_length, seed
+        self.epoch_rows = 0
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._made: dict[int, futures.Future[RowPlan]] = {}
+        self._lock = threading.Lock()
+        self._thread = futures.ThreadPoolExecutor(1, "row-plan")
+
+    def __call__(self, epoch: int) -> RowPlan:
+        return self.begin(epoch).result()
+
+    def begin(self, epoch: int) -> futures.Future[RowPlan]:
+        """Starts on this epoch's plan, unless that is done; forgets those that are past."""
+        with self._lock:
+            if epoch not in self._made:
+                self._made = {e: plan for e, plan in self._made.items() if e >= epoch - 1}
+                self._made[epoch] = self._thread.submit(
+                    plan_rows, self.lengths, self.row_length, (*self.seed, epoch)
+                )
+            return self._made[epoch]
+
+    def row(self, number: int) -> tuple[int, np.ndarray]:
+        """(epoch, pieces) of a row of the phase."""
+        epoch, row = divmod(number, self.epoch_rows)
+        if 2 * row >= self.epoch_rows:
+            self.begin(epoch + 1)
+        return epoch, self(epoch).row(row)
+
+    def tokens(self, first: int, rows: int) -> int:
+        """Tokens in so many rows of the phase, without padding."""
+        epoch, row = divmod(first, self.epoch_rows)
+        here = min(rows, self.epoch_rows - row)
+        plan = self(epoch)
+        pieces = plan.documents[plan.starts[row] : plan.starts[row + here]]
+        total = int(self.lengths[pieces].sum(dtype=np.int64))
+        return total + (self.tokens(first + here, rows - here) if rows > here else 0)
+
+    def close(self) -> None:
+        """Ends the thread, after the plan that it is making."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows that a process builds, by number, as Grain reads them; there is no last one."""
+
+    store: TokenStore
+    masking: Masking
+    plans: Plans
+    first: int  # row of the phase
+    own: np.ndarray  # of each `unit` of rows, those that this process builds
+    unit: int
+
+    def __len__(self) -> int:
+        return 2**60
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        units, place = divmod(int(index), len(self.own))
+        epoch, pieces = self.plans.row(self.first + units * self.unit + int(self.own[place]))
+        seed = (*self.plans.seed, epoch)
+        return build_row(self.store, pieces, self.masking, self.plans.row_length, seed)
+
+
+def _read_ahead(source: _Rows, ahead: int, workers: int, threads: int) -> Iterator[dict[str, Any]]:
+    ahead = max(ahead // max(workers, 1), threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    rows = grain.MapDataset.source(source).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # Grain asks absl, whose flags we do not use
+            flags.FLAGS.mark_as_parsed()
+        rows = rows.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+        )
+    return iter(rows)
+
+
+def build_row(
+    store: TokenStore,
+    pieces: np.ndarray,
+    masking: Masking,
+    row_length: int,
+    seed: tuple[int, ...],
+) -> dict[str, np.ndarray]:
+    """One row of these pieces, masked by (*seed, piece): arrays as in Batch, and `documents`.
+
+    Raises ValueError for an id beyond the vocabulary.
+    """
+    limit = predicted_positions(row_length, masking.rate)
+    parts = [ids[:row_length] for ids in store.read(pieces)]
+    lengths = np.array([len(part) for part in parts])
+    original = np.concatenate(parts, dtype=np.int32, casting="unsafe")
+    if original.max() >= masking.vocab_size:
+        raise ValueError(
+            f"token ids: expected less than the tokenizer's {masking.vocab_size:,}, got "
+            f"{original.max():,}; the corpus was tokenised with another tokenizer"
+        )
+    draws = token_draws(pieces, lengths, seed)
+    picked, dropped = fit_positions(
+        pick_positions(original, draws, masking), limit, (*seed, int(pieces[0]), 1)
+    )
+    row = {name: array[0] for name, array in _empty(1, row_length, limit).items()}
+    row["input_ids"][: len(original)] = corrupt(original, picked, draws, masking)
+    row["segment_ids"][: len(original)] = np.repeat(np.arange(1, len(parts) + 1), lengths)
+    row["predict_positions"][: len(picked)] = picked
+    row["labels"][: len(picked)] = original[picked]
+    row["dropped"] = np.array(dropped, np.int32)
+    return row | {"documents": pieces}
+
+
+def _empty(rows: int, row_length: int, limit: int) -> dict[str, np.ndarray]:
+    """Rows of padding alone."""
+    shapes = {"input_ids": (row_length,), "segment_ids": (row_length,)}
+    shapes |= {"predict_positions": (limit,), "labels": (limit,), "dropped": ()}
+    arrays = {name: np.zeros((rows, *shape), np.int32) for name, shape in shapes.items()}
+    arrays["labels"][:] = IGNORE
+    return arrays
+
+
+def _fitted(store: TokenStore, row_length: int) -> np.ndarray:
+    """The pieces' lengths in rows of row_length.
+
+    The reference's preparation makes some pieces a token or two too long and its loader cuts them;
+    so are they here. Longer ones are refused.
+    """
+    longest = int(store.lengths.max(initial=0))
+    if longest > row_length + row_length // 64 + 1:
+        raise ValueError(
+            f"corpus: its pieces have up to {longest:,} tokens, row_length is {row_length:,}; "
+            "prepare the text again with this --row-length, or raise it"
+        )
+    if not longest:
+        raise ValueError("corpus: expected pieces to train on, got none")
+    return np.minimum(store.lengths, row_length)
+
+
+def eval_batches(
+    store: TokenStore, masking: Masking, config: TrainConfig, slots: np.ndarray | None = None
+) -> list[dict[str, np.ndarray]]:
+    """Held-out rows of one corpus under one fixed mask: batches [S, ...], at most eval_rows rows.
+
+    slots as in Batches; the number of batches is the same on every host.
+    """
+    slots = np.arange(config.micro_rows) if slots is None else np.asarray(slots)
+    plan = plan_rows(_fitted(store, config.row_length), config.row_length, (config.seed, 0))
+    limit = predicted_positions(config.row_length, masking.rate)
+    count = min(len(plan), config.eval_rows)
+    seed = (config.seed, 0, _EVAL_EPOCH)
+    batches = []
+    for first in range(0, count, config.micro_rows):
+        arrays = _empty(len(slots), config.row_length, limit)
+        for place, slot in enumerate(slots.tolist()):
+            if slot < config.micro_rows and first + slot < count:
+                pieces = plan.row(first + slot)
+                row = build_row(store, pieces, masking, config.row_length, seed)
+                for name, array in arrays.items():
+                    array[place] = row[name]
+        batches.append(arrays)
+    return batches

@@ -2,60 +2,60 @@
 
 Everything that can be refused is refused before the first step. What a run leaves in its workdir:
 
-    run.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  tensorboard/  curves.png  export/
-    result.json
+    run.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  goodput.jsonl  tensorboard/
+    curves.png  export/  result.json
+
+Every process of a job runs this; the first one writes.
 """
 
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import (
-    flatten,
-    is_orbax,
-    load_orbax,
-    module_of,
-    param_shapes,
-    resolve,
-    write_text,
-)
-from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
+from modernbert_jax import ModernBertForMaskedLM
+from modernbert_jax.pretrained import module_of, write_bytes, write_text
+from modernbert_jax.tokenizer import Tokenizer
 
-from . import checkpoint
+from . import flops, watch
+from .checkpoint import Checkpoints, committed
 from .config import TrainConfig
-from .corpora.bpe import train_bpe
-from .corpora.synthetic import write_corpus
-from .corpora.text import read_documents
-from .data import (
-    Batch,
-    Batches,
-    Masking,
-    Prefetch,
+from .data import Batch, Batches, Masking, eval_batches
+from .hosts import barrier, connect, first_then_others, is_first, to_host, total
+from .loss import IGNORE
+from .metrics import MetricsWriter, plot
+from .optimizer import schedule
+from .setup import (
+    is_remote,
+    masking_of,
+    open_workdir,
+    run_model_config,
+    run_tokenizer,
+    start_state,
+    with_corpora,
+)
+from .sharding import local_slots, make_mesh, padded_rows, to_devices
+from .step import Trainer, TrainState
+from .tokens import (
+    SPLITS,
     TokenStore,
-    eval_batches,
+    is_store,
+    joined,
+    open_store,
     prepare_tokens,
     tokens_folder,
 )
-from .loss import IGNORE
-from .metrics import MetricsWriter, plot
-from .optimizer import decay_mask, schedule, stable_adamw
-from .step import TrainState, make_eval_step, make_train_step
 
-# What may differ when a run is taken up again: none of it changes a step.
-_FREE = {"workdir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "fill_mask"}
+Store = dict[str, TokenStore]  # a corpus: split -> its pieces
 
 
 @dataclasses.dataclass
@@ -67,214 +67,228 @@ class Position:
     total_tokens: int = 0
     epoch: int = 0
     row: int = 0
-    tokens_sha256: str = ""  # of the phase's token file
+    tokens_sha256: str = ""  # of the phase's tokens
 
 
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
+def say(text: str) -> None:
+    """A line from the first process."""
+    if is_first():
+        print(text, flush=True)
+
+
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains through all phases, takes up an interrupted run, and returns what result.json holds.
 
     Raises ValueError, FileNotFoundError or OSError with one line for bad input, before training;
-    Diverged (with the step and the last good checkpoint) when the loss is NaN or infinite.
+    Diverged (with the step and the last good checkpoint) when the loss is NaN or infinite; OSError
+    where a checkpoint could not be written.
     """
-    # ---- What the run needs ----------------------------------------------------------------------
     config.validate()
-    workdir = _open_workdir(config)
-    say = lambda text: print(text, flush=True)  # noqa: E731
-    config = _with_corpora(config, workdir, say)
-    tokenizer = _tokenizer(config, workdir, say)
-    model_config = _model_config(config, tokenizer)
-    stores = [
-        prepare_tokens(
-            phase.corpus,
-            tokenizer,
-            config,
-            tokens_folder(workdir / "tokens", phase.corpus, tokenizer, config),
-        )
-        for phase in config.phases
-    ]
-    for phase, store in zip(config.phases, stores, strict=True):
-        say(
-            f"phase {phase.name}: {len(store['train'].lengths):,} pieces, "
-            f"{int(store['train'].lengths.sum()):,} tokens to train on, "
-            f"{int(store['eval'].lengths.sum()):,} held out; budget {phase.tokens:,} tokens"
-        )
-
-    # ---- State: the newest checkpoint, else init_from, else fresh weights ------------------------
-    optimizer = config.optimizer
-    tx = stable_adamw(
-        optimizer.b1,
-        optimizer.b2,
-        optimizer.eps,
-        optimizer.weight_decay,
-        decay_mask(param_shapes(ModernBertForMaskedLM, model_config)),
-    )
-    done = checkpoint.committed(workdir)
-    if done:
-        state, data = checkpoint.restore(done[-1], model_config)
+    connect(config.hosts)
+    mesh = make_mesh(config.mesh)
+    workdir, tokenizer, stores = first_then_others("prepare", lambda: _prepare(config))
+    model_config = run_model_config(config, tokenizer)
+    trainer = Trainer(config, model_config, mesh)
+    checkpoints = Checkpoints(workdir, trainer, config.keep_checkpoints, say)
+    restored = checkpoints.restore()
+    if restored:
+        state, data, folder = restored
         position = Position(**data)
-        say(f"taking up {done[-1]} (step {int(state.optimizer.step):,})")
+        say(f"taking up {folder} (step {int(state.optimizer.step):,})")
     else:
-        state, position = _fresh_state(config, model_config, tx), Position()
+        state, position = start_state(config, trainer), Position()
+    grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     say(
-        f"{sum(p.size for p in state.params.values()):,} parameters; a step is "
-        f"{config.rows} rows of {config.row_length} tokens"
+        f"{sum(math.prod(p.shape) for p in trainer.shapes.values()):,} parameters on {grid} "
+        f"({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes); a step is "
+        f"{config.rows} rows of {config.row_length} tokens in {config.micro_batches} micro-batches"
     )
 
-    # ---- Steps -----------------------------------------------------------------------------------
-    how = {"scan_layers": config.scan_layers, "remat": config.remat}
-    train_step = jax.jit(
-        make_train_step(model_config, tx, seed=config.seed, loss_chunk=config.loss_chunk, **how),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(make_eval_step(model_config, loss_chunk=config.loss_chunk, **how))
-    eval_mask = _masking(config, tokenizer, config.eval_mask_rate)
-    held_out = [eval_batches(store["eval"], eval_mask, config) for store in stores]
-    writer = MetricsWriter(workdir, int(state.optimizer.step))
-    result: dict[str, Any] = {"phases": []}
-    stop = _StopSignal()
+    session = _Session(config, trainer, workdir, tokenizer, stores, checkpoints, state)
     try:
         for index in range(position.phase, len(config.phases)):
-            trainer = _PhaseRun(
-                config, model_config, workdir, tokenizer, stores[index]["train"], held_out[index],
-                index, train_step, eval_step, writer, stop,
-            )  # fmt: skip
-            state, position = trainer.run(state, position)
-            if stop.asked:
-                say(f"stopped; the same command goes on from {checkpoint.committed(workdir)[-1]}")
+            state, position = session.phase(index, state, position)
+            if session.stopped:
+                checkpoints.wait()
+                barrier("stopped")
+                say(f"stopped; the same command goes on from {committed(workdir)[-1]}")
                 return {"stopped": True}
+        checkpoints.wait()
+        return session.finish(state, position)
     finally:
-        writer.close()
-        stop.close()
+        session.close()
+        checkpoints.close()
 
-    # ---- What is left behind ---------------------------------------------------------------------
-    baselines = {}
-    for index, phase in enumerate(config.phases):
-        scores = evaluate(eval_step, state.params, held_out[index])
-        baselines[phase.name] = unigram_accuracy(stores[index]["train"], eval_mask, held_out[index])
-        result["phases"].append(
-            {"phase": phase.name, **scores, "unigram_accuracy": baselines[phase.name]}
-        )
+
+def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]]]:
+    """(workdir, tokenizer, each phase's corpora by name); finds again what is there."""
+    workdir = open_workdir(config, say)
+    config = with_corpora(config, workdir, say)
+    tokenizer = run_tokenizer(config, workdir, say)
+
+    def store(corpus: str) -> Store:
+        if is_store(corpus):
+            cache = None if is_remote(workdir) else workdir / "tokens"
+            return open_store(corpus, config.eval_fraction, cache)
+        folder = tokens_folder(workdir / "tokens", corpus, tokenizer, config)
+        return prepare_tokens(corpus, tokenizer, config, folder)
+
+    opened = {corpus: store(corpus) for phase in config.phases for corpus in phase.corpus}
+    stores = [_named({path: opened[path] for path in phase.corpus}) for phase in config.phases]
+    for phase, parts in zip(config.phases, stores, strict=True):
+        train, held_out = (joined([s[split] for s in parts.values()]) for split in SPLITS)
         say(
-            f"held out, {phase.name}: masked accuracy {scores['accuracy']:.1%}, unigram baseline "
-            f"{baselines[phase.name]:.1%}, loss {scores['loss']:.3f}"
+            f"phase {phase.name}: {len(train.lengths):,} pieces, {train.lengths.sum():,} tokens to "
+            f"train on, {held_out.lengths.sum():,} held out; budget {phase.tokens:,} tokens"
         )
-    model = module_of(ModernBertForMaskedLM, model_config, state.params)
-    model.save_pretrained(workdir / "export", tokenizer=tokenizer)
-    result["steps"] = int(state.optimizer.step)
-    result["total_tokens"] = position.total_tokens
-    result["fill_mask"] = [
-        {"sentence": sentence, "top": fill_mask(model, tokenizer, sentence)}
-        for sentence in config.fill_mask
-    ]
-    for item in result["fill_mask"]:
-        tops = ", ".join(f"{token.strip()} {p:.0%}" for token, p in item["top"])
-        say(f"{item['sentence']}\n    {tops}")
-    write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-    say(f"curves: {plot(workdir, baselines)}\nmodel, in HF's layout: {workdir / 'export'}")
-    return result
+    return workdir, tokenizer, stores
 
 
-class _PhaseRun:
-    """One phase: the step loop, with its evaluations, checkpoints and progress."""
+def _named(by_path: dict[str, Store]) -> dict[str, Store]:
+    """By the last part of each path, where that tells them apart."""
+    names = [pathlib.PurePath(path).name for path in by_path]
+    return (
+        by_path if len(set(names)) < len(names) else dict(zip(names, by_path.values(), strict=True))
+    )
 
-    def __init__(
-        self, config, model_config, workdir, tokenizer, train, held_out, index, train_step,
-        eval_step, writer, stop,
-    ):  # fmt: skip
-        self.config, self.model_config, self.workdir = config, model_config, workdir
-        self.phase, self.index, self.train = config.phases[index], index, train
-        self.held_out = held_out
-        self.train_step, self.eval_step = train_step, eval_step
-        self.writer, self.stop = writer, stop
-        self.masking = _masking(config, tokenizer, self.phase.mask_rate)
-        self.rate = schedule(self.phase)
-        self.peak = config.optimizer.max_learning_rate or self.phase.learning_rate
 
-    def run(self, state: TrainState, position: Position) -> tuple[TrainState, Position]:
-        """Steps until the budget is spent; returns the state and where the next phase starts."""
-        config, phase = self.config, self.phase
-        sha256 = self.train.fingerprint
-        if position.tokens_sha256 not in ("", sha256):
+class _Session:
+    """One start of a run: what the phases share."""
+
+    def __init__(self, config, trainer, workdir, tokenizer, stores, checkpoints, state):
+        self.config: TrainConfig = config
+        self.trainer: Trainer = trainer
+        self.workdir, self.tokenizer = workdir, tokenizer
+        self.checkpoints: Checkpoints = checkpoints
+        self.slots = padded_rows(config.micro_rows, trainer.mesh)
+        self.own = local_slots(self.slots, trainer.mesh)
+        self.train = [joined([s["train"] for s in parts.values()]) for parts in stores]
+        self.eval_mask = masking_of(config, tokenizer, config.eval_mask_rate)
+        self.held_out = [
+            {
+                name: eval_batches(s["eval"], self.eval_mask, config, self.own)
+                for name, s in parts.items()
+            }
+            for parts in stores
+        ]
+        step = int(state.optimizer.step)
+        self.writer = MetricsWriter(workdir, step, config.wandb) if is_first() else None
+        ledger = workdir / "goodput.jsonl" if is_first() else None
+        self.goodput = watch.Goodput(ledger, step)
+        self.spikes = watch.Spikes()
+        self.where = "starting"
+        self.stall = watch.Stall(config.stall_minutes, lambda: self.where, host=jax.process_index())
+        self.profile = watch.Profile(
+            config.profile_step, config.profile_steps, str(workdir / "profile")
+        )
+        self.stop = _StopSignal()
+        self.stopped = False
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self.stall.close()
+        self.profile.close()
+        self.stop.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def phase(self, index: int, state: TrainState, position: Position):
+        """Steps until the phase's budget is spent; (state, where the next phase starts)."""
+        config, phase, store = self.config, self.config.phases[index], self.train[index]
+        if position.tokens_sha256 not in ("", store.fingerprint):
             raise ValueError(
                 f"phase {phase.name}: the corpus is not the one that this run has been trained on "
-                f"(tokens {sha256[:12]}, were {position.tokens_sha256[:12]}); put it back or use "
-                "another --workdir"
+                f"(tokens {store.fingerprint[:12]}, were {position.tokens_sha256[:12]}); put it "
+                "back or use another --workdir"
             )
-        position = dataclasses.replace(position, tokens_sha256=sha256)
-        batches = Prefetch(
-            Batches(
-                self.train,
-                self.masking,
-                config,
-                phase=self.index,
-                epoch=position.epoch,
-                row=position.row,
-            )  # fmt: skip
+        position = dataclasses.replace(position, tokens_sha256=store.fingerprint)
+        batches = Batches(
+            store,
+            masking_of(config, self.tokenizer, phase.mask_rate),
+            config,
+            phase=index,
+            epoch=position.epoch,
+            row=position.row,
+            tokens=position.phase_tokens,
+            slots=self.own,
         )
         bar = tqdm(
             total=phase.tokens, initial=position.phase_tokens, unit=" tok", unit_scale=True,
             desc=f"{phase.name} (mask {phase.mask_rate:.0%})", dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+            mininterval=0.5 if sys.stderr.isatty() else 20.0, disable=not is_first(),
         )  # fmt: skip
+        rate_at = schedule(phase)
+        peak = np.float32(config.optimizer.max_learning_rate or phase.learning_rate)
         step = int(state.optimizer.step)
         clock = _Clock()
         pending: tuple[int, dict, dict] | None = None
         try:
-            while position.phase_tokens < phase.tokens and not self.stop.asked:
-                with clock.waiting():
+            while position.phase_tokens < phase.tokens and not self.stopped:
+                self.where = f"phase {phase.name}, step {step + 1}: waiting for data"
+                with clock.waiting(), self.goodput.doing("waiting"):
                     batch = next(batches)
-                rate = self.rate(position.phase_tokens)
-                state, metrics = self.train_step(
-                    state, batch.arrays, np.float32(rate), np.float32(self.peak)
-                )
-                step += 1
-                position = dataclasses.replace(
-                    position,
-                    phase_tokens=position.phase_tokens + batch.tokens,
-                    total_tokens=position.total_tokens + batch.tokens,
-                    epoch=batch.epoch,
-                    row=batch.row,
-                )
-                facts = self._facts(position, batch, rate)
-                # The numbers of a step are fetched after the next one has been handed over.
-                self._report(pending, bar, clock)
-                pending = (step, metrics, facts)
-                if step % config.eval_every == 0 or step % config.checkpoint_every == 0:
+                self.where = f"phase {phase.name}, step {step + 1}: in the step"
+                self.profile.before(step + 1, state)
+                rate = rate_at(position.phase_tokens)
+                with self.goodput.doing("steps" if clock.laps else "compiling"):
+                    state, metrics = self.trainer.train_step(
+                        state, self._on_devices(batch), np.float32(rate), peak
+                    )
+                    step += 1
+                    position = dataclasses.replace(
+                        position,
+                        phase_tokens=position.phase_tokens + batch.tokens,
+                        total_tokens=position.total_tokens + batch.tokens,
+                        epoch=batch.epoch,
+                        row=batch.row,
+                    )
+                    # The numbers of a step are fetched after the next one has been handed over.
                     self._report(pending, bar, clock)
+                pending = (step, metrics, self._facts(index, position, batch, rate))
+                self.stall.beat()
+                due = [step % n == 0 for n in (config.eval_every, config.checkpoint_every)]
+                if any(due):
+                    with self.goodput.doing("steps"):
+                        self._report(pending, bar, clock)
                     pending = None
                     with clock.paused():
-                        if step % config.eval_every == 0:
-                            self._evaluate(state, step, position)
-                        if step % config.checkpoint_every == 0:
-                            self._save(state, position)
+                        if due[0]:
+                            self._evaluate(index, state, step, position)
+                        if due[1]:
+                            self._save(state, step, position)
             self._report(pending, bar, clock)
         finally:
             bar.close()
             batches.close()
-        if self.stop.asked:
-            self._save(state, position)
-            return state, position
-        self._evaluate(state, step, position)
-        position = Position(phase=self.index + 1, total_tokens=position.total_tokens)
-        self._save(state, position)
+        if not self.stopped:
+            self._evaluate(index, state, step, position)
+            position = Position(phase=index + 1, total_tokens=position.total_tokens)
+        self._save(state, step, position)
         return state, position
 
-    def _facts(self, position: Position, batch: Batch, rate: float) -> dict[str, Any]:
-        places = self.config.rows * self.config.row_length
+    def _on_devices(self, batch: Batch) -> dict[str, jax.Array]:
+        shape = batch.arrays["labels"].shape[:2]
+        # Every host learns from the step's sum that one of them was asked to stop.
+        asked = np.full((*shape, 1), self.stop.asked, np.int32)
+        arrays = {**batch.arrays, "stop": asked}
+        return to_devices(arrays, self.own, self.slots, self.trainer.mesh)
+
+    def _facts(self, index: int, position: Position, batch: Batch, rate: float) -> dict[str, Any]:
+        places = batch.rows * self.config.row_length
         return {
-            "phase": self.phase.name,
+            "phase": self.config.phases[index].name,
             "learning_rate": rate,
             "total_tokens": position.total_tokens,
             "phase_tokens": position.phase_tokens,
+            "rows": batch.rows,
             "padding": 1.0 - batch.tokens / places,
-            "masked": batch.masked,
-            "dropped": batch.dropped,
             "epoch": batch.epoch,
             "tokens": batch.tokens,
+            "segments": flops.segment_lengths(batch.arrays["segment_ids"]),
         }
 
     def _report(self, pending, bar: tqdm, clock: "_Clock") -> None:
@@ -282,38 +296,158 @@ class _PhaseRun:
             return
         step, metrics, facts = pending
         values = {name: float(value) for name, value in metrics.items()}
-        tokens = facts.pop("tokens")
+        self.stopped = values.pop("stop") > 0
+        tokens, lengths = facts.pop("tokens"), facts.pop("segments")
         speed, waited = clock.lap(tokens)
-        if not all(math.isfinite(v) for v in values.values()):
-            good = checkpoint.committed(self.workdir)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            good = committed(self.workdir)
             raise Diverged(
                 f"step {step}: the loss is {values['loss']}, the gradient's norm "
                 f"{values['grad_norm']}; last good checkpoint: {good[-1] if good else 'none yet'}. "
                 "Lower the learning rate, then take it as --init-from in a new --workdir"
             )
-        self.writer.write("train", step, **values, **facts, tokens_per_second=speed, waiting=waited)
+        if spike := self.spikes(step, values["loss"]):
+            say(spike)
+        devices = self.trainer.mesh.devices
+        kind = devices.flat[0].device_kind
+        speeds = {"tokens_per_second": speed, "tokens_per_second_device": speed / devices.size}
+        if kind in flops.PEAK and len(lengths):
+            model = flops.model_flops(
+                self.trainer.model_config, lengths, values["masked"] * lengths.sum() / tokens
+            )
+            speeds["mfu"] = flops.mfu(speed / devices.size, model.train / lengths.sum(), kind)
+        if self.writer is not None:
+            self.writer.write(
+                "train", step, **values, **facts, **speeds, waiting=waited,
+                goodput=self.goodput.share(),
+            )  # fmt: skip
         bar.update(tokens)
         if step % self.config.log_every == 0 or sys.stderr.isatty():
+            used = f" mfu {speeds['mfu']:.1%}" if "mfu" in speeds else ""
             bar.set_postfix_str(
                 f"step {step} loss {values['loss']:.3f} acc {values['accuracy']:.1%} "
-                f"{speed / 1e3:.1f}k tok/s pad {facts['padding']:.1%} wait {waited:.0%}",
+                f"{speed / 1e3:.1f}k tok/s{used} pad {facts['padding']:.1%} wait {waited:.0%}",
                 refresh=False,
             )
 
-    def _evaluate(self, state: TrainState, step: int, position: Position) -> None:
-        scores = evaluate(self.eval_step, state.params, self.held_out)
-        self.writer.write(
-            "eval", step, **scores, phase=self.phase.name, total_tokens=position.total_tokens
-        )
+    def _evaluate(self, index: int, state: TrainState, step: int, position: Position) -> None:
+        self.where = f"evaluating after step {step}"
+        with self.goodput.doing("evaluating"):
+            scores = self.evaluate(index, state)
+        if self.writer is not None:
+            phase = self.config.phases[index].name
+            self.writer.write(
+                "eval", step, **scores, phase=phase, total_tokens=position.total_tokens
+            )
+        self.stall.beat()
 
-    def _save(self, state: TrainState, position: Position) -> None:
-        checkpoint.save(
-            self.workdir,
-            state,
-            self.model_config,
-            dataclasses.asdict(position),
-            keep=self.config.keep_checkpoints,
-        )
+    def evaluate(self, index: int, state: TrainState) -> dict[str, float]:
+        """Loss (nats) and accuracy over a phase's held-out masked tokens, and for each corpus."""
+        sums = {
+            name: sum(
+                (
+                    np.asarray([float(x) for x in self.trainer.eval_step(state.params, arrays)])
+                    for batch in batches
+                    for arrays in [self._eval_arrays(batch)]
+                ),
+                np.zeros(3),
+            )
+            for name, batches in self.held_out[index].items()
+        }
+        scores = _scores(sum(sums.values(), np.zeros(3)))
+        if len(sums) > 1:
+            for name, part in sums.items():
+                scores |= {f"{name}/{key}": value for key, value in _scores(part).items()}
+        return scores
+
+    def _eval_arrays(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        arrays = {name: array[None] for name, array in batch.items()}
+        return to_devices(arrays, self.own, self.slots, self.trainer.mesh)
+
+    def _save(self, state: TrainState, step: int, position: Position) -> None:
+        self.where = f"saving step {step}"
+        with self.goodput.doing("saving"):
+            self.checkpoints.save(state, dataclasses.asdict(position))
+        self.goodput.commit(step)
+        if self.writer is not None:
+            self.writer.publish()
+        self.stall.beat()
+
+    def finish(self, state: TrainState, position: Position) -> dict[str, Any]:
+        """Scores, export, sentences, curves: what a run leaves behind."""
+        config, phases = self.config, []
+        for index, phase in enumerate(config.phases):
+            scores = self.evaluate(index, state)
+            batches = [b for part in self.held_out[index].values() for b in part]
+            baseline = unigram_accuracy(self.train[index], self.eval_mask, batches)
+            phases.append({"phase": phase.name, **scores, "unigram_accuracy": baseline})
+            say(
+                f"held out, {phase.name}: masked accuracy {scores['accuracy']:.1%}, unigram "
+                f"baseline {baseline:.1%}, loss {scores['loss']:.3f}"
+            )
+        params = {path: to_host(value) for path, value in state.params.items()}
+        result: dict[str, Any] = {
+            "phases": phases,
+            "steps": int(state.optimizer.step),
+            "total_tokens": position.total_tokens,
+        }
+        if self.writer is None:
+            return result
+        model = module_of(ModernBertForMaskedLM, self.trainer.model_config, params)
+        _export(model, self.tokenizer, self.workdir / "export")
+        result["goodput"] = self.goodput.share()
+        result["fill_mask"] = [
+            {"sentence": sentence, "top": fill_mask(model, self.tokenizer, sentence)}
+            for sentence in config.fill_mask
+        ]
+        for item in result["fill_mask"]:
+            tops = ", ".join(f"{token.strip()} {p:.0%}" for token, p in item["top"])
+            say(f"{item['sentence']}\n    {tops}")
+        self.writer.publish()
+        baselines = {p["phase"]: p["unigram_accuracy"] for p in phases}
+        curves = plot(self.workdir, baselines)
+        write_text(self.workdir / "result.json", json.dumps(result, indent=2) + "\n")
+        say(f"curves: {curves}\nmodel, in HF's layout: {self.workdir / 'export'}")
+        return result
+
+
+def _scores(sums: np.ndarray) -> dict[str, float]:
+    loss, right, count = (float(x) for x in sums)
+    return {"loss": loss / max(count, 1.0), "accuracy": right / max(count, 1.0)}
+
+
+def _export(model: ModernBertForMaskedLM, tokenizer: Tokenizer, folder: Any) -> None:
+    if isinstance(folder, pathlib.Path):
+        return model.save_pretrained(folder, tokenizer=tokenizer)
+    with tempfile.TemporaryDirectory() as made:
+        model.save_pretrained(made, tokenizer=tokenizer)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(pathlib.Path(made).iterdir(), key=lambda p: p.name == "config.json"):
+            write_bytes(folder / file.name, file.read_bytes())
+
+
+def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) -> float:
+    """Accuracy of always guessing the commonest token of the training text."""
+    counts = train.counts(masking.vocab_size)
+    if not masking.mask_special:
+        counts[list(masking.special_ids)] = 0
+    labels = np.concatenate([batch["labels"].ravel() for batch in held_out])
+    right, count = total([(labels == counts.argmax()).sum(), (labels != IGNORE).sum()])
+    return float(right / count)
+
+
+def fill_mask(
+    model: ModernBertForMaskedLM, tokenizer: Tokenizer, sentence: str, top: int = 3
+) -> list[tuple[str, float]]:
+    """The likeliest tokens for the first [MASK] of a sentence, with their probabilities."""
+    inputs = tokenizer([sentence], return_tensors="np")
+    ids = np.asarray(inputs["input_ids"])
+    places = np.flatnonzero(ids[0] == tokenizer.mask_token_id)
+    if not len(places):
+        raise ValueError(f"fill_mask: expected {tokenizer.mask_token} in the sentence, found none")
+    logits = model(**inputs, predict_positions_BP=places[None, :1]).logits
+    p_V = np.asarray(jax.nn.softmax(logits[0, 0]))
+    return [(tokenizer.decode([int(i)]), float(p_V[i])) for i in np.argsort(-p_V)[:top]]
 
 
 class _Clock:
@@ -371,199 +505,3 @@ class _StopSignal:
     def close(self) -> None:
         if self._old is not None:
             signal.signal(signal.SIGTERM, self._old)
-
-
-def evaluate(eval_step, params, batches: list[dict]) -> dict[str, float]:
-    """Loss (nats) and accuracy over held-out masked tokens."""
-    loss = right = count = 0.0
-    for batch in batches:
-        sums = eval_step(params, batch)
-        loss, right = loss + float(sums[0]), right + float(sums[1])
-        count += int((batch["labels"] != IGNORE).sum())
-    return {"loss": loss / max(count, 1), "accuracy": right / max(count, 1)}
-
-
-def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) -> float:
-    """Accuracy of always guessing the commonest token of the training text."""
-    counts = np.bincount(train.ids, minlength=masking.vocab_size)
-    if not masking.mask_special:
-        counts[list(masking.special_ids)] = 0
-    labels = np.concatenate([batch["labels"].ravel() for batch in held_out])
-    return float(np.mean(labels[labels != IGNORE] == counts.argmax()))
-
-
-def fill_mask(
-    model: ModernBertForMaskedLM, tokenizer: Tokenizer, sentence: str, top: int = 3
-) -> list[tuple[str, float]]:
-    """The likeliest tokens for the first [MASK] of a sentence, with their probabilities."""
-    inputs = tokenizer([sentence], return_tensors="np")
-    ids = np.asarray(inputs["input_ids"])
-    places = np.flatnonzero(ids[0] == tokenizer.mask_token_id)
-    if not len(places):
-        raise ValueError(f"fill_mask: expected {tokenizer.mask_token} in the sentence, found none")
-    logits = model(**inputs, predict_positions_BP=places[None, :1]).logits
-    p_V = np.asarray(jax.nn.softmax(logits[0, 0]))
-    return [(tokenizer.decode([int(i)]), float(p_V[i])) for i in np.argsort(-p_V)[:top]]
-
-
-# Preparation.
-
-
-def _open_workdir(config: TrainConfig) -> pathlib.Path:
-    """Makes the workdir and refuses one that cannot be written or belongs to another run."""
-    workdir = pathlib.Path(config.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"workdir {workdir}: cannot be written ({error.strerror}); choose another --workdir"
-        ) from None
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    record = workdir / "run.json"
-    if record.exists():
-        found = json.loads(record.read_text())
-        for name in sorted((set(wanted) | set(found)) - _FREE):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"workdir {workdir} belongs to a run with another configuration: {name} "
-                    f"{_brief(found.get(name), wanted.get(name))}; choose another --workdir, or "
-                    "give the old value to go on"
-                )
-    elif checkpoint.committed(workdir):
-        raise ValueError(
-            f"workdir {workdir}: checkpoints without run.json; choose another --workdir"
-        )
-    else:
-        write_text(record, json.dumps(wanted, indent=2) + "\n")
-    return workdir
-
-
-def _brief(found: Any, wanted: Any) -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name in sorted(set(found) | set(wanted)):
-            if found.get(name) != wanted.get(name):
-                return f"{name} {_brief(found.get(name), wanted.get(name))}"
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        for index, (old, new) in enumerate(zip(found, wanted, strict=True)):
-            if old != new:
-                return f"{index} {_brief(old, new)}"
-    return f"was {json.dumps(found)}, is {json.dumps(wanted)}"
-
-
-def _with_corpora(config: TrainConfig, workdir: pathlib.Path, say) -> TrainConfig:
-    """Fills in each phase's corpus, making the synthetic one where none is named."""
-    default = config.corpus
-    if not default and not all(phase.corpus for phase in config.phases):
-        folder = workdir / "synthetic"
-        if not (folder / "done").exists():
-            say(f"writing {config.synthetic_notes:,} synthetic clinical notes")
-            write_corpus(folder, config.synthetic_notes, config.seed)
-            (folder / "done").write_text("")
-        default = str(folder)
-    phases = tuple(dataclasses.replace(p, corpus=p.corpus or default) for p in config.phases)
-    for phase in phases:
-        if not os.path.exists(phase.corpus):
-            raise FileNotFoundError(
-                f"corpus {phase.corpus}: expected a folder or file of .txt, .jsonl, .csv or .tsv, "
-                "found nothing"
-            )
-    return dataclasses.replace(config, phases=phases)
-
-
-def _tokenizer(config: TrainConfig, workdir: pathlib.Path, say) -> Tokenizer:
-    """The run's tokenizer, kept in WORKDIR/tokenizer."""
-    folder = workdir / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
-        source = config.tokenizer or config.init_from
-        if source:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        else:
-            say(f"training a byte-level BPE of at most {config.model.vocab_size:,} tokens")
-            column = config.text_column or None
-            texts = (d.text for d in read_documents(config.phases[0].corpus, text_column=column))
-            tokenizer = train_bpe(texts, config.model.vocab_size)
-        temporary = workdir / "tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for name in ("cls", "sep", "pad", "mask"):
-        if getattr(tokenizer, f"{name}_token_id") is None:
-            raise ValueError(
-                f"tokenizer {config.tokenizer}: expected a {name} token, found none; use a "
-                "tokenizer with ModernBERT's special tokens"
-            )
-    return tokenizer
-
-
-def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModernBertConfig:
-    """The model that is trained: init_from's architecture, the run's dtypes and dropout."""
-    model = config.model
-    if config.init_from:
-        start = ModernBertConfig.from_json(resolve(config.init_from) / "config.json")
-        same = ("dtype", "param_dtype", "residual_dtype", "attention_out_dropout")
-        model = start.replace(**{name: getattr(model, name) for name in same})
-        if config.row_length > model.max_position_embeddings:
-            raise ValueError(
-                f"row_length {config.row_length} exceeds the {model.max_position_embeddings} "
-                f"positions of {config.init_from}; lower --row-length"
-            )
-    if len(tokenizer) > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocab_size is "
-            f"{model.vocab_size:,}; pass --model.vocab-size {-(-len(tokenizer) // 64) * 64} or "
-            "another --tokenizer"
-        )
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.cls_token_id,
-        "cls_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,
-        "sep_token_id": tokenizer.sep_token_id,
-    }
-    return model.replace(**ids)
-
-
-def _masking(config: TrainConfig, tokenizer: Tokenizer, rate: float) -> Masking:
-    mask_id = tokenizer.mask_token_id
-    assert mask_id is not None  # _tokenizer refused the others
-    return Masking(
-        rate=rate,
-        mask_id=mask_id,
-        vocab_size=len(tokenizer),
-        special_ids=tuple(sorted(tokenizer.all_special_ids)),
-        mask_special=config.mask_special_tokens,
-    )
-
-
-def _fresh_state(config: TrainConfig, model_config: ModernBertConfig, tx) -> TrainState:
-    """The state at step 0: init_from's weights (and moments, when asked), or new ones."""
-    from flax import nnx
-
-    if not config.init_from:
-        params = jax.jit(
-            lambda: flatten(ModernBertForMaskedLM(model_config, rngs=nnx.Rngs(config.seed)))
-        )()
-        return TrainState(params, tx.init(params))
-    model = ModernBertForMaskedLM.from_pretrained(
-        config.init_from, dtype=model_config.dtype, param_dtype=model_config.param_dtype
-    )
-    params = flatten(model)
-    optimizer = tx.init(params)
-    if config.init_optimizer:
-        folder = resolve(config.init_from)
-        if not is_orbax(folder):
-            raise ValueError(
-                f"init_from {config.init_from}: init_optimizer needs an Orbax checkpoint; convert "
-                "with `python -m convert from-composer ... --optimizer`"
-            )
-        saved = load_orbax(folder, optimizer=True)["optimizer"]
-        optimizer = optimizer._replace(
-            step=jnp.asarray(saved["step"], jnp.int32),
-            mu={k: jnp.asarray(saved["mu"][k], jnp.float32) for k in params},
-            nu={k: jnp.asarray(saved["nu"][k], jnp.float32) for k in params},
-        )
-    return TrainState(params, optimizer)

@@ -1,40 +1,83 @@
 """Where numbers go: metrics.jsonl, TensorBoard and, at the end, curves.png."""
 
+import io
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from modernbert_jax.pretrained import write_bytes, write_text
+
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; a resumed run drops later steps."""
+    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; a resumed run drops later steps.
 
-    def __init__(self, workdir: pathlib.Path, resumed_step: int):
-        self.path = workdir / "metrics.jsonl"
+    In a bucket a file cannot grow: there both lie in a local folder until `publish`. wandb: a
+    project of Weights & Biases, where the numbers go too; raises ImportError without the package.
+    """
+
+    def __init__(self, workdir: Any, resumed_step: int, wandb: str = ""):
+        self.workdir, self._local = workdir, workdir
+        self._temporary = None
+        if not isinstance(workdir, pathlib.Path):
+            self._temporary = tempfile.TemporaryDirectory()
+            self._local = pathlib.Path(self._temporary.name)
         kept = [line for line in read_metrics(workdir) if line["step"] <= resumed_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
-        self._file = open(self.path, "a", buffering=1)
+        path = self._local / "metrics.jsonl"
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1)
         self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resumed_step + 1, write_to_disk=True
+            str(self._local / "tensorboard"), purge_step=resumed_step + 1, write_to_disk=True
         )
+        self._wandb = _wandb_run(wandb, workdir) if wandb else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; `kind` is train or eval."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {
+            f"{kind}/{k}": v
+            for k, v in values.items()
+            if isinstance(v, int | float) and k != "step"
+        }
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def publish(self) -> None:
+        """Copies everything to a workdir in a bucket."""
+        self._board.flush()
+        if self._local is self.workdir:
+            return
+        for file in sorted(p for p in self._local.rglob("*") if p.is_file()):
+            target = self.workdir / str(file.relative_to(self._local))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, file.read_bytes())
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes all."""
         self._file.close()
         self._board.close()
+        self.publish()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def _wandb_run(project: str, workdir: Any) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            "wandb: expected the package wandb, found none; pip install wandb"
+        ) from None
+    return wandb.init(project=project, name=workdir.name, id=workdir.name, resume="allow")
+
+
+def read_metrics(workdir: Any) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one cut short by a crash is left out."""
     path = workdir / "metrics.jsonl"
     lines = []
@@ -46,7 +89,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot(workdir: pathlib.Path, baselines: dict[str, float]) -> pathlib.Path:
+def plot(workdir: Any, baselines: dict[str, float]) -> Any:
     """WORKDIR/curves.png: loss, masked accuracy and learning rate over tokens.
 
     baselines: phase name -> accuracy of always guessing the commonest token.
@@ -77,6 +120,8 @@ def plot(workdir: pathlib.Path, baselines: dict[str, float]) -> pathlib.Path:
     axes[0].set_ylabel("nats a masked token")
     axes[1].legend(fontsize=8)
     path = workdir / "curves.png"
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
     plt.close(figure)
+    write_bytes(path, picture.getvalue())
     return path

@@ -126,14 +126,20 @@ def attention(
         raise ValueError(
             f"attention: expected bounds of shape {q_BLHK.shape[:2]}, got {bounds.lo_BL.shape}"
         )
-    if implementation is None:
-        choice = choose(q_BLHK, bounds)
-        implementation = choice.name
+    run = _resolve(implementation, q_BLHK, bounds, jax.devices()[0])
+    return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+
+
+def _resolve(name: str | None, q_BLHK: Any, bounds: Bounds, device: Any) -> Callable[..., Any]:
+    """The implementation named, or refused; None: the one chosen for `device`."""
+    if name is None:
+        choice = choose(q_BLHK, bounds, device)
         if "never run" in choice.reason:
-            warnings.warn(choice.reason, stacklevel=2)  # Python shows one warning a place once
-    elif (reason := refusal(implementation, q_BLHK, bounds, jax.devices()[0])) is not None:
+            warnings.warn(choice.reason, stacklevel=3)  # Python shows one warning a place once
+        name = choice.name
+    elif (reason := refusal(name, q_BLHK, bounds, device)) is not None:
         raise ValueError(reason)
-    return _function(implementation)(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+    return _function(name)
 
 
 def sharded(
@@ -146,9 +152,11 @@ def sharded(
     """`attention` under a mesh: rows and heads split over the mesh axes named, nothing exchanged.
 
     Returns a function of (q_BLHK, k_BMHK, v_BMHK, bounds, *, scale); models take it as
-    `attention=`. Raises ValueError for an axis that the mesh lacks, and when called for rows or
-    heads that the axes do not divide.
+    `attention=`. The choice is made for the mesh's devices, which need not be here. Raises
+    ValueError for an axis that the mesh lacks, and when called for rows or heads that the axes do
+    not divide.
     """
+    device = mesh.devices.flat[0]
     sizes = {}
     for what, axes in (("rows", rows), ("heads", heads)):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -168,7 +176,7 @@ def sharded(
 
         def local(q, k, v, lo, hi):
             part = dataclasses.replace(bounds, lo_BL=lo, hi_BL=hi)
-            return attention(q, k, v, part, scale=scale, implementation=implementation)
+            return _resolve(implementation, q, part, device)(q, k, v, part, scale=scale)
 
         return jax.shard_map(
             local,

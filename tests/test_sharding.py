@@ -1,0 +1,204 @@
+"""Every mesh shape against one device, the rules that map paths to axes, the rows of a process."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax.pretrained import param_shapes
+from train import sharding
+from train.config import MeshShape, Optimizer, TrainConfig
+from train.embedding import look_up
+from train.loss import IGNORE, masked_cross_entropy
+from train.sharding import local_slots, make_mesh, padded_rows, param_shardings, to_devices
+from train.step import Trainer
+
+STEPS, RATE = 20, 3e-3
+MODEL = ModernBertConfig.tiny(
+    vocab_size=256, hidden_size=64, intermediate_size=48, num_hidden_layers=5,
+    num_attention_heads=4, attention_out_dropout=0.1,
+)  # fmt: skip
+RECIPE = TrainConfig(
+    model=MODEL, optimizer=Optimizer(weight_decay=1e-2), rows=10, micro_batches=2, loss_chunk=16,
+    scan_layers=True, remat="layers",
+)  # fmt: skip
+A, ROWS, LENGTH, PLACES = 2, 5, 96, 24
+
+
+def mesh_of(shape: str):
+    data, fsdp, tensor = (int(n) for n in shape.split("x"))
+    return make_mesh(MeshShape(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def batch_of(step: int, slots: int) -> dict[str, np.ndarray]:
+    """Rows of random packed segments; the slots beyond ROWS are empty."""
+    rng = np.random.default_rng(step)
+    shape = {"input_ids": LENGTH, "segment_ids": LENGTH, "predict_positions": PLACES}
+    arrays = {k: np.zeros((A, slots, n), np.int32) for k, n in shape.items()}
+    arrays["labels"] = np.full((A, slots, PLACES), IGNORE, np.int32)
+    for a in range(A):
+        for r in range(ROWS):
+            end = 0
+            for number, length in enumerate(rng.integers(10, 30, 3), start=1):
+                arrays["segment_ids"][a, r, end : end + length] = number
+                end += length
+            ids = rng.integers(5, 256, end)
+            count = int(rng.integers(PLACES // 2, PLACES))
+            arrays["input_ids"][a, r, :end] = ids
+            arrays["predict_positions"][a, r, :count] = rng.choice(end, count, replace=False)
+            arrays["labels"][a, r, :count] = rng.integers(5, 64, count)
+    return arrays
+
+
+@functools.cache
+def trained(shape: str, weighting: str = "tokens"):
+    """(losses, parameters) of twenty steps on a mesh whose devices do not divide the rows."""
+    mesh = mesh_of(shape)
+    trainer = Trainer(dataclasses.replace(RECIPE, loss_weighting=weighting), MODEL, mesh)
+    slots = padded_rows(ROWS, mesh)
+    own = local_slots(slots, mesh)
+    state, losses = trainer.fresh(), []
+    for step in range(STEPS):
+        batch = to_devices(batch_of(step, slots), own, slots, mesh)
+        state, metrics = trainer.train_step(state, batch, np.float32(RATE), np.float32(RATE))
+        losses.append(float(metrics["loss"]))
+    for tree in (state.params, state.optimizer.mu, state.optimizer.nu):
+        for path, value in tree.items():
+            assert value.sharding == trainer.shardings.params[path], path
+    return losses, {k: np.asarray(v) for k, v in state.params.items()}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "2x2x2",
+        "1x8x1",
+        pytest.param("8x1x1", marks=pytest.mark.slow),
+        pytest.param("4x1x2", marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_equal_one_device(shape):
+    want, params = trained("1x1x1")
+    got, ours = trained(shape)
+    assert want[0] - want[-1] > 0.5  # it learns
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for path, value in params.items():  # 1e-3 of the sum of the learning rates
+        np.testing.assert_allclose(ours[path], value, atol=1e-3 * RATE * STEPS, err_msg=path)
+
+
+def test_weights_and_moments_are_split():
+    trainer = Trainer(RECIPE, MODEL, mesh_of("2x2x2"))
+    state = trainer.fresh()
+    for tree in (state.params, state.optimizer.mu, state.optimizer.nu):
+        shard = tree["model.layers.1.mlp.Wi.weight"].addressable_shards[0].data
+        assert shard.shape == (64 // 2, 2, 48 // 2)  # D over fsdp, F over tensor
+        shard = tree["model.embeddings.tok_embeddings.weight"].addressable_shards[0].data
+        assert shard.shape == (256 // 2, 64 // 2)  # V over tensor, D over fsdp
+
+
+def test_the_reference_weighting_by_its_formula():
+    """Micro-batch means weighted by sequences, as Composer does, against NumPy on plain losses."""
+    mesh = mesh_of("1x1x1")
+    batch = batch_of(0, ROWS)
+    batch["labels"][1, :, 6:] = IGNORE  # so that the two weightings differ
+    batch["segment_ids"][0, 0, 50:] = 0
+    trainer = Trainer(RECIPE, dataclasses.replace(MODEL, attention_out_dropout=0.0), mesh)
+    state = trainer.fresh()
+    means, counts = [], []
+    for a in range(A):
+        micro = {k: v[a : a + 1] for k, v in batch.items()}
+        loss, _, masked = trainer.eval_step(state.params, micro)
+        means.append(float(loss) / float(masked))
+        ids = batch["segment_ids"][a]
+        counts.append(sum(len(set(row) - {0}) + (row[-1] == 0) for row in ids.tolist()))
+    quirk = dataclasses.replace(RECIPE, loss_weighting="sequences")
+    other = Trainer(quirk, dataclasses.replace(MODEL, attention_out_dropout=0.0), mesh)
+    rate = np.float32(1e-3)
+    got = float(other.train_step(other.fresh(), batch, rate, rate)[1]["loss"])
+    plain = float(trainer.train_step(state, batch, rate, rate)[1]["loss"])
+    want = np.average(means, weights=counts)
+    assert abs(plain - want) > 1e-3
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+class TestLossAndLookUp:
+    """Both have their own collectives and derivatives: against the plain formulas."""
+
+    @pytest.mark.parametrize("shape", ["2x2x2", "1x1x4"])
+    def test_cross_entropy(self, shape):
+        rng = np.random.default_rng(0)
+        hidden = rng.normal(size=(4, 7, 16)).astype(np.float32)
+        weight = rng.normal(size=(32, 16)).astype(np.float32)
+        bias = rng.normal(size=32).astype(np.float32)
+        labels = rng.integers(0, 32, (4, 7)).astype(np.int32)
+        labels[rng.random((4, 7)) < 0.3] = IGNORE
+
+        def run(mesh, *arrays):
+            sums = lambda *x: masked_cross_entropy(*x, labels, 4, mesh)  # noqa: E731
+            return jax.jit(jax.value_and_grad(sums, (0, 1, 2), has_aux=True))(*arrays)
+
+        (want, right), grads = run(None, hidden, weight, bias)
+        (got, ours), mine = run(mesh_of(shape), hidden, weight, bias)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert ours == right
+        for a, b in zip(mine, grads, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+    def test_look_up(self):
+        rng = np.random.default_rng(0)
+        weight = rng.normal(size=(32, 16)).astype(np.float32)
+        ids = rng.integers(0, 32, (4, 9)).astype(np.int32)
+        ids[0, :3] = 7  # the padding token
+        d = rng.normal(size=(4, 9, 16)).astype(np.float32)
+        out, pull = jax.vjp(lambda w: look_up(mesh_of("2x2x2"), 7, w, ids), jnp.asarray(weight))
+        np.testing.assert_array_equal(out, weight[ids])
+        want = np.zeros_like(weight)
+        np.add.at(want, ids, d)
+        want[7] = 0
+        np.testing.assert_allclose(pull(jnp.asarray(d))[0], want, atol=1e-5)
+
+
+class TestRules:
+    def test_every_parameter_has_one_rule(self):
+        everything = {"norm_bias": True, "attention_bias": True, "mlp_bias": True}
+        everything |= {"classifier_bias": True, "tie_word_embeddings": False}
+        for changes in ({}, everything):
+            shapes = param_shapes(ModernBertForMaskedLM, MODEL.replace(**changes))
+            found = param_shardings(shapes, mesh_of("2x2x2"))
+            assert set(found) == set(shapes)
+        assert found["model.layers.0.attn.Wqkv.bias"].spec == P(None, "tensor", None)
+        assert found["model.layers.2.mlp_norm.weight"].spec == P()
+
+    def test_collisions_and_strangers_are_refused(self):
+        twice = (*sharding.RULES, ("*.mlp.Wo.weight", P()))
+        with pytest.raises(ValueError, match=r"one rule to match, got \*\.mlp\.Wo\.weight, "):
+            sharding.spec_of("model.layers.0.mlp.Wo.weight", twice)
+        with pytest.raises(ValueError, match="one rule to match, got none"):
+            sharding.spec_of("model.layers.0.attn.rotary")
+
+    def test_sizes_that_an_axis_does_not_divide(self):
+        shapes = param_shapes(ModernBertForMaskedLM, MODEL)
+        with pytest.raises(ValueError, match=r"attn\.W.*4 is no multiple of mesh axis tensor = 8.*4"):
+            param_shardings(shapes, mesh_of("1x1x8"))
+
+    def test_mesh(self):
+        assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+        assert make_mesh(MeshShape(1, 2, 1)).devices.size == 2
+        for shape in (MeshShape(3, 3, 1), MeshShape(-1, 16, 1), MeshShape(0, 1, 1)):
+            with pytest.raises(ValueError, match="to be the 8 devices"):
+                make_mesh(shape)
+
+
+def test_rows_of_a_process():
+    mesh = mesh_of("2x2x2")
+    assert padded_rows(5, mesh) == 8 and padded_rows(8, mesh) == 8
+    np.testing.assert_array_equal(local_slots(8, mesh), np.arange(8))
+    array = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    placed = to_devices({"x": array}, np.arange(8), 8, mesh)["x"]
+    np.testing.assert_array_equal(placed, array)
+    assert placed.addressable_shards[0].data.shape == (2, 2, 3)
