@@ -183,7 +183,9 @@ class TestRules:
 
     def test_sizes_that_an_axis_does_not_divide(self):
         shapes = param_shapes(ModernBertForMaskedLM, MODEL)
-        with pytest.raises(ValueError, match=r"attn\.W.*4 is no multiple of mesh axis tensor = 8.*4"):
+        with pytest.raises(
+            ValueError, match=r"attn\.W.*4 is no multiple of mesh axis tensor = 8.*4"
+        ):
             param_shardings(shapes, mesh_of("1x1x8"))
 
     def test_mesh(self):

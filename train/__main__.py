@@ -1,6 +1,10 @@
 import sys
 
 from . import cli
+from .hosts import leave
 
 if __name__ == "__main__":
-    sys.exit(cli.main())
+    code = cli.main()
+    if code:
+        leave(code)
+    sys.exit(code)

@@ -8,7 +8,7 @@ noticed when it is read, and the one before it is used.
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -203,13 +203,20 @@ def fingerprints(state: TrainState) -> dict[str, jax.Array]:
 def _sizes(folder: Any) -> dict[str, int]:
     """Path -> bytes of every file of the arrays."""
     return {
-        str(path.relative_to(folder)): path.stat().st_size
-        if hasattr(path.stat(), "st_size")
-        else path.stat().length
+        f"{name}/{path}": size
         for name in ("params", "optimizer")
-        for path in sorted((folder / name).rglob("*"))
-        if path.is_file()
+        for path, size in _walk(folder / name)
     }
+
+
+def _walk(folder: Any) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of the files below; a bucket lists one level at a time."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            yield from ((f"{path.name}/{name}", size) for name, size in _walk(path))
+        else:
+            stat = path.stat()  # epath has its own, with a length
+            yield path.name, stat.length if hasattr(stat, "length") else stat.st_size
 
 
 def _sealed(data: dict[str, Any]) -> dict[str, Any]:

@@ -126,20 +126,28 @@ class Trainer:
         params = gather(state.params, self.mesh, self.model_config.dtype)
         gradient = jax.value_and_grad(loss_of, has_aux=True)
 
+        def whole(grads):
+            # Split over fsdp only once they are added up: each layer's, split at once, would be
+            # computed in slices of D / fsdp, too narrow for a TPU's matrix units.
+            return gather(
+                {k: g.astype(jnp.float32) for k, g in grads.items()}, self.mesh, jnp.float32
+            )
+
         def one(carry, item):
             (loss, right), grads = gradient(params, *item)
-            return jax.tree.map(jnp.add, carry, (loss, right, scatter(grads, self.mesh))), None
+            return jax.tree.map(jnp.add, carry, (loss, right, whole(grads))), None
 
         micro_batches = batch["labels"].shape[0]
         if micro_batches == 1:
             (loss, right), grads = gradient(params, jax.tree.map(lambda x: x[0], rows), 0)
-            grads = scatter(grads, self.mesh)
+            grads = whole(grads)
         else:
             zeros = {k: jnp.zeros(p.shape, jnp.float32) for k, p in state.params.items()}
             zero = jnp.zeros((), jnp.float32)
             (loss, right, grads), _ = jax.lax.scan(
-                one, (zero, zero, scatter(zeros, self.mesh)), (rows, jnp.arange(micro_batches))
+                one, (zero, zero, whole(zeros)), (rows, jnp.arange(micro_batches))
             )
+        grads = scatter(grads, self.mesh)
         updates: Any
         optimizer: Any
         updates, optimizer = self.tx.update(
