@@ -13,7 +13,7 @@ NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-slow test-next lint format clean
+.PHONY: help demo test test-all test-slow soak test-next lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,10 @@ test-all: test test-slow  ## everything: whole matrices, soak tests, the second 
 test-slow:  ## only what `make test` leaves out
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/python $(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+soak:  ## twenty trials of killing one of two hosts at a random step
+	@.ci/venv $(TEST) test $(PYTHON)
+	SOAK_TRIALS=20 $(TEST)/bin/python $(PYTEST) tests/test_hosts.py -k killed
 
 test-next:  ## the library's tests on the newer jax and flax; needs Python 3.12 or newer
 	@if python=$$(.ci/venv find 12); then \

@@ -8,16 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.pretrained import load_orbax
+from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli, loop
-from train.config import MeshShape, Phase, TrainConfig
+from train.config import Hosts, MeshShape, Phase, TrainConfig
 from train.corpora.synthetic import write_corpus
-from train.metrics import read_metrics
+from train.data import build_row, eval_batches
+from train.hosts import connect
+from train.metrics import MetricsWriter, read_metrics
+from train.setup import masking_of
+from train.sharding import make_mesh
+from train.step import Trainer
+from train.tokens import open_store
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -309,6 +317,118 @@ class TestBadInput:
         assert cli.main(["pretrain", "--config", "nothing"]) == 2
         assert "demo, " in capsys.readouterr().err
         assert cli.main(["fly"]) == 2
-        assert "expected the verb" in capsys.readouterr().err
+        assert "expected one of prepare, pretrain" in capsys.readouterr().err
         assert cli.main(["--help"]) == 0
         assert "configs: " in capsys.readouterr().out
+
+
+def test_prepared_tokens_are_a_corpus_and_scores_are_told_apart(finished, corpus, tmp_path, capsys):
+    """prepare, then pretrain on its shards and on text: two corpora, scored each for itself."""
+    tokenizer = pathlib.Path(finished[0].workdir) / "tokenizer"
+    notes = tmp_path / "notes"
+    write_corpus(notes, 150, seed=5)
+    out = tmp_path / "shards"
+    for _ in range(2):  # the second time finds all done
+        code = cli.main(
+            ["prepare", "--source", str(notes), "--tokenizer", str(tokenizer), "--out", str(out),
+             "--row-length", "128", "--eval-fraction", "0.1"]
+        )  # fmt: skip
+        assert code == 0
+        assert "150 documents" in capsys.readouterr().out
+    phase = Phase("one", tokens=3_000, learning_rate=1e-3)
+    config = dataclasses.replace(
+        small(corpus, tmp_path / "w", phases=(phase,), tokenizer=str(tokenizer), eval_rows=64),
+        corpus=(str(corpus), str(out)),
+    )
+    scores = loop.run(config)["phases"][0]
+    parts = [scores[f"{name}/loss"] for name in (corpus.name, "shards")]
+    assert parts[0] != parts[1] and min(parts) < scores["loss"] < max(parts)
+    assert cli.main(["prepare", "--source", str(notes), "--tokenizer", str(tokenizer),
+                     "--out", str(notes)]) == 2  # fmt: skip
+    assert "expected a new folder" in capsys.readouterr().err
+    assert list(notes.iterdir())
+
+
+def test_packed_evaluation_equals_one_piece_a_row(finished):
+    """Evaluation packs its rows for speed; the numbers are those of unpacked rows."""
+    config = finished[0]
+    workdir = pathlib.Path(config.workdir)
+    (folder,) = (workdir / "tokens").iterdir()
+    store = open_store(folder)["eval"]
+    tokenizer = AutoTokenizer.from_pretrained(workdir / "tokenizer")
+    masking = masking_of(config, tokenizer, config.eval_mask_rate)
+    config = dataclasses.replace(config, eval_rows=10_000)
+    model = ModernBertConfig.from_json(workdir / "export" / "config.json")
+    trainer = Trainer(config, model, make_mesh(MeshShape(data=1)))
+    params = load_orbax(sorted((workdir / "checkpoints").iterdir())[-1])["params"]
+
+    def sums(batches):
+        parts = [
+            [float(x) for x in trainer.eval_step(params, {k: v[None] for k, v in b.items()})]
+            for b in batches
+        ]
+        return np.sum(parts, axis=0)
+
+    packed = eval_batches(store, masking, config)
+    seed = (config.seed, 0, 2**31)
+    rows = [
+        build_row(store, np.array([piece]), masking, config.row_length, seed)
+        for piece in range(len(store.lengths))
+    ]
+    pad = [{k: np.zeros_like(v) - (k == "labels") for k, v in rows[0].items()}] * (-len(rows) % 4)
+    rows += pad
+    unpacked = [
+        {k: np.stack([row[k] for row in rows[i : i + 4]]) for k in packed[0]}
+        for i in range(0, len(rows), 4)
+    ]
+    got, want = sums(packed), sums(unpacked)
+    assert len(packed) < len(unpacked)
+    assert got[1:].tolist() == want[1:].tolist()  # right guesses, masked tokens
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+
+
+def test_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch):
+    class Run:
+        logged: list = []
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.logged.append("finished")
+
+    asked = {}
+    fake = types.SimpleNamespace(init=lambda **k: asked.update(k) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_path, 0, "notes")
+    writer.write("train", 1, loss=2.0, phase="one")
+    writer.close()
+    assert asked["project"] == "notes"
+    assert Run.logged == [(1, {"train/loss": 2.0}), "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        MetricsWriter(tmp_path, 0, "notes")
+
+
+@pytest.mark.parametrize(
+    "variables, several",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # a batch script, not one of srun's tasks
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # JAX_PLATFORMS=cpu
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": ""}, True),
+    ],
+    ids=str,
+)
+def test_what_the_environment_says_of_processes(monkeypatch, variables, several):
+    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *a, **k: calls.append((a, k)))
+    connect(Hosts(heartbeat_seconds=7))
+    assert calls == ([((), {"heartbeat_timeout_seconds": 7})] if several else [])

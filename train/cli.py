@@ -5,14 +5,19 @@ import pathlib
 import pkgutil
 import sys
 
-USAGE = """usage: python -m train pretrain [--config NAME] [--FIELD VALUE ...]
+import tyro
 
-Masked-LM pretraining in phases; a run that was interrupted is taken up by the same command.
+USAGE = """usage: python -m train VERB ...
+
+  prepare    text to shards of tokens, once
+  pretrain   masked-LM pretraining in phases; takes up a run that was interrupted
+  plan       compile a run for devices that are not here: memory, exchanges, hours
+  average    the mean of several checkpoints
 
   python -m train pretrain --config demo
   python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
   python -m train pretrain --config demo --phases.0.learning-rate 1e-3 --rows 16
-  python -m train pretrain --config demo --help        every field, with this config's values
+  python -m train VERB --help                 (pretrain: --config NAME --help, with its values)
 
 configs: {configs}
 """
@@ -31,11 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage)
         return 0 if args else 2
-    if args[0] != "pretrain":
-        print(f"error: expected the verb pretrain, got {args[0]!r}\n\n{usage}", file=sys.stderr)
+    verbs = {"prepare": _prepare, "pretrain": _pretrain, "plan": _plan, "average": _average}
+    if args[0] not in verbs:
+        print(
+            f"error: expected one of {', '.join(verbs)}, got {args[0]!r}\n\n{usage}",
+            file=sys.stderr,
+        )
         return 2
     try:
-        return _pretrain(args[1:])
+        return verbs[args[0]](args[1:])
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,8 +54,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(args: list[str]) -> int:
-    import tyro
-
     from . import loop
     from .config import TrainConfig
 
@@ -64,6 +71,25 @@ def _pretrain(args: list[str]) -> int:
     )  # fmt: skip
     loop.run(config)
     return 0
+
+
+def _prepare(args: list[str]) -> int:
+    from .prepare import prepare
+
+    print(tyro.cli(prepare, prog="python -m train prepare", args=args))
+    return 0
+
+
+def _average(args: list[str]) -> int:
+    from .average import main
+
+    return main(args)
+
+
+def _plan(args: list[str]) -> int:
+    from .plan import main
+
+    return main(args)
 
 
 def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:

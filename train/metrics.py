@@ -19,6 +19,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Any, resumed_step: int, wandb: str = ""):
+        self._wandb = _wandb_run(wandb, workdir) if wandb else None
         self.workdir, self._local = workdir, workdir
         self._temporary = None
         if not isinstance(workdir, pathlib.Path):
@@ -31,7 +32,6 @@ class MetricsWriter:
         self._board = SummaryWriter(
             str(self._local / "tensorboard"), purge_step=resumed_step + 1, write_to_disk=True
         )
-        self._wandb = _wandb_run(wandb, workdir) if wandb else None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line; `kind` is train or eval."""
