@@ -409,17 +409,21 @@ class TestBatches:
         ]  # fmt: skip
         assert len({tuple(positions) for positions in first}) == 4
 
-    def test_another_number_of_hosts_loses_and_repeats_nothing(self):
+    @pytest.mark.parametrize(
+        "size, micro_batches", [(8, 2), (10, 4)], ids=["whole", "last micro-batch not full"]
+    )
+    def test_another_number_of_hosts_loses_and_repeats_nothing(self, size, micro_batches):
         """Two hosts for some steps, then four, then one, over three epochs; by the pieces read."""
         store = memory_store(331)
-        config = config_of(rows=8, micro_batches=2)
+        config = config_of(rows=size, micro_batches=micro_batches)
+        used = config.micro_rows
         alone = make(store, config)
         at = {"epoch": 0, "row": 0}
         rows = alone._plans.epoch_rows
-        assert rows % 8  # so that epochs change inside a step
+        assert rows % size  # so that epochs change inside a step
         seen: list[int] = []
-        counts = {0: 2, 3: 4, 8: 1, rows // 8 + 2: 2}  # of hosts, from each of these steps on
-        for step in range(3 * rows // 8 + 1):
+        counts = {0: 2, 3: 4, 8: 1, rows // size + 2: 2}  # of hosts, from each of these steps on
+        for step in range(3 * rows // size + 1):
             if step in counts:
                 count = counts[step]
                 hosts = [
@@ -432,7 +436,7 @@ class TestBatches:
             assert parts[0].tokens == want.tokens and place(parts[0]) == place(want)
             for key, value in want.arrays.items():
                 np.testing.assert_array_equal(
-                    np.concatenate([p.arrays[key] for p in parts], axis=1), value
+                    np.concatenate([p.arrays[key] for p in parts], axis=1)[:, :used], value
                 )
             seen += [int(d) for p in parts for d in p.documents]
             assert sorted(np.concatenate([p.documents for p in parts])) == sorted(want.documents)
