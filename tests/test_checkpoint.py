@@ -1,5 +1,6 @@
 """Checkpoints cut short, changed on disk or never written whole; and what the mark sees."""
 
+import functools
 import json
 import os
 import pathlib
@@ -25,13 +26,22 @@ MODEL = ModernBertConfig.tiny(
 )
 
 
-def keeper(workdir, said=None, mesh=(2, 2, 2), model=MODEL, keep=5):
+@functools.cache
+def started(mesh, model):
+    """(trainer, its first state): compiling takes longer than all else here."""
     trainer = Trainer(TrainConfig(model=model), model, make_mesh(MeshShape(*mesh)))
+    return trainer, trainer.fresh()
+
+
+def keeper(workdir, said=None, mesh=(2, 2, 2), model=MODEL, keep=5):
+    trainer = started(mesh, model)[0]
     return Checkpoints(workdir, trainer, keep, (said if said is not None else []).append)
 
 
 def state_at(checkpoints, step):
-    state = checkpoints.trainer.fresh()
+    trainer = checkpoints.trainer
+    mesh = tuple(trainer.mesh.shape.values())
+    state = started(mesh, trainer.model_config)[1]
     scale = lambda tree: {k: v + step for k, v in tree.items()}  # noqa: E731
     optimizer = StableAdamWState(
         jnp.int32(step), scale(state.optimizer.mu), scale(state.optimizer.nu)

@@ -50,7 +50,6 @@ class Checkpoints:
         self._last = -1  # the newest step that is saved, or being saved
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._fingerprints = jax.jit(fingerprints, out_shardings=trainer.replicated)
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
         """Takes the state off the devices and goes on writing in the background.
@@ -64,7 +63,7 @@ class Checkpoints:
             return
         self._last = step
         folder = self.workdir / "checkpoints" / f"{step:08d}"
-        marks = {k: int(v) for k, v in self._fingerprints(state).items()}
+        marks = {k: int(v) for k, v in fingerprints(state).items()}
         if jax.default_backend() == "cpu":
             # There "off the device" is the same memory, and the next step writes into it.
             state = jax.tree.map(jnp.copy, state)
@@ -172,13 +171,14 @@ class Checkpoints:
         state = TrainState(
             loaded["params"], StableAdamWState(step, optimizer["mu"], optimizer["nu"])
         )
-        found = {k: int(v) for k, v in self._fingerprints(state).items()}
+        found = {k: int(v) for k, v in fingerprints(state).items()}
         for name, mark in data["fingerprints"].items():
             if found.get(name) != mark:
                 raise Damaged(f"{name} is not what was written")
         return state, data["position"]
 
 
+@jax.jit
 def fingerprints(state: TrainState) -> dict[str, jax.Array]:
     """Name -> uint32 of an array's bits: the sum of its words, each times an odd number of its own.
 
