@@ -1,6 +1,7 @@
 """Packing is an index: document lengths and a seed make a row plan, the same on every host."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -80,3 +81,12 @@ def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None
     return RowPlan(
         documents[np.repeat(starts[shuffled], counts[shuffled]) + within], new_starts, row_length
     )
+
+
+def row_size(tokens: int) -> int:
+    """The length of a row for so many tokens: four sizes an octave, from 64 on.
+
+    Few shapes, so few compilations, and at most a fifth of a row is padding beyond the first.
+    """
+    octave = 2 ** max(6, math.ceil(math.log2(max(tokens, 1))) - 1)
+    return next(size for k in range(4, 9) if (size := octave * k // 4) >= tokens)

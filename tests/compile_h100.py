@@ -16,19 +16,21 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from train.absent import H100, WHEELS, install_cuda, ptxas_folder  # noqa: E402
+
 LENGTHS = (1024, 8192)
 HEADS = {"base": 12, "large": 16}
 WINDOWS = {"global": None, "local": 64}
 
-# The device limits of an H100, and what differs from them in an A100 and an L4.
-TARGET = Path(__file__).with_name("h100_target.txtpb")
+# What differs in an A100 and an L4 from the device limits of an H100.
 _SM8 = {
     "    feature_extension: ACCELERATED_FEATURES\n": "",
 }
@@ -51,40 +53,23 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, default="sm90")
     parser.add_argument("--quick", action="store_true", help="one length and one model size")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--wheels", type=Path, default=ROOT / ".venv-h100", help="where they go")
+    parser.add_argument("--wheels", type=Path, default=WHEELS, help="where they go")
     arguments = parser.parse_args()
-    folder = install(arguments.wheels)
+    try:
+        folder = install_cuda(arguments.wheels)
+    except RuntimeError as error:
+        sys.exit(f"compile_h100: {error}")
     with tempfile.TemporaryDirectory() as dump:
         prepare(folder, Path(dump))
         records = list(compile_all(arguments, Path(dump)))
     print(table(records) if arguments.table else json.dumps(records, indent=1))
 
 
-def install(parent: Path) -> Path:
-    """The folder with the wheels that fit the installed jax; pip runs where it is not there."""
-    from importlib.metadata import version
-
-    jax_version = version("jax")
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    folder, stamp = parent / f"jax-{jax_version}-{python}", ".complete"
-    if not (folder / stamp).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        wheels = [f"jax-cuda13-plugin=={jax_version}", f"jax-cuda13-pjrt=={jax_version}"]
-        if shutil.which("ptxas") is None:
-            wheels.append("nvidia-cuda-nvcc==13.*")
-        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-        command += ["--no-deps", "--target", str(folder), *wheels]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            sys.exit(f"compile_h100: pip could not install {', '.join(wheels)} into {folder}")
-        (folder / stamp).touch()
-    return folder
-
-
 def prepare(folder: Path, dump: Path) -> None:
     """The settings that jax reads when it is imported."""
-    sys.path[:0] = [str(ROOT), str(folder)]
-    ptxas = folder / "nvidia" / "cu13" / "bin"
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(ptxas)])
+    sys.path.insert(0, str(folder))
+    paths = [os.environ.get("PATH", ""), str(ptxas_folder(folder))]
+    os.environ["PATH"] = os.pathsep.join(paths)
     os.environ.update(
         JAX_PLATFORMS="cpu",
         JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
@@ -99,10 +84,10 @@ def prepare(folder: Path, dump: Path) -> None:
 def compile_all(arguments: argparse.Namespace, dump: Path):
     from jax.experimental import topologies
 
-    text = TARGET.read_text()
+    text = H100.read_text()
     for old, new in TARGETS[arguments.target].items():
         if old not in text:
-            sys.exit(f"compile_h100: expected {old!r} in {TARGET.name}")
+            sys.exit(f"compile_h100: expected {old!r} in {H100.name}")
         text = text.replace(old, new)
     topology = topologies.get_topology_desc(
         topology_name=arguments.target, platform="cuda", target_config=text, topology="1x1x1"

@@ -1,0 +1,245 @@
+"""Fine-tuning: against torch step by step, its rows, its files, and taking up half a grid."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from modernbert_jax import ModernBertForSequenceClassification
+from modernbert_jax.packing import row_size
+from train import finetune as module
+from train.corpora.bpe import train_bpe
+from train.finetune import IGNORE, Encoded, FinetuneConfig, encode, finetune, pack
+from train.tasks.task import Data, Example, Task
+
+WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
+KINDS = ("classification", "multilabel", "tokens")
+LABELS = {
+    "classification": ("affirmed", "negated", "possible"),
+    "multilabel": ("a", "b", "c", "d"),
+    "tokens": ("O", "B-X", "I-X"),
+}
+
+
+def examples(kind, count, seed):
+    """Random words; the answer follows from them."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        words = tuple(rng.choice(WORDS, rng.integers(3, 30)))
+        if kind == "classification":
+            label = 1 if "denies" in words else 2 if "possible" in words else 0
+        elif kind == "multilabel":
+            label = tuple(int(w in words) for w in ("fever", "rash", "no", "left"))
+        else:
+            label = tuple(1 if w == "pain" else 2 if w == "edema" else 0 for w in words)
+        out.append(Example(" ".join(words), words=words, label=label))
+    return out
+
+
+def task(kind, train=40):
+    def load(folder):
+        splits = (examples(kind, n, i) for i, n in enumerate((train, 12, 12)))
+        return Data(LABELS[kind], *splits)
+
+    metric = "f1" if kind == "tokens" else "weighted_f1"
+    return Task(kind, kind.title(), kind, metric, "https://example.org", load, {"someone": 50.0})
+
+
+@pytest.fixture(autouse=True)
+def tasks(monkeypatch):
+    monkeypatch.setattr(module, "task_named", task)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    tokenizer = train_bpe([" ".join(WORDS)] * 50, 400)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tokenizer, tmp_path_factory):
+    """kind -> a checkpoint made by transformers, its head included."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from modernbert_jax.tokenizer import AutoTokenizer
+
+    ours = AutoTokenizer.from_pretrained(tokenizer)
+    folders = {}
+    for kind in KINDS:
+        torch.manual_seed(0)
+        config = transformers.ModernBertConfig(
+            vocab_size=448, hidden_size=32, intermediate_size=24, num_hidden_layers=4,
+            num_attention_heads=2, max_position_embeddings=256, num_labels=len(LABELS[kind]),
+            pad_token_id=ours.pad_token_id, cls_token_id=ours.cls_token_id,
+            bos_token_id=ours.cls_token_id, sep_token_id=ours.sep_token_id,
+            eos_token_id=ours.sep_token_id, initializer_range=0.1, classifier_pooling="mean",
+        )  # fmt: skip
+        name = "Token" if kind == "tokens" else "Sequence"
+        model = getattr(transformers, f"ModernBertFor{name}Classification")(config)
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folders[kind])
+        ours.save_pretrained(folders[kind])
+    return folders
+
+
+def config_of(kind, start, out, **changes):
+    config = FinetuneConfig(
+        kind, "", str(start[kind]), str(out), seeds=(42,), lr=1e-3, epochs=2, batch=8,
+        max_length=256, save_model=False,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def runs(out):
+    return [json.loads(p.read_text()) for p in sorted(out.rglob("result.json"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_torch_step_by_step(kind, start, tmp_path):
+    """Same weights, order and seed: the losses of every step and the final scores."""
+    changes = {"accumulation": 2, "batch": 6} if kind == "multilabel" else {}
+    for backend in ("jax", "torch"):
+        finetune(config_of(kind, start, tmp_path / backend, backend=backend, **changes))
+    (ours,), (theirs,) = runs(tmp_path / "jax"), runs(tmp_path / "torch")
+    assert len(ours["losses"]) == 2 * -(-40 // (12 if changes else 8))
+    assert theirs["losses"][0] - theirs["losses"][-1] > 0.1  # it learns
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], atol=1e-3)
+    assert ours["test"] == theirs["test"]
+    assert ours["epochs"] == theirs["epochs"]
+
+
+def test_any_model_of_transformers(tmp_path):
+    """A BERT, whose tokenizer and inputs are others."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=24)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=24,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    for kind in ("classification", "tokens"):
+        start = {kind: tmp_path / "bert"}
+        out = tmp_path / kind
+        finetune(config_of(kind, start, out, backend="torch", lr=5e-3, epochs=4, save_model=True))
+        (result,) = runs(out)
+        assert result["losses"][0] - np.mean(result["losses"][-5:]) > 0.1
+        assert transformers.AutoConfig.from_pretrained(out / "model").model_type == "bert"
+    with pytest.raises(ValueError, match="model_type"):
+        finetune(config_of(kind, start, tmp_path / "ours"))
+
+
+class TestRows:
+    def test_few_sizes_and_never_too_small(self):
+        sizes = [row_size(n) for n in range(1, 20_000)]
+        assert all(size >= n and size <= max(64, 1.25 * n + 1) for n, size in enumerate(sizes, 1))
+        assert len(set(sizes)) <= 4 * 9 + 1
+
+    def test_pack(self):
+        batch = [Encoded(np.arange(5, 8), 2), Encoded(np.arange(9, 13), 0)]
+        row = pack(batch, 3, "classification", 3)
+        np.testing.assert_array_equal(row["input_ids"][0, :8], [5, 6, 7, 9, 10, 11, 12, 0])
+        np.testing.assert_array_equal(row["segment_ids"][0, :8], [1, 1, 1, 2, 2, 2, 2, 0])
+        np.testing.assert_array_equal(row["targets"], [2, 0, IGNORE])
+
+    def test_the_first_token_of_a_word_has_its_label(self, tokenizer):
+        from modernbert_jax.tokenizer import AutoTokenizer
+
+        ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
+        words = ("fever", "xylophone", "no")
+        (e,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 64)
+        pieces = [len(ours([[w]], is_split_into_words=True)["input_ids"][0]) - 2 for w in words]
+        assert pieces[1] > 1
+        want = [IGNORE]
+        for label, count in zip((0, 1, 2), pieces, strict=True):
+            want += [label] + [IGNORE] * (count - 1)
+        assert e.target.tolist() == [*want, IGNORE]
+        (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 4)
+        assert len(cut.ids) == len(cut.target) == 4
+
+
+class TestFiles:
+    def test_what_it_leaves_behind_and_going_on(self, start, tmp_path, monkeypatch):
+        config = config_of(
+            "classification", start, tmp_path, seeds=(1, 2), grid=("lr=1e-3,1e-2",), epochs=1,
+            save_model=True,
+        )  # fmt: skip
+        summary = finetune(config)
+        assert [p["point"] for p in summary["points"]] == ["lr=0.001", "lr=0.01"]
+        found = runs(tmp_path)
+        assert len(found) == 4
+        scores = [r["test"]["weighted_f1"] for r in found[:2]]
+        first = summary["points"][0]["test"]["weighted_f1"]
+        np.testing.assert_allclose(
+            [first[k] for k in ("mean", "median", "min", "max", "std")],
+            [np.mean(scores), np.median(scores), min(scores), max(scores), np.std(scores, ddof=1)],
+        )
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        text = (tmp_path / "table.md").read_text()
+        assert "| someone | 50.0 |" in text and "| negated |" in text and "Confusion" in text
+        model = ModernBertForSequenceClassification.from_pretrained(tmp_path / "model")
+        assert model.config.id2label == LABELS["classification"]
+        best = max(r["validation"]["weighted_f1"] for r in found)
+        assert json.loads((tmp_path / "model/score.json").read_text())["validation"] == best
+        # One of the four runs is lost: it alone is done again, and to the same bits.
+        lost = tmp_path / "lr=0.01" / "seed-2" / "result.json"
+        before = json.loads(lost.read_text())
+        lost.unlink()
+        started = []
+        real = module.JaxModel
+        monkeypatch.setattr(module, "JaxModel", lambda *a: started.append(a) or real(*a))
+        assert finetune(config)["points"][1]["test"] == summary["points"][1]["test"]
+        assert len(started) == 1
+        assert json.loads(lost.read_text())["losses"] == before["losses"]
+        with pytest.raises(ValueError, match="is of other settings"):
+            finetune(dataclasses.replace(config, epochs=2))
+
+    def test_seeds_on_several_devices(self, start, tmp_path):
+        config = config_of("classification", start, tmp_path / "a", seeds=(1, 2), epochs=1)
+        alone = finetune(config)
+        both = finetune(dataclasses.replace(config, out=str(tmp_path / "b"), devices=2))
+        assert alone["points"][0]["test"] == both["points"][0]["test"]
+
+
+class TestChoices:
+    def test_frozen_encoder_and_layer_decay(self, start, tmp_path):
+        config = config_of("classification", start, tmp_path, freeze_encoder=True)
+        shared = module._Finetuning(config)
+        model = shared.model(config, 1)
+        before = model.weights()
+        batch = [shared.splits["train"][:8]]
+        model.step(batch, 1e-2)
+        after = model.weights()
+        changed = {k for k in after if not np.array_equal(before[k], after[k])}
+        assert changed and all(k.startswith(("head.", "classifier.")) for k in changed)
+        assert "classifier.weight" in changed
+        config = dataclasses.replace(config, freeze_encoder=False, layer_decay=0.5)
+        factors = shared.model(config, 1).factors
+        assert factors["classifier.bias"] == factors["model.final_norm.weight"] == 1
+        assert factors["model.layers.3.mlp.Wi.weight"] == 0.5
+        assert factors["model.layers.0.mlp.Wi.weight"] == 0.5**4
+        assert factors["model.embeddings.norm.weight"] == 0.5**5
+
+    @pytest.mark.parametrize(
+        "changes, expect",
+        [
+            ({"grid": ("learning=1",)}, "grid: expected lr"),
+            ({"grid": ("lr=fast",)}, "grid: lr: expected numbers"),
+            ({"batch": 0}, "batch: expected at least 1"),
+            ({"seeds": ()}, "seeds: expected at least one"),
+            ({"layer_decay": 0.0}, "layer_decay: expected above 0"),
+            ({"devices": 99}, "devices: expected at most"),
+        ],
+        ids=str,
+    )
+    def test_refused_in_one_line(self, start, tmp_path, changes, expect):
+        with pytest.raises(ValueError, match=expect):
+            finetune(config_of("classification", start, tmp_path, **changes))

@@ -1,0 +1,75 @@
+"""Change of State: what changed, where, how and since which report, in chest X-ray reports."""
+
+import dataclasses
+import pathlib
+from collections import Counter
+
+from .brat import WORDS, Span, read_spans, tag
+from .files import token_data
+from .task import Data, Task, three_ways
+
+TYPES = ("Attr", "Cos", "Loc", "Ref", "Val")
+LABELS = (*(f"B-{t}" for t in TYPES), *(f"I-{t}" for t in TYPES), "O")
+HOMEPAGE = "https://depts.washington.edu/bionlp/data/corpora/files/events-COS-corpus.zip"
+
+
+def load(folder: pathlib.Path) -> Data:
+    """An example a Snippet of the .ann files (the .txt files are not needed); 70/15/15.
+
+    An entity belongs to the snippet that holds all of it; those of no snippet are counted.
+    """
+    files = sorted(folder.rglob("*.ann"), key=lambda path: path.relative_to(folder).as_posix())
+    if not files:
+        raise FileNotFoundError(
+            f"expected the .ann files of Change of State below {folder}, found none; they are to "
+            f"be had at {HOMEPAGE}"
+        )
+    skipped: Counter[str] = Counter()
+    tagged = [one for file in files for one in _snippets(file, skipped)]
+    if not tagged:
+        raise ValueError(f"{folder}: expected Snippet spans in the .ann files, found none")
+    return token_data(tagged, three_ways(len(tagged)), skipped, folder, LABELS)
+
+
+def _snippets(
+    file: pathlib.Path, skipped: Counter[str]
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    spans = read_spans(file, skipped)
+    entities = [span for span in spans if span.type in TYPES]
+    homeless = set(entities)
+    tagged = []
+    for snippet in (span for span in spans if span.type == "Snippet"):
+        inside = [e for e in entities if snippet.start <= e.start and e.end <= snippet.end]
+        homeless -= set(inside)
+        tagged.append(tag(snippet.text, [_moved(e, snippet) for e in inside], WORDS, skipped))
+    if homeless:
+        skipped["entities in no snippet"] += len(homeless)
+    return tagged
+
+
+def _moved(entity: Span, snippet: Span) -> Span:
+    return dataclasses.replace(
+        entity, start=entity.start - snippet.start, end=entity.end - snippet.start
+    )
+
+
+TASK = Task(
+    name="cos",
+    title="Change of State: events in chest X-ray reports",
+    kind="tokens",
+    metric="f1",
+    homepage=HOMEPAGE,
+    load=load,
+    published={
+        "BioClinical ModernBERT base": 95.1,
+        "BioClinical ModernBERT large": 95.1,
+        "ModernBERT base": 94.0,
+        "ModernBERT large": 94.4,
+        "Bio_ClinicalBERT": 95.0,
+        "BioBERT": 94.9,
+        "BioMed-RoBERTa": 94.9,
+        "Clinical-Longformer": 95.2,
+        "Clinical-BigBird": 94.0,
+        "Clinical ModernBERT": 93.7,
+    },
+)
