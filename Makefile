@@ -6,7 +6,8 @@ DEMO := .venv
 TEST := .venv-test
 NEXT := .venv-next
 
-PYTEST := -m pytest -ra --durations=10
+# Two processes, a file at a time: most tests compile on one core.
+PYTEST := -m pytest -n 2 --dist loadfile -ra --durations=10
 # What the second version pair runs: the tests of the library and its kernels, that is, every file
 # that imports neither train nor convert. Tests that need torch skip there.
 NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/test_*.py)

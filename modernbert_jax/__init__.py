@@ -18,6 +18,11 @@ from modernbert_jax.heads import (
     pool as pool,
 )
 from modernbert_jax.model import ModernBertModel as ModernBertModel
+from modernbert_jax.pipelines import (
+    Embedder as Embedder,
+    FillMask as FillMask,
+    pipeline as pipeline,
+)
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer, Tokenizer as Tokenizer
 
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ def _loaded(cls: type, model: Any, tokenizer: Any, options: dict[str, Any]) -> t
         model = cls.from_pretrained(model, **options)  # type: ignore[attr-defined]
     if not isinstance(model, cls):
         raise TypeError(
-            f"model: expected a folder, a hub id or a {cls.__name__}, got {model!r:.60}"
+            f"model: expected a folder, a hub id or a {cls.__name__}, got {type(model).__name__}"
         )
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -151,8 +151,8 @@ class Embedder:
     """Texts to vectors, packed into full rows: `Embedder.from_pretrained(path).encode(texts)`.
 
     pooling: "mean" or "cls" over each text. layer: -1 is the last, 0 the embeddings, as in
-    hidden_states. normalize: to length 1. max_length in tokens, longer texts are cut. mesh: its axis
-    "data" takes a row each. Usable as an `mteb` model: `encode` takes what mteb passes.
+    hidden_states. normalize: to length 1. max_length in tokens, longer texts are cut. mesh: each
+    device of its axis "data" takes a row.
     """
 
     model: ModernBertModel
@@ -171,6 +171,10 @@ class Embedder:
             raise ValueError(f"layer: expected {-layers - 1} to {layers}, got {self.layer}")
         self.max_length = min(self.max_length, self.model.config.max_position_embeddings)
         graph, self._state = nnx.split(self.model)
+        if (
+            self.mesh is not None
+        ):  # whatever its axis types: these arrays are the compiler's to place
+            self.mesh = Mesh(self.mesh.devices, self.mesh.axis_names)
         self._rows = 1 if self.mesh is None else self.mesh.shape["data"]
         attention = default_attention if self.mesh is None else sharded(self.mesh, rows="data")
         last = self.layer in (-1, layers)
@@ -194,7 +198,7 @@ class Embedder:
     def from_pretrained(
         cls, path_or_repo: str | os.PathLike, *, dtype: Any = None, **options: Any
     ) -> "Embedder":
-        """The encoder of a checkpoint (HF, Orbax, hub id) with its tokenizer. options: the fields."""
+        """The encoder of a checkpoint with its tokenizer. options: the fields."""
         model, tokenizer = _loaded(ModernBertModel, path_or_repo, None, {"dtype": dtype})
         return cls(model, tokenizer, **options)
 

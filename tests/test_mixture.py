@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from train import cli
-from train.config import Phase, TrainConfig
+from modernbert_jax import ModernBertConfig
+from train import cli, loop
+from train.config import MeshShape, Phase, TrainConfig
 from train.corpora.bpe import train_bpe
 from train.corpora.synthetic import synthetic_notes
 from train.loop import _prepare as open_corpora
@@ -130,3 +131,20 @@ def test_corpora_without_held_out_documents(prepared, tmp_path):
         open_corpora(config(str(none)))
     _, _, (stores,) = open_corpora(config(str(none), str(prepared / "out" / "a")))
     assert not len(stores["none"]["eval"].lengths) and len(stores["a"]["eval"].lengths)
+
+
+@pytest.mark.slow
+def test_run_beside_a_corpus_that_holds_nothing_out(prepared, tmp_path):
+    none = tmp_path / "none"
+    prepare(
+        str(prepared / "b.jsonl"), str(prepared / "tokenizer"), str(none), row_length=64,
+        eval_fraction=0.0, workers=1,
+    )  # fmt: skip
+    model = ModernBertConfig.tiny(vocab_size=448, num_hidden_layers=3)
+    phase = Phase("p", tokens=600, corpus=(str(none), str(prepared / "out" / "a")))
+    config = TrainConfig(
+        model=model, phases=(phase,), row_length=64, rows=4, workdir=str(tmp_path / "w"),
+        tokenizer=str(prepared / "tokenizer"), mesh=MeshShape(data=1), eval_rows=8,
+    )  # fmt: skip
+    scores = loop.run(config)["phases"][0]
+    assert 0 < scores["loss"] < 20 and "none/loss" not in scores

@@ -43,16 +43,21 @@ def test_waste_of_a_batch_that_the_devices_do_not_divide():
 @pytest.mark.parametrize("rows, shards", [(616, 16), (576, 256), (576, 8), (7, 64)])
 def test_choices_hold_every_row(rows, shards):
     fills = plan.choices(rows, shards)
-    assert [f.micro_batches for f in fills] == [n for n in range(1, rows + 1) if rows % n == 0]
+    counts = [f.micro_batches for f in fills]
+    assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == rows
+    assert {n for n in range(1, rows + 1) if rows % n == 0} <= set(counts)
     for fill in fills:
         assert fill.slots == fill.device_rows * shards
-        assert 0 <= fill.micro_batches * fill.slots - rows < fill.micro_batches * shards
+        micro_rows = -(-rows // fill.micro_batches)  # as TrainConfig.micro_rows
+        assert 0 <= fill.slots - micro_rows < shards
+        assert (fill.micro_batches - 1) * micro_rows < rows <= fill.micro_batches * micro_rows
 
 
 def test_micro_batches_chosen():
-    """Few empty rows first: 616 rows on 16 devices are 8 x 77 on 80 slots, not 11 x 56 on 64."""
+    """Few empty rows first: 616 rows on 16 devices are 13 x 48, not 11 x 56 on 64 slots."""
     take = lambda rows, shards, given=None: plan._take(plan.choices(rows, shards), given, 8192)  # noqa: E731
-    assert take(616, 16).micro_batches == 8
+    assert (take(616, 16).micro_batches, take(616, 16).slots) == (13, 48)
+    assert take(616, 16).waste == pytest.approx(0.013, abs=5e-4)
     assert (take(576, 16).micro_batches, take(576, 16).device_rows) == (6, 6)
     assert take(576, 16, 2).micro_batches == 2  # as told
     assert take(576, 1024).device_rows == 1  # more devices than rows
@@ -68,7 +73,7 @@ def test_search_finds_the_largest(most):
 
     found = plan._largest(plan.choices(576, 16), fits)
     assert (found.device_rows if found else 0) == most
-    assert len(asked) <= 5  # of the 19 numbers of rows a device
+    assert len(asked) <= 6  # of the 36 numbers of rows a device at most
 
 
 def test_default_meshes():

@@ -4,6 +4,7 @@ for them on a machine without a TPU or a GPU.
 Imports nothing but the standard library at first: the settings must be there before jax is.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -58,7 +59,11 @@ def install_cuda(parent: Path = WHEELS) -> Path:
     jax_version = version("jax")
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     folder, stamp = parent / f"jax-{jax_version}-{python}", ".complete"
-    if not (folder / stamp).exists():
+    parent.mkdir(parents=True, exist_ok=True)
+    with open(parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at a time: the second one waits
+        if (folder / stamp).exists():
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
         wheels = [f"jax-cuda13-plugin=={jax_version}", f"jax-cuda13-pjrt=={jax_version}"]
         if shutil.which("ptxas") is None:
@@ -68,7 +73,7 @@ def install_cuda(parent: Path = WHEELS) -> Path:
         if subprocess.run(command, stdout=sys.stderr).returncode:
             raise RuntimeError(f"pip could not install {', '.join(wheels)} into {folder}")
         (folder / stamp).touch()
-    return folder
+        return folder
 
 
 def ptxas_folder(wheels: Path) -> Path:

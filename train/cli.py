@@ -9,10 +9,14 @@ import tyro
 
 USAGE = """usage: python -m train VERB ...
 
-  prepare    text to shards of tokens, once
+  corpora    what there is to train on: access, licence, size, what is on disk
+  prepare    a corpus to text and shards of tokens, once
+  mixture    tokens and shares of prepared corpora, and the flags that train on them
+  overlap    documents of a corpus that share word spans with an evaluation set
   pretrain   masked-LM pretraining in phases; takes up a run that was interrupted
   plan       compile a run for devices that are not here: memory, exchanges, hours
   average    the mean of several checkpoints
+  finetune   a task over seeds and a grid, with its table of scores; or retrieval
 
   python -m train pretrain --config demo
   python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
@@ -36,7 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage)
         return 0 if args else 2
-    verbs = {"prepare": _prepare, "pretrain": _pretrain, "plan": _plan, "average": _average}
+    verbs = {
+        "prepare": _prepare,
+        "pretrain": _pretrain,
+        "plan": _plan,
+        "finetune": _finetune,
+        "average": _average,
+        "corpora": _corpora,
+        "mixture": _mixture,
+        "overlap": _overlap,
+    }
     if args[0] not in verbs:
         print(
             f"error: expected one of {', '.join(verbs)}, got {args[0]!r}\n\n{usage}",
@@ -77,6 +90,41 @@ def _prepare(args: list[str]) -> int:
     from .prepare import prepare
 
     print(tyro.cli(prepare, prog="python -m train prepare", args=args))
+    return 0
+
+
+def _corpora(args: list[str]) -> int:
+    from .catalogue import catalogue
+
+    print(tyro.cli(catalogue, prog="python -m train corpora", args=args))
+    return 0
+
+
+def _mixture(args: list[str]) -> int:
+    from .mixture import mixture
+
+    print(tyro.cli(mixture, prog="python -m train mixture", args=args))
+    return 0
+
+
+def _overlap(args: list[str]) -> int:
+    from .overlap import overlap
+
+    print(tyro.cli(overlap, prog="python -m train overlap", args=args))
+    return 0
+
+
+def _finetune(args: list[str]) -> int:
+    name, rest = _take(args, "--task")
+    if name == "retrieval":
+        from . import retrieval
+
+        prog = "python -m train finetune --task retrieval"
+        retrieval.train(tyro.cli(retrieval.RetrievalConfig, prog=prog, args=rest))
+        return 0
+    from .finetune import FinetuneConfig, finetune
+
+    finetune(tyro.cli(FinetuneConfig, prog="python -m train finetune", args=args))
     return 0
 
 

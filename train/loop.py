@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from typing import Any
 
 import jax
@@ -138,14 +139,27 @@ def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]
         return prepare_tokens(corpus, tokenizer, config, folder)
 
     opened = {corpus: store(corpus) for phase in config.phases for corpus in phase.corpus}
-    stores = [_named({path: opened[path] for path in phase.corpus}) for phase in config.phases]
+    stores = [
+        _named({path: _times(opened[path], n) for path, n in Counter(phase.corpus).items()})
+        for phase in config.phases
+    ]
     for phase, parts in zip(config.phases, stores, strict=True):
         train, held_out = (joined([s[split] for s in parts.values()]) for split in SPLITS)
+        if not len(held_out.lengths):
+            raise ValueError(
+                f"phase {phase.name}: its corpora hold no document out; prepare them with a larger "
+                "--eval-fraction"
+            )
         say(
             f"phase {phase.name}: {len(train.lengths):,} pieces, {train.lengths.sum():,} tokens to "
             f"train on, {held_out.lengths.sum():,} held out; budget {phase.tokens:,} tokens"
         )
     return workdir, tokenizer, stores
+
+
+def _times(store: Store, count: int) -> Store:
+    """A corpus that is named several times counts that often in an epoch, masked anew each time."""
+    return store | {"train": joined([store["train"]] * count)}
 
 
 def _named(by_path: dict[str, Store]) -> dict[str, Store]:
@@ -172,6 +186,7 @@ class _Session:
             {
                 name: eval_batches(s["eval"], self.eval_mask, config, self.own)
                 for name, s in parts.items()
+                if len(s["eval"].lengths)  # small corpora may hold nothing out
             }
             for parts in stores
         ]

@@ -11,7 +11,7 @@ What a config leaves open is chosen here:
 - mesh: fsdp over all devices up to 16, data over the rest, tensor 1. At 16 ways parameters and
   moments of the large model are 0.3 GB a device; more ways would only lengthen the rings that
   gather weights. tensor exchanges activations in every layer; models this narrow never need it.
-- micro_batches: of the numbers that divide the rows, the one with the fewest empty rows, then the
+- micro_batches: of the numbers that the rows make, the one with the fewest empty rows, then the
   fewest micro-batches, among those of at most 65,536 tokens a device: that many keep the matrix
   units busy. Where it does not fit, fewer rows a micro-batch are tried.
 """
@@ -192,10 +192,10 @@ class Fill:
 
 
 def choices(rows: int, shards: int) -> list[Fill]:
-    """A fill for every number of micro-batches that divides `rows`, on devices that split a
-    micro-batch `shards` ways; the largest micro-batches first."""
-    counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    each = {n: -(-(rows // n) // shards) for n in counts}
+    """A fill for every number of micro-batches that `rows` make, on devices that split a micro-batch
+    `shards` ways; the largest micro-batches first. The last one of a step may have fewer rows."""
+    counts = [n for n in range(1, rows + 1) if -(-rows // -(-rows // n)) == n]
+    each = {n: -(-(-(-rows // n)) // shards) for n in counts}
     return [Fill(rows, n, each[n] * shards, each[n]) for n in counts]
 
 

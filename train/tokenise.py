@@ -138,13 +138,14 @@ def read_shard(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     """(id, text) of the documents of a TFDS shard."""
     from tensorflow_datasets.proto import tf_example_pb2
 
+    parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
     reader = array_record_module.ArrayRecordReader(
         os.fspath(path), options="readahead_buffer_size:0,max_parallelism:0"
     )
     count = reader.num_records()
     for first in range(0, count, _RECORDS):
         for record in reader.read(first, min(first + _RECORDS, count)):
-            feature = tf_example_pb2.Example.FromString(record).features.feature
+            feature = parse(record).features.feature
             yield tuple(feature[name].bytes_list.value[0].decode() for name in ("id", "text"))
     reader.close()
 

@@ -3,15 +3,17 @@
     python tests/benchmarks/tokenise.py --tokenizer FOLDER [--json FILE] [--notes 8_000]
         [--workers 2]
 
-Writes one CSV of notes of about 2,000 characters (two or three of train/corpora/synthetic.py each)
-and prepares it. The aim is 1.2M tokens/s tokenised on two cores. `text` is reading, deduplicating
-and writing the TFDS data set in one process; `tokenise` is the token stage, the start of its workers
+Writes one CSV of notes of about 2,000 characters (two or three of train/corpora/synthetic.py) and
+prepares it. The aim is 1.2M tokens/s tokenised on two cores. `text` is reading, deduplicating and
+writing the TFDS data set in one process; `tokenise` is the token stage, the start of its workers
 included, over twice as many shards as workers. `tokens/CPU s` is what a core does alone: other
 programs slow the clock, and hardly this. The load average says how busy the machine was.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -60,9 +62,10 @@ def measure(folder: pathlib.Path, tokenizer: str, notes: int, workers: int) -> d
     size = write_notes(folder / "notes.csv", notes)
     builder.SHARD_BYTES = size // (2 * workers)
     before, start = cpu_seconds(), time.perf_counter()
-    text, counts = builder.build(
-        find("csv"), folder / "notes.csv", folder / "text", folder / "work", eval_fraction=0.0
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS says much
+        text, counts = builder.build(
+            find("csv"), folder / "notes.csv", folder / "text", folder / "work", eval_fraction=0.0
+        )
     read, read_cpu = time.perf_counter() - start, cpu_seconds() - before
     encoder = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
     ends = encoder.cls_token_id, encoder.sep_token_id

@@ -58,7 +58,9 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Source:
+class TextFile:
+    """A file that holds documents."""
+
     path: Path
     name: str  # relative to the corpus, with "/" everywhere
     suffix: str
@@ -86,8 +88,7 @@ def read_documents(
     a row longer than the header, a quote that is never closed, or a damaged .gz.
     """
     counts = Counter() if counts is None else counts
-    sources = _with_columns(_find(Path(path)), text_column, counts)
-    return _read_all(Path(path), sources, counts)
+    return _read_all(Path(path), find_files(path, text_column, counts), counts)
 
 
 def split_of(text: str, eval_fraction: float) -> str:
@@ -105,13 +106,25 @@ def split_of(text: str, eval_fraction: float) -> str:
 # Files and columns
 
 
-def _find(path: Path) -> list[_Source]:
+def find_files(
+    path: str | os.PathLike[str],
+    text_column: str | None = None,
+    counts: Counter[str] | None = None,
+    suffixes: tuple[str, ...] = SUFFIXES,
+) -> list[TextFile]:
+    """The files that `read_documents` reads, in its order; tables without a record are none."""
+    counts = Counter() if counts is None else counts
+    found = [file for file in _find(Path(path)) if file.suffix in suffixes]
+    return _with_columns(found, text_column, counts)
+
+
+def _find(path: Path) -> list[TextFile]:
     known = ", ".join(SUFFIXES) + " (and each with .gz)"
     if path.is_file():
         suffix = _suffix(path)
         if suffix is None:
             raise ValueError(f"{path} is none of the files read here: {known}")
-        return [_Source(path, path.name, suffix)]
+        return [TextFile(path, path.name, suffix)]
     if not path.is_dir():
         raise FileNotFoundError(f"no such file or folder: {path}")
     sources = []
@@ -119,7 +132,7 @@ def _find(path: Path) -> list[_Source]:
         relative = file.relative_to(path)
         suffix = _suffix(file)
         if suffix and file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            sources.append(_Source(file, relative.as_posix(), suffix))
+            sources.append(TextFile(file, relative.as_posix(), suffix))
     if not sources:
         raise ValueError(f"no text in the folder {path}: the files read here are {known}")
     return sorted(sources, key=lambda source: source.name)
@@ -131,8 +144,8 @@ def _suffix(path: Path) -> str | None:
 
 
 def _with_columns(
-    sources: list[_Source], text_column: str | None, counts: Counter[str]
-) -> list[_Source]:
+    sources: list[TextFile], text_column: str | None, counts: Counter[str]
+) -> list[TextFile]:
     chosen, left_out = [], []
     for source in sources:
         if source.suffix == ".txt":
@@ -142,11 +155,11 @@ def _with_columns(
         if columns is None:  # an empty file
             continue
         wanted = TEXT_COLUMNS if text_column is None else (text_column,)
-        column = _match(columns, wanted)
+        column = find_column(columns, wanted)
         if column is not None:
-            chosen.append(_Source(source.path, source.name, source.suffix, column))
+            chosen.append(TextFile(source.path, source.name, source.suffix, column))
             continue
-        problem = f"{source.path} has no column {' or '.join(wanted)}; {_listed(columns)}"
+        problem = f"{source.path} has no column {' or '.join(wanted)}; {listed(columns)}"
         if text_column is None:
             raise ValueError(
                 f"{problem}; name the one with text by --text-column "
@@ -159,15 +172,16 @@ def _with_columns(
     return chosen
 
 
-def _columns(source: _Source) -> list[str] | None:
+def _columns(source: TextFile) -> list[str] | None:
     if source.suffix == ".jsonl":
-        first = next(_objects(source), None)
+        first = next(read_objects(source.path), None)
         return None if first is None else list(first[1])
-    first = next(_rows(source), None)
+    first = next(read_rows(source.path, _delimiter(source)), None)
     return None if first is None else first[1]
 
 
-def _listed(columns: list[str]) -> str:
+def listed(columns: list[str]) -> str:
+    """The columns of a table, for an error."""
     # A table without a header begins with data, and data must not get into an error.
     if any(len(c) > 64 or "\n" in c or (c and not re.search(r"[^\W\d]", c)) for c in columns):
         return "its first record does not look like a header"
@@ -175,7 +189,7 @@ def _listed(columns: list[str]) -> str:
     return f"it has {', '.join(map(repr, columns[:40]))}{more}"
 
 
-def _match(columns: list[str], wanted: tuple[str, ...]) -> str | None:
+def find_column(columns: list[str], wanted: tuple[str, ...]) -> str | None:
     """The first wanted name that a column has, the exact spelling before another case."""
     for name in wanted:
         if name in columns:
@@ -189,16 +203,21 @@ def _match(columns: list[str], wanted: tuple[str, ...]) -> str | None:
 # Records
 
 
-def _read_all(path: Path, sources: list[_Source], counts: Counter[str]) -> Iterator[Document]:
-    readers: dict[str, Callable[[_Source], Iterator[tuple[int, str]]]] = {
+def read_file(file: TextFile) -> Iterator[tuple[int, str]]:
+    """(record number from 1, text, which may be empty) of a file from `find_files`."""
+    readers: dict[str, Callable[[TextFile], Iterator[tuple[int, str]]]] = {
         ".txt": _read_txt,
         ".jsonl": _read_jsonl,
         ".csv": _read_table,
         ".tsv": _read_table,
     }
+    return readers[file.suffix](file)
+
+
+def _read_all(path: Path, sources: list[TextFile], counts: Counter[str]) -> Iterator[Document]:
     documents = 0
     for source in sources:
-        for number, text in readers[source.suffix](source):
+        for number, text in read_file(source):
             if not text.strip():
                 counts["empty"] += 1
                 continue
@@ -209,50 +228,56 @@ def _read_all(path: Path, sources: list[_Source], counts: Counter[str]) -> Itera
         raise ValueError(f"no text in {path}: every file or record there is empty")
 
 
-def _read_txt(source: _Source) -> Iterator[tuple[int, str]]:
-    yield 1, "".join(_lines(source.path))
+def _read_txt(source: TextFile) -> Iterator[tuple[int, str]]:
+    yield 1, "".join(read_lines(source.path))
 
 
-def _read_jsonl(source: _Source) -> Iterator[tuple[int, str]]:
-    for number, record in _objects(source):
+def _read_jsonl(source: TextFile) -> Iterator[tuple[int, str]]:
+    for number, record in read_objects(source.path):
         text = record.get(source.column)
         if text is not None and not isinstance(text, str):
             raise ValueError(
                 f"{source.path}, line {number}: {source.column!r} must be a string, "
                 f"got {type(text).__name__}"
             )
-        yield number, _without_lone_surrogates(text or "")
+        yield number, without_lone_surrogates(text or "")
 
 
-def _objects(source: _Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(source.path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            # Not chained: the error holds the whole line.
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "bad number"
-            raise ValueError(f"{source.path}, line {number}: not valid JSON ({reason})") from None
-        except RecursionError:
-            raise ValueError(f"{source.path}, line {number}: JSON nested too deep") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{source.path}, line {number}: expected a JSON object, got "
-                f"{type(record).__name__}; a .jsonl file has one object a line"
-            )
-        yield number, record
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a .jsonl file. Raises ValueError at the first broken line."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            yield number, parse_object(line, f"{path}, line {number}")
 
 
-def _without_lone_surrogates(text: str) -> str:
+def parse_object(text: str, place: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that names the place and shows nothing of the text."""
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        # Not chained: the error holds the whole text.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "bad number"
+        raise ValueError(f"{place}: not valid JSON ({reason})") from None
+    except RecursionError:
+        raise ValueError(f"{place}: JSON nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{place}: expected a JSON object, got {type(record).__name__}; "
+            "a .jsonl file has one object a line"
+        )
+    return record
+
+
+def without_lone_surrogates(text: str) -> str:
+    """The text with each lone surrogate replaced."""
     # JSON can hold "\ud800" alone, which no encoding and no tokenizer takes.
     if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _read_table(source: _Source) -> Iterator[tuple[int, str]]:
-    rows = _rows(source)
+def _read_table(source: TextFile) -> Iterator[tuple[int, str]]:
+    rows = read_rows(source.path, _delimiter(source))
     _, header = next(rows)
     index = header.index(source.column)
     for number, row in rows:
@@ -264,35 +289,40 @@ def _read_table(source: _Source) -> Iterator[tuple[int, str]]:
         yield number, row[index] if index < len(row) else ""
 
 
-def _rows(source: _Source) -> Iterator[tuple[int, list[str]]]:
-    """(number, fields): 0 for the header; blank lines are no rows."""
+def _delimiter(source: TextFile) -> str:
+    return "\t" if source.suffix == ".tsv" else ","
+
+
+def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """(number, fields) of a table: 0 for the header; blank lines are no rows.
+
+    Raises ValueError for a file that is not text, a damaged .gz, a quote that is never closed.
+    """
     ended = False
 
     def lines() -> Iterator[str]:
         nonlocal ended
-        yield from _lines(source.path)
+        yield from read_lines(path)
         ended = True
 
-    reader = csv.reader(lines(), delimiter="\t" if source.suffix == ".tsv" else ",")
+    reader = csv.reader(lines(), delimiter=delimiter)
     number = 0
-    while (row := _next_row(reader, source, number)) is not None:
+    while (row := _next_row(reader, path, number)) is not None:
         # The reader asks for no line beyond a whole row, so a row at the end is a cut one.
         if ended:
-            raise ValueError(f"{source.path}, record {number}: a quote is opened and never closed")
+            raise ValueError(f"{path}, record {number}: a quote is opened and never closed")
         if row:
             yield number, row
             number += 1
 
 
-def _next_row(reader: Any, source: _Source, number: int) -> list[str] | None:
+def _next_row(reader: Any, path: Path, number: int) -> list[str] | None:
     # The limit belongs to the process, so it is put back before anyone else runs.
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         return next(reader, None)
     except csv.Error as error:
-        raise ValueError(
-            f"{source.path}, record {number}: {error}; is a quote left open?"
-        ) from None
+        raise ValueError(f"{path}, record {number}: {error}; is a quote left open?") from None
     finally:
         csv.field_size_limit(before)
 
@@ -304,8 +334,11 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their "\\n", whatever the file's encoding and line ends are."""
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines with their "\\n", whatever the file's encoding and line ends are; .gz is unpacked.
+
+    Raises ValueError for a file that is not text, or a damaged .gz.
+    """
     try:
         with _open(path) as file:
             head = file.read(HEAD)

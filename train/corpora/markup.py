@@ -1,0 +1,142 @@
+"""XML without its dangers: read by lxml in a stream, entities not resolved, DTDs not loaded.
+
+Nothing outside the file is opened. A file that declares entities of its own, and a record that
+refers to one, is refused: what an entity stands for can be as large as one likes. Memory is that of
+one record, and a record has a largest size.
+"""
+
+import gzip
+import hashlib
+import io
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
+
+LARGEST_RECORD = 1 << 26  # bytes of markup
+_OPTIONS: dict[str, Any] = {
+    "load_dtd": False,
+    "no_network": True,
+    "resolve_entities": False,
+    "huge_tree": False,  # libxml2's limits on depth, text and attributes stay
+    "remove_comments": True,
+    "remove_pis": True,
+}
+string = etree.XPath("string()")  # all text in an element, which must hold no entity
+
+
+class Entities(ValueError):
+    """A document declares or uses entities."""
+
+
+class Limited(io.RawIOBase):
+    """A stream that may be read only so far: `allow` says how far from here on."""
+
+    def __init__(self, stream: IO[bytes], name: str):
+        self.stream, self.name, self.left = stream, name, 0
+
+    def allow(self, size: int) -> "Limited":
+        """From here `size` bytes may be read."""
+        self.left = size
+        return self
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises ValueError beyond what is allowed."""
+        data = self.stream.read(size if size >= 0 else self.left + 1)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"{self.name}: a record is larger than any true one; it is not read")
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+
+def open_stream(path: pathlib.Path) -> IO[bytes]:
+    """The bytes of a file, those of a .gz unpacked."""
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore
+
+
+def damaged(path: pathlib.Path) -> ValueError:
+    """The one line about a .gz or tar that ends early or fails its checksum."""
+    return ValueError(f"{path}: damaged or cut off; get the file again")
+
+
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def check_md5(path: pathlib.Path) -> None:
+    """Compares a file with the .md5 beside it, if there is one. Raises ValueError."""
+    beside = path.with_name(path.name + ".md5")
+    if not beside.is_file():
+        return
+    found = re.search(r"\b[0-9a-f]{32}\b", beside.read_text("ascii", "replace").lower())
+    if not found:
+        raise ValueError(f"{beside}: expected a line `MD5(name)= hex`, found none")
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "md5").hexdigest()
+    if actual != found[0]:
+        raise ValueError(f"{path}: expected md5 {found[0]}, got {actual}; get the file again")
+
+
+def parse(data: bytes, place: str) -> etree._Element:
+    """The root of a document. Raises ValueError, or Entities where it declares or uses one."""
+    try:
+        root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
+    except etree.XMLSyntaxError as error:
+        raise _broken(error, place) from None
+    _refuse_declared(root, place)
+    if has_entity(root):
+        raise Entities(f"{place}: uses entities, which are not resolved")
+    return root
+
+
+def records(path: pathlib.Path, tags: tuple[str, ...]) -> Iterator[etree._Element]:
+    """The elements of these tags, below the root, one at a time: each is empty at the next.
+
+    Raises ValueError with one line for a file that is not whole or not well-formed XML.
+    """
+    try:
+        with open_stream(path) as stream:
+            limited = Limited(stream, str(path)).allow(LARGEST_RECORD)
+            events = etree.iterparse(limited, events=("end",), tag=tags, **_OPTIONS)
+            for number, (_, element) in enumerate(events):
+                if number == 0:
+                    _refuse_declared(element, str(path))
+                parent = element.getparent()
+                if parent is None or parent.getparent() is not None:
+                    continue  # not a record: a name used again further down
+                yield element
+                element.clear()
+                while element.getprevious() is not None:
+                    del parent[0]
+                limited.allow(LARGEST_RECORD)
+    except etree.XMLSyntaxError as error:
+        raise _broken(error, str(path)) from None
+    except DAMAGE:
+        raise damaged(path) from None
+
+
+def _broken(error: etree.XMLSyntaxError, place: str) -> ValueError:
+    # Not the parser's message, which can hold what stands there.
+    line, column = error.position
+    return ValueError(f"{place}: not well-formed XML at line {line}, column {column}")
+
+
+def _refuse_declared(element: etree._Element, place: str) -> None:
+    dtd = element.getroottree().docinfo.internalDTD
+    if dtd is not None and next(iter(dtd.iterentities()), None) is not None:
+        raise Entities(f"{place}: declares entities, which are not resolved; remove the DOCTYPE")
+
+
+def has_entity(element: etree._Element) -> bool:
+    """Whether a reference to an entity stands in it (not a character such as &lt; or &#955;)."""
+    return next(element.iter(etree.Entity), None) is not None
+
+
+def text_of(element: etree._Element | None) -> str:
+    """All text in it, markup gone, white space (line ends, no-break blanks) made single blanks."""
+    return "" if element is None else " ".join(string(element).split())
