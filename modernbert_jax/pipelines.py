@@ -33,8 +33,7 @@ def pipeline(
     if task != "fill-mask":
         raise ValueError(f"task: expected fill-mask, got {task!r}; Embedder makes vectors")
     top_k = options.pop("top_k", 5)
-    model, tokenizer = _loaded(ModernBertForMaskedLM, model, tokenizer, options)
-    return FillMask(model, tokenizer, top_k)
+    return FillMask(*_loaded(ModernBertForMaskedLM, model, tokenizer, options), top_k)
 
 
 def _loaded(cls: type, model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -214,6 +214,7 @@ class JaxSteps:
         grads = jax.tree.map(lambda g: g / count, grads)
         norm = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
+        updates: Any
         updates, adam = self.adam.update(grads, adam)
 
         def step(path, p, u):

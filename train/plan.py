@@ -192,10 +192,11 @@ class Fill:
 
 
 def choices(rows: int, shards: int) -> list[Fill]:
-    """A fill for every number of micro-batches that `rows` make, on devices that split a micro-batch
+    """A fill for every number of micro-batches that `rows` make, on devices that split one of them
     `shards` ways; the largest micro-batches first. The last one of a step may have fewer rows."""
-    counts = [n for n in range(1, rows + 1) if -(-rows // -(-rows // n)) == n]
-    each = {n: -(-(-(-rows // n)) // shards) for n in counts}
+    up = lambda n, by: -(-n // by)  # noqa: E731
+    counts = [n for n in range(1, rows + 1) if up(rows, up(rows, n)) == n]
+    each = {n: up(up(rows, n), shards) for n in counts}
     return [Fill(rows, n, each[n] * shards, each[n]) for n in counts]
 
 

@@ -278,8 +278,9 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     def score() -> dict[str, float]:
         if judged is None:
             return {}
-        vectors = [encoder.encode(params, tokens(texts)) for texts in judged[:2]]
-        return retrieval_scores(*vectors, judged[2])
+        asked, documents, relevant = judged
+        vectors = [encoder.encode(params, tokens(texts)) for texts in (asked, documents)]
+        return retrieval_scores(vectors[0], vectors[1], relevant)
 
     batch = min(config.batch, len(pairs))
     steps = config.epochs * (len(pairs) // batch)
@@ -293,12 +294,12 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         ),
     )  # fmt: skip
     state = tx.init(params)
-    update = jax.jit(
-        lambda params, state, grads: (lambda u, s: (optax.apply_updates(params, u), s))(
-            *tx.update(grads, state, params)
-        ),
-        donate_argnums=(0, 1),
-    )
+
+    def apply(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    update = jax.jit(apply, donate_argnums=(0, 1))
     before, losses, started = score(), [], time.perf_counter()
     bar = tqdm(total=steps, desc="retrieval", unit=" steps", disable=not sys.stderr.isatty())
     for epoch in range(config.epochs):
