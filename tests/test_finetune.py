@@ -10,15 +10,16 @@ from modernbert_jax import ModernBertForSequenceClassification
 from modernbert_jax.packing import row_size
 from train import finetune as module
 from train.corpora.bpe import train_bpe
-from train.finetune import IGNORE, Encoded, FinetuneConfig, encode, finetune, pack
+from train.finetune import IGNORE, Encoded, FinetuneConfig, answer_of, encode, finetune, pack
 from train.tasks.task import Data, Example, Task
 
 WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
-KINDS = ("classification", "multilabel", "tokens")
+KINDS = ("classification", "multilabel", "tokens", "qa")
 LABELS = {
     "classification": ("affirmed", "negated", "possible"),
     "multilabel": ("a", "b", "c", "d"),
     "tokens": ("O", "B-X", "I-X"),
+    "qa": (),
 }
 
 
@@ -32,6 +33,12 @@ def examples(kind, count, seed):
             label = 1 if "denies" in words else 2 if "possible" in words else 0
         elif kind == "multilabel":
             label = tuple(int(w in words) for w in ("fever", "rash", "no", "left"))
+        elif kind == "qa":
+            place = int(rng.integers(0, len(words)))
+            start = len(" ".join(words[:place])) + (place > 0)
+            label = (start, start + len(words[place]))
+            out.append(Example(f"where is {words[place]}", " ".join(words), label=label))
+            continue
         else:
             label = tuple(1 if w == "pain" else 2 if w == "edema" else 0 for w in words)
         out.append(Example(" ".join(words), words=words, label=label))
@@ -43,7 +50,7 @@ def task(kind, train=40):
         splits = (examples(kind, n, i) for i, n in enumerate((train, 12, 12)))
         return Data(LABELS[kind], *splits)
 
-    metric = "f1" if kind == "tokens" else "weighted_f1"
+    metric = "f1" if kind in ("tokens", "qa") else "weighted_f1"
     return Task(kind, kind.title(), kind, metric, "https://example.org", load, {"someone": 50.0})
 
 
@@ -73,13 +80,15 @@ def start(tokenizer, tmp_path_factory):
         torch.manual_seed(0)
         config = transformers.ModernBertConfig(
             vocab_size=448, hidden_size=32, intermediate_size=24, num_hidden_layers=4,
-            num_attention_heads=2, max_position_embeddings=256, num_labels=len(LABELS[kind]),
+            num_attention_heads=2, max_position_embeddings=256, num_labels=len(LABELS[kind]) or 2,
             pad_token_id=ours.pad_token_id, cls_token_id=ours.cls_token_id,
             bos_token_id=ours.cls_token_id, sep_token_id=ours.sep_token_id,
             eos_token_id=ours.sep_token_id, initializer_range=0.1, classifier_pooling="mean",
         )  # fmt: skip
-        name = "Token" if kind == "tokens" else "Sequence"
-        model = getattr(transformers, f"ModernBertFor{name}Classification")(config)
+        name = {"tokens": "TokenClassification", "qa": "QuestionAnswering"}.get(
+            kind, "SequenceClassification"
+        )
+        model = getattr(transformers, f"ModernBertFor{name}")(config)
         folders[kind] = tmp_path_factory.mktemp(kind)
         model.save_pretrained(folders[kind])
         ours.save_pretrained(folders[kind])
@@ -164,6 +173,57 @@ class TestRows:
         assert e.target.tolist() == [*want, IGNORE]
         (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 4)
         assert len(cut.ids) == len(cut.target) == 4
+
+
+class TestQuestions:
+    def test_targets_and_answers_are_text(self, tokenizer):
+        from modernbert_jax.tokenizer import AutoTokenizer
+
+        ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
+        some = examples("qa", 20, 3)
+        for e, example in zip(encode(some, ours, task("qa"), 256), some, strict=True):
+            logits = np.full((len(e.ids), 2), -9.0)
+            logits[e.target[0], 0] = logits[e.target[1], 1] = 9.0
+            logits[:3] = 20.0  # the question's own tokens are no answer
+            assert answer_of(e, logits).strip() == example.text_pair[slice(*example.label)]
+        (cut,) = encode([dataclasses.replace(some[0], label=(0, 5))], ours, task("qa"), 5)
+        assert (cut.target == IGNORE).all() or cut.target.max() < 5
+
+    def test_spans_are_in_order_and_not_too_long(self):
+        places = [None, (0, 1), (2, 3), (4, 5), (6, 7)]
+        e = Encoded(np.zeros(5), None, ("a b c d", places))
+        logits = np.zeros((5, 2))
+        logits[3, 0], logits[1, 1], logits[4, 1] = 5.0, 5.0, 1.0  # end before start: not a span
+        assert answer_of(e, logits) == "c d"
+        logits = np.zeros((5, 2))
+        logits[1, 0] = logits[4, 1] = 5.0
+        assert answer_of(e, logits) == "a b c d"
+        assert answer_of(e, logits, longest=2) in ("a b", "c d", "a")
+
+    def test_files(self, tmp_path):
+        from train.tasks import questions
+
+        qas = [
+            {"question": "who?", "answers": [{"text": "Mary", "answer_start": 0}]},
+            {"question": "what?", "answers": []},
+            {"question": "off?", "answers": [{"text": "runs", "answer_start": 3}]},
+        ]
+        squad = {"data": [{"paragraphs": [{"context": "Mary runs.", "qas": qas}]}]}
+        for name in ("train", "dev"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(squad))
+        with pytest.raises(FileNotFoundError, match="test.json"):
+            questions.load(tmp_path)
+        line = {"question": "how?", "context": "Mary runs.", "answer": "runs", "answer_start": 5}
+        (tmp_path / "test.jsonl").write_text(json.dumps(line) + "\n")
+        data = questions.load(tmp_path)
+        assert data.train == [Example("who?", "Mary runs.", label=(0, 4))] == data.validation
+        assert data.test == [Example("how?", "Mary runs.", label=(5, 9))]
+        assert data.skipped == {
+            "questions without an answer": 2, "answers that are not at answer_start": 2
+        }  # fmt: skip
+        (tmp_path / "train.json").write_text('{"data": 3}')
+        with pytest.raises(ValueError, match="SQuAD's form"):
+            questions.load(tmp_path)
 
 
 class TestFiles:

@@ -9,7 +9,13 @@ import seqeval.metrics
 import sklearn.metrics
 from hypothesis import given, strategies as st
 
-from train.scores import classification_scores, entities, entity_scores, multilabel_scores
+from train.scores import (
+    answer_scores,
+    classification_scores,
+    entities,
+    entity_scores,
+    multilabel_scores,
+)
 
 CLOSE = {"rel": 0, "abs": 1e-12}
 
@@ -209,3 +215,13 @@ def test_where_entities_lie():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_answers_by_hand():
+    """SQuAD's words: case, punctuation, articles and blanks do not count."""
+    truth = ["The left lung.", "a mild fever", "no", "rash"]
+    guess = ["left  Lung", "fever", "yes", ""]
+    scores = answer_scores(truth, guess)
+    assert scores["exact_match"] == 1 / 4
+    assert scores["f1"] == pytest.approx((1 + 2 * 1 / 3 + 0 + 0) / 4)
+    assert answer_scores([], []) == {"f1": 0.0, "exact_match": 0.0}

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from modernbert_jax import (
     ModernBertConfig,
+    ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
 )
@@ -33,7 +34,12 @@ from modernbert_jax.packing import row_size
 from modernbert_jax.pretrained import flatten, module_of, write_text
 from modernbert_jax.tokenizer import AutoTokenizer
 
-from .scores import classification_scores, entity_scores, multilabel_scores
+from .scores import (
+    answer_scores,
+    classification_scores,
+    entity_scores,
+    multilabel_scores,
+)
 from .setup import start_folder
 from .tasks import task_named
 from .tasks.task import Data, Example, Task
@@ -99,10 +105,14 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """ids: with special tokens. target: an index, 0 or 1 a label, or an index (IGNORE) a token."""
+    """ids: with special tokens. target: an index, 0 or 1 a label, an index (IGNORE) a token, or the
+    first and last token of an answer. context, of a question: its text, and the place of each token
+    in it (None for tokens of the question and special ones).
+    """
 
     ids: np.ndarray
     target: Any
+    context: tuple[str, list[tuple[int, int] | None]] | None = None
 
 
 # Examples to tokens, batches to rows.
@@ -118,6 +128,9 @@ def encode(
         some = examples[first : first + 256]
         if task.kind == "tokens":
             batch = tokenizer([list(e.words) for e in some], is_split_into_words=True, **how)
+        elif task.kind == "qa":
+            out += _encode_questions(some, tokenizer, how)
+            continue
         elif any(e.text_pair is not None for e in some):
             batch = tokenizer([e.text for e in some], [e.text_pair or "" for e in some], **how)
         else:
@@ -141,21 +154,62 @@ def encode(
     return out
 
 
+def _encode_questions(
+    examples: Sequence[Example], tokenizer: Any, how: dict[str, Any]
+) -> list[Encoded]:
+    batch = tokenizer(
+        [e.text for e in examples], [e.text_pair for e in examples],
+        return_offsets_mapping=True, **how,
+    )  # fmt: skip
+    out = []
+    for i, example in enumerate(examples):
+        parts = zip(batch["offset_mapping"][i], batch.sequence_ids(i), strict=True)
+        places = [tuple(place) if part == 1 else None for place, part in parts]
+        assert isinstance(example.label, tuple) and example.text_pair is not None
+        start, end = example.label
+        inside = [n for n, p in enumerate(places) if p and p[0] < end and p[1] > start]
+        # An answer that was cut off has no target.
+        target = np.asarray([inside[0], inside[-1]] if inside else [IGNORE, IGNORE])
+        ids = np.asarray(batch["input_ids"][i], np.int32)
+        out.append(Encoded(ids, target, (example.text_pair, places)))  # type: ignore[arg-type]
+    return out
+
+
+def answer_of(encoded: Encoded, logits_T2: np.ndarray, longest: int = 30) -> str:
+    """The likeliest span of at most `longest` tokens of the context; logits of start and end."""
+    assert encoded.context is not None
+    text, places = encoded.context
+    own = np.asarray([place is not None for place in places])
+    start, end = (np.where(own, logits_T2[:, k], -np.inf) for k in (0, 1))
+    scores = start[:, None] + end[None, :]
+    spans = np.tri(len(own), len(own), longest - 1, bool) & ~np.tri(len(own), k=-1, dtype=bool)
+    scores = np.where(spans, scores, -np.inf)
+    if not np.isfinite(scores).any():
+        return ""
+    first, last = np.unravel_index(np.argmax(scores), scores.shape)
+    from_, to = places[first], places[last]
+    assert from_ is not None and to is not None
+    return text[from_[0] : to[1]]
+
+
 def pack(batch: Sequence[Encoded], slots: int, kind: str, labels: int) -> dict[str, np.ndarray]:
     """One row [1, T] of all of a batch's texts, one segment each, and its targets.
 
-    Targets: [slots] indices, [slots, labels] of 0 and 1, or [1, T]; IGNORE where there is none.
+    Targets: [slots] indices, [slots, labels] of 0 and 1, [1, T], or for qa [slots, 2] places in the
+    row; IGNORE where there is none.
     """
     size = row_size(sum(len(e.ids) for e in batch))
     ids, segments = np.zeros((2, 1, size), np.int32)
-    shape = {"classification": (slots,), "multilabel": (slots, labels), "tokens": (1, size)}[kind]
-    targets = np.full(shape, IGNORE, np.int32)
+    shapes = {"classification": (slots,), "multilabel": (slots, labels), "tokens": (1, size)}
+    targets = np.full(shapes.get(kind, (slots, 2)), IGNORE, np.int32)
     end = 0
     for number, e in enumerate(batch):
         place = slice(end, end := end + len(e.ids))
         ids[0, place], segments[0, place] = e.ids, number + 1
         if kind == "tokens":
             targets[0, place] = e.target
+        elif kind == "qa":
+            targets[number] = np.where(e.target == IGNORE, IGNORE, e.target + place.start)
         else:
             targets[number] = e.target
     return {"input_ids": ids, "segment_ids": segments, "targets": targets}
@@ -172,6 +226,13 @@ def sum_of_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(jnp.where(used, losses, 0.0)), jnp.sum(used)
 
 
+def by_segment(logits_T2: jax.Array, segments_T: jax.Array, slots: int) -> jax.Array:
+    """Each segment's own start and end logits, [slots, 2, T]; -inf outside of it."""
+    own_ST = segments_T[None, :] == jnp.arange(1, slots + 1)[:, None]
+    own_ST = own_ST | ~jnp.any(own_ST, axis=1, keepdims=True)  # an empty slot: no NaN
+    return jnp.where(own_ST[:, None, :], logits_T2.T[None], -jnp.inf)
+
+
 # The two backends: step, predict, weights.
 
 
@@ -180,11 +241,10 @@ class JaxSteps:
 
     def __init__(self, config: FinetuneConfig, model_config: ModernBertConfig, kind: str):
         self.model_config, self.kind, self.slots = model_config, kind, config.batch
-        self.cls = (
-            ModernBertForTokenClassification
-            if kind == "tokens"
-            else ModernBertForSequenceClassification
-        )
+        self.cls = {
+            "tokens": ModernBertForTokenClassification,
+            "qa": ModernBertForQuestionAnswering,
+        }.get(kind, ModernBertForSequenceClassification)
         self.adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
         self.add = jax.jit(self._add, donate_argnums=2)
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), static_argnums=(6, 7))
@@ -195,6 +255,9 @@ class JaxSteps:
         ids, segments = batch["input_ids"], batch["segment_ids"]
         if self.kind == "tokens":
             return model(ids, segment_ids=segments, dropout_key=key).logits
+        if self.kind == "qa":
+            out = model(ids, segment_ids=segments, dropout_key=key)
+            return jnp.stack([out.start_logits[0], out.end_logits[0]], axis=-1)
         out = model(ids, segment_ids=segments, num_segments=self.slots, dropout_key=key)
         return out.logits[0]
 
@@ -202,7 +265,10 @@ class JaxSteps:
         """Adds a micro-batch to (loss, count, gradients), all of them sums."""
 
         def loss_of(trained):
-            return sum_of_losses(self._logits({**trained, **frozen}, batch, key), batch["targets"])
+            logits = self._logits({**trained, **frozen}, batch, key)
+            if self.kind == "qa":
+                logits = by_segment(logits, batch["segment_ids"][0], self.slots)
+            return sum_of_losses(logits, batch["targets"])
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return jax.tree.map(jnp.add, sums, (loss, count, grads))
@@ -266,10 +332,10 @@ class JaxModel:
     def predict(self, batch: Sequence[Encoded]) -> list[np.ndarray]:
         """Logits of each example: [labels], or [tokens, labels]."""
         logits = np.asarray(self.steps.logits({**self.trained, **self.frozen}, self._row(batch)))
-        if self.steps.kind != "tokens":
+        if self.steps.kind not in ("tokens", "qa"):
             return list(logits[: len(batch)])
         ends = np.cumsum([len(e.ids) for e in batch])
-        return np.split(logits[0, : ends[-1]], ends[:-1])
+        return np.split(logits.reshape(-1, logits.shape[-1])[: ends[-1]], ends[:-1])
 
     def _row(self, batch: Sequence[Encoded]) -> dict[str, np.ndarray]:
         labels = self.steps.model_config.num_labels
@@ -303,11 +369,10 @@ class TorchModel:
 
         self.torch, self.config, self.kind, self.pad = torch, config, task.kind, pad
         torch.manual_seed(seed)
-        cls = (
-            transformers.AutoModelForTokenClassification
-            if task.kind == "tokens"
-            else transformers.AutoModelForSequenceClassification
-        )
+        cls = {
+            "tokens": transformers.AutoModelForTokenClassification,
+            "qa": transformers.AutoModelForQuestionAnswering,
+        }.get(task.kind, transformers.AutoModelForSequenceClassification)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = cls.from_pretrained(config.model, num_labels=labels).to(self.device)
         base = getattr(self.model, self.model.base_model_prefix)
@@ -347,8 +412,7 @@ class TorchModel:
         for batch in micro_batches:
             inputs, labels = self._inputs(batch)
             with torch.autocast(self.device, torch.bfloat16, self.config.dtype == "bfloat16"):
-                logits = self.model(**inputs).logits
-            logits = logits.float()
+                logits = self._logits(inputs)
             if self.kind == "multilabel":
                 loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum")
                 count += labels.numel()
@@ -370,13 +434,23 @@ class TorchModel:
         self.optimizer.zero_grad()
         return total / max(count, 1)
 
+    def _logits(self, inputs: dict[str, Any]) -> Any:
+        """Float32; of questions [B, 2, T], with padding at -inf."""
+        out = self.model(**inputs)
+        if self.kind != "qa":
+            return out.logits.float()
+        both = self.torch.stack([out.start_logits, out.end_logits], 1).float()
+        return both.masked_fill(inputs["attention_mask"][:, None] == 0, -math.inf)
+
     def predict(self, batch: Sequence[Encoded]) -> list[np.ndarray]:
         """Logits of each example: [labels], or [tokens, labels]."""
         self.model.eval()
         with self.torch.no_grad():
-            logits = self.model(**self._inputs(batch)[0]).logits.float().cpu().numpy()
-        if self.kind != "tokens":
+            logits = self._logits(self._inputs(batch)[0]).cpu().numpy()
+        if self.kind not in ("tokens", "qa"):
             return list(logits)
+        if self.kind == "qa":
+            logits = logits.swapaxes(1, 2)
         return [row[: len(e.ids)] for row, e in zip(logits, batch, strict=True)]
 
     def weights(self) -> dict[str, Any]:
@@ -412,13 +486,12 @@ class _Finetuning:
             self.model_config = start.replace(
                 dtype=config.dtype,
                 param_dtype="float32",
-                num_labels=len(self.data.labels),
+                num_labels=len(self.data.labels) or 2,  # qa: start and end
                 id2label=self.data.labels,
                 problem_type={
                     "classification": "single_label_classification",
                     "multilabel": "multi_label_classification",
-                    "tokens": None,
-                }[self.task.kind],
+                }.get(self.task.kind),
             )
         cut = min(config.max_length, longest)
         self.splits = {
@@ -435,7 +508,7 @@ class _Finetuning:
         """Fresh weights for one run."""
         if config.backend == "torch":
             pad = self.tokenizer.pad_token_id or 0
-            return TorchModel(config, self.task, len(self.data.labels), pad, seed)
+            return TorchModel(config, self.task, len(self.data.labels) or 2, pad, seed)
         with self.lock:
             if config.batch not in self.steps:
                 self.steps[config.batch] = JaxSteps(config, self.model_config, self.task.kind)
@@ -534,6 +607,10 @@ class _Finetuning:
         if self.task.kind == "multilabel":
             truth = np.asarray([e.target for e in examples])
             return multilabel_scores(truth, np.asarray(guesses) > 0, labels)
+        if self.task.kind == "qa":
+            truth = [e.text_pair[slice(*e.label)] for e in getattr(self.data, split)]  # type: ignore[index,misc]
+            pairs = zip(examples, guesses, strict=True)
+            return answer_scores(truth, [answer_of(e, guess) for e, guess in pairs])
         named = lambda ids: [labels[i] for i in ids]  # noqa: E731
         return entity_scores(
             [named(e.target[e.target != IGNORE]) for e in examples],
@@ -668,9 +745,11 @@ def table(task: Task, summary: dict[str, Any], results: list[dict[str, Any]]) ->
         lines += ["", "| published | test |", "|---|---|"]
         lines += [f"| {model} | {score} |" for model, score in task.published.items()]
     best = max(results, key=lambda r: r["validation"][task.metric])
-    lines += ["", f"Label by label, seed {best['settings']['seed']}:", ""]
-    lines += ["| label | precision | recall | f1 | support |", "|---|---|---|---|---|"]
-    for label, s in best["test"].get("per_label", {}).items():
+    per_label = best["test"].get("per_label", {})
+    if per_label:
+        lines += ["", f"Label by label, seed {best['settings']['seed']}:", ""]
+        lines += ["| label | precision | recall | f1 | support |", "|---|---|---|---|---|"]
+    for label, s in per_label.items():
         lines.append(
             f"| {label} | {100 * s['precision']:.1f} | {100 * s['recall']:.1f} | "
             f"{100 * s['f1']:.1f} | {s['support']} |"

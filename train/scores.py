@@ -4,6 +4,7 @@ They equal scikit-learn's, and seqeval's in its default mode, with a division by
 are numbers and lists that JSON takes; shares, not per cent.
 """
 
+import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -157,3 +158,26 @@ def _per_label(
         }
         for i, label in enumerate(labels)
     }
+
+
+def answer_scores(truth: Sequence[str], guess: Sequence[str]) -> dict[str, Any]:
+    """SQuAD's exact_match and f1 over words, each a mean over questions.
+
+    Case, punctuation, articles and blanks count for nothing. Source: arXiv 1606.05250, section 6.
+    """
+    same, f1 = [], []
+    for t, g in zip(truth, guess, strict=True):
+        true, got = _answer_words(t), _answer_words(g)
+        same.append(float(true == got))
+        common = sum((Counter(true) & Counter(got)).values())
+        if not true or not got:
+            f1.append(same[-1])
+        else:
+            f1.append(2 * common / (len(true) + len(got)))
+    mean = lambda x: float(np.mean(x)) if x else 0.0  # noqa: E731
+    return {"f1": mean(f1), "exact_match": mean(same)}
+
+
+def _answer_words(text: str) -> list[str]:
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in plain.split() if word not in ("a", "an", "the")]

@@ -1,6 +1,16 @@
 """The tasks of `python -m train finetune`: the card's five, two on open data, your own."""
 
-from . import chemprot, cos, deid, files, negex, phenotype, social_history, specialty
+from . import (
+    chemprot,
+    cos,
+    deid,
+    files,
+    negex,
+    phenotype,
+    questions,
+    social_history,
+    specialty,
+)
 from .task import Task
 
 TASKS: tuple[Task, ...] = (
@@ -14,6 +24,7 @@ TASKS: tuple[Task, ...] = (
     files.CLASSIFICATION,
     files.MULTILABEL,
     files.TOKENS,
+    questions.TASK,
 )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-KIND = Literal["classification", "multilabel", "tokens"]
+KIND = Literal["classification", "multilabel", "tokens", "qa"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Example:
     """One input with its answer.
 
     text is the input; of a pair, text_pair the second one; of a token task `words` stands for both.
-    label: an index into the labels; for multilabel one 0 or 1 a label, for tokens one index a word.
+    label: an index into the labels; for multilabel one 0 or 1 a label, for tokens one index a word,
+    for qa where the answer starts and ends in text_pair, the context, in characters.
     """
 
     text: str = ""
