@@ -163,7 +163,7 @@ class Embeddings(nnx.Module):
         self.tok_embeddings = Embedding(config, rngs)
         self.norm = LayerNorm(config)
 
-    def __call__(self, input_ids_BL, inputs_embeds_BLD, key: jax.Array | None) -> jax.Array:
+    def __call__(self, input_ids_BL, key: jax.Array | None, inputs_embeds_BLD=None) -> jax.Array:
         if inputs_embeds_BLD is None:
             inputs_embeds_BLD = self.tok_embeddings(input_ids_BL)
         x_BLD = self.norm(inputs_embeds_BLD)
@@ -368,7 +368,7 @@ class ModernBertModel(Pretrained, nnx.Module):
                 run = jax.checkpoint(run, policy=None if remat is True else remat)
             return run(state, x_BLD, key)
 
-        x_BLD = self.embeddings(input_ids_BL, inputs_embeds_BLD, fold(dropout_key, 0))
+        x_BLD = self.embeddings(input_ids_BL, fold(dropout_key, 0), inputs_embeds_BLD)
         states = [x_BLD]
         groups, period = self._groups() if scan_layers and not output_hidden_states else (0, 1)
         first = 1 if groups else 0
