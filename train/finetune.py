@@ -537,6 +537,7 @@ class _Finetuning:
         steps = -(-len(train) // a_step) * config.epochs
         best: tuple[float, int, Any] = (-1.0, 0, None)
         losses: list[float] = []
+        seconds: list[float] = []
         epochs: list[dict[str, float]] = []
         bar = tqdm(
             total=steps, desc=f"{folder.parent.name} seed {seed}", unit=" steps",
@@ -547,7 +548,9 @@ class _Finetuning:
             for micro_batches in _steps(order, config):
                 lr = config.lr * (1.0 - len(losses) / steps)
                 batches = [[train[i] for i in batch] for batch in micro_batches]
+                before = time.perf_counter()
                 losses.append(model.step(batches, lr))
+                seconds.append(time.perf_counter() - before)
                 bar.update()
                 bar.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
                 if not math.isfinite(losses[-1]):
@@ -569,6 +572,7 @@ class _Finetuning:
             "epochs": epochs,
             "losses": losses,
             "seconds": time.perf_counter() - started,
+            "median_step_seconds": float(np.median(seconds)),  # without the steps that compile
         }
         if config.save_model:
             self._keep_if_best(model, best[2], best[0])

@@ -74,12 +74,14 @@ def main() -> None:
             result = json.loads(file.read_text())
             record[backend] = {
                 "seconds": result["seconds"],
+                "median_step_seconds": result["median_step_seconds"],
                 "test_weighted_f1": result["test"]["weighted_f1"],
                 "last_loss": result["losses"][-1],
                 "losses": result["losses"],
                 "load_average_before": before,
             }
-    record["ratio"] = record["torch"]["seconds"] / record["jax"]["seconds"]
+    for name, key in (("ratio", "seconds"), ("ratio_of_steps", "median_step_seconds")):
+        record[name] = record["torch"][key] / record["jax"][key]
     pairs = zip(record["jax"].pop("losses"), record["torch"].pop("losses"), strict=True)
     apart = [abs(a - b) for a, b in pairs]
     steps = len(apart) // args.epochs
