@@ -154,10 +154,27 @@ class TestRows:
 
     def test_pack(self):
         batch = [Encoded(np.arange(5, 8), 2), Encoded(np.arange(9, 13), 0)]
-        row = pack(batch, 3, "classification", 3)
-        np.testing.assert_array_equal(row["input_ids"][0, :8], [5, 6, 7, 9, 10, 11, 12, 0])
-        np.testing.assert_array_equal(row["segment_ids"][0, :8], [1, 1, 1, 2, 2, 2, 2, 0])
-        np.testing.assert_array_equal(row["targets"], [2, 0, IGNORE])
+        rows, where = pack(batch, 3, "classification", 3)
+        np.testing.assert_array_equal(rows["input_ids"][0, :8], [9, 10, 11, 12, 5, 6, 7, 0])
+        np.testing.assert_array_equal(rows["segment_ids"][0, :8], [1, 1, 1, 1, 2, 2, 2, 0])
+        np.testing.assert_array_equal(rows["targets"], [[0, 2, IGNORE]])
+        assert where == [(0, 1, 4), (0, 0, 0)]
+
+    def test_pack_holds_every_text_once_in_few_shapes(self):
+        rng = np.random.default_rng(0)
+        shapes = set()
+        for _ in range(60):
+            batch = [
+                Encoded(rng.integers(1, 99, n), np.full(n, 1)) for n in rng.integers(2, 400, 16)
+            ]
+            rows, where = pack(batch, 16, "tokens", 3)
+            shapes.add(rows["input_ids"].shape)
+            for e, (r, number, start) in zip(batch, where, strict=True):
+                place = slice(start, start + len(e.ids))
+                np.testing.assert_array_equal(rows["input_ids"][r, place], e.ids)
+                assert (rows["segment_ids"][r, place] == number + 1).all()
+            assert (rows["segment_ids"] > 0).sum() == sum(len(e.ids) for e in batch)
+        assert len(shapes) <= 8
 
     def test_the_first_token_of_a_word_has_its_label(self, tokenizer):
         from modernbert_jax.tokenizer import AutoTokenizer

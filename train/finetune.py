@@ -1,9 +1,9 @@
 """python -m train finetune: a task over seeds and a grid, here or with torch, and its table.
 
 As the reference fine-tunes: AdamW, linear decay without warm-up, clipping at 1, the best epoch by
-validation. Each batch is packed into one row whose length comes from a short list, so that short
-texts cost what they should and few shapes are compiled. `--backend torch` runs any `transformers`
-model through the same harness, in the same order of examples.
+validation. Each batch is packed into rows of a size from a short list, so that short texts cost
+what they should and few shapes are compiled. `--backend torch` runs any `transformers` model
+through the same harness, in the same order of examples.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ from modernbert_jax import (
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
 )
-from modernbert_jax.packing import row_size
+from modernbert_jax.packing import plan_rows
 from modernbert_jax.pretrained import flatten, module_of, write_text
 from modernbert_jax.tokenizer import AutoTokenizer
 
@@ -192,27 +192,39 @@ def answer_of(encoded: Encoded, logits_T2: np.ndarray, longest: int = 30) -> str
     return text[from_[0] : to[1]]
 
 
-def pack(batch: Sequence[Encoded], slots: int, kind: str, labels: int) -> dict[str, np.ndarray]:
-    """One row [1, T] of all of a batch's texts, one segment each, and its targets.
+def pack(
+    batch: Sequence[Encoded], slots: int, kind: str, labels: int
+) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]:
+    """A batch's texts as packed rows [R, T] with their targets, and where each text went.
 
-    Targets: [slots] indices, [slots, labels] of 0 and 1, [1, T], or for qa [slots, 2] places in the
-    row; IGNORE where there is none.
+    T is a power of two from 128 on that the longest text fits, R one of 1, 2, 3, 4, 6, 8, 12, ...:
+    few shapes, so few compilations. Targets: [R, slots] indices, [R, slots, labels] of 0 and 1,
+    [R, T], or for qa [R, slots, 2] places in the row; IGNORE where there is none. Where: (row,
+    segment counted from 0, first token).
     """
-    size = row_size(sum(len(e.ids) for e in batch))
-    ids, segments = np.zeros((2, 1, size), np.int32)
-    shapes = {"classification": (slots,), "multilabel": (slots, labels), "tokens": (1, size)}
-    targets = np.full(shapes.get(kind, (slots, 2)), IGNORE, np.int32)
-    end = 0
-    for number, e in enumerate(batch):
-        place = slice(end, end := end + len(e.ids))
-        ids[0, place], segments[0, place] = e.ids, number + 1
-        if kind == "tokens":
-            targets[0, place] = e.target
-        elif kind == "qa":
-            targets[number] = np.where(e.target == IGNORE, IGNORE, e.target + place.start)
-        else:
-            targets[number] = e.target
-    return {"input_ids": ids, "segment_ids": segments, "targets": targets}
+    lengths = np.asarray([len(e.ids) for e in batch])
+    width = max(128, 2 ** (int(lengths.max()) - 1).bit_length())
+    plan = plan_rows(lengths, width)
+    rows = min(n for k in range(12) for n in (2**k, 3 * 2**k) if n >= len(plan))
+    ids, segments = np.zeros((2, rows, width), np.int32)
+    shapes = {"classification": (), "multilabel": (labels,), "qa": (2,)}
+    shape = (rows, width) if kind == "tokens" else (rows, slots, *shapes[kind])
+    targets = np.full(shape, IGNORE, np.int32)
+    where = [(0, 0, 0)] * len(batch)
+    for r in range(len(plan)):
+        end = 0
+        for number, d in enumerate(plan.row(r).tolist()):
+            e, start = batch[d], end
+            end += len(e.ids)
+            ids[r, start:end], segments[r, start:end] = e.ids, number + 1
+            if kind == "tokens":
+                targets[r, start:end] = e.target
+            elif kind == "qa":
+                targets[r, number] = np.where(e.target == IGNORE, IGNORE, e.target + start)
+            else:
+                targets[r, number] = e.target
+            where[d] = (r, number, start)
+    return {"input_ids": ids, "segment_ids": segments, "targets": targets}, where
 
 
 def sum_of_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -226,11 +238,12 @@ def sum_of_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(jnp.where(used, losses, 0.0)), jnp.sum(used)
 
 
-def by_segment(logits_T2: jax.Array, segments_T: jax.Array, slots: int) -> jax.Array:
-    """Each segment's own start and end logits, [slots, 2, T]; -inf outside of it."""
-    own_ST = segments_T[None, :] == jnp.arange(1, slots + 1)[:, None]
-    own_ST = own_ST | ~jnp.any(own_ST, axis=1, keepdims=True)  # an empty slot: no NaN
-    return jnp.where(own_ST[:, None, :], logits_T2.T[None], -jnp.inf)
+def by_segment(logits_RT2: jax.Array, segments_RT: jax.Array, slots: int) -> jax.Array:
+    """Each segment's own start and end logits, [R, slots, 2, T]; -inf outside of it."""
+    own_RST = segments_RT[:, None, :] == jnp.arange(1, slots + 1)[None, :, None]
+    own_RST = own_RST | ~jnp.any(own_RST, axis=2, keepdims=True)  # an empty slot: no NaN
+    logits_R2T = jnp.swapaxes(logits_RT2, 1, 2)
+    return jnp.where(own_RST[:, :, None, :], logits_R2T[:, None], -jnp.inf)
 
 
 # The two backends: step, predict, weights.
@@ -257,9 +270,10 @@ class JaxSteps:
             return model(ids, segment_ids=segments, dropout_key=key).logits
         if self.kind == "qa":
             out = model(ids, segment_ids=segments, dropout_key=key)
-            return jnp.stack([out.start_logits[0], out.end_logits[0]], axis=-1)
-        out = model(ids, segment_ids=segments, num_segments=self.slots, dropout_key=key)
-        return out.logits[0]
+            return jnp.stack([out.start_logits, out.end_logits], axis=-1)
+        return model(
+            ids, segment_ids=segments, num_segments=self.slots, dropout_key=key
+        ).logits  # fmt: skip
 
     def _add(self, trained, frozen, sums, batch, key):
         """Adds a micro-batch to (loss, count, gradients), all of them sums."""
@@ -267,7 +281,7 @@ class JaxSteps:
         def loss_of(trained):
             logits = self._logits({**trained, **frozen}, batch, key)
             if self.kind == "qa":
-                logits = by_segment(logits, batch["segment_ids"][0], self.slots)
+                logits = by_segment(logits, batch["segment_ids"], self.slots)
             return sum_of_losses(logits, batch["targets"])
 
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
@@ -322,7 +336,9 @@ class JaxModel:
         """One update; the mean loss over all micro-batches."""
         for batch in micro_batches:
             self.key, key = jax.random.split(self.key)
-            self.sums = self.steps.add(self.trained, self.frozen, self.sums, self._row(batch), key)
+            self.sums = self.steps.add(
+                self.trained, self.frozen, self.sums, self._rows(batch)[0], key
+            )
         self.trained, self.adam, self.sums, loss = self.steps.update(
             self.trained, self.adam, self.sums, self.factors, np.float32(lr),
             np.float32(self.config.weight_decay), self.config.clip, self.decays,
@@ -331,13 +347,16 @@ class JaxModel:
 
     def predict(self, batch: Sequence[Encoded]) -> list[np.ndarray]:
         """Logits of each example: [labels], or [tokens, labels]."""
-        logits = np.asarray(self.steps.logits({**self.trained, **self.frozen}, self._row(batch)))
+        rows, where = self._rows(batch)
+        logits = np.asarray(self.steps.logits({**self.trained, **self.frozen}, rows))
         if self.steps.kind not in ("tokens", "qa"):
-            return list(logits[: len(batch)])
-        ends = np.cumsum([len(e.ids) for e in batch])
-        return np.split(logits.reshape(-1, logits.shape[-1])[: ends[-1]], ends[:-1])
+            return [logits[r, number] for r, number, _ in where]
+        return [
+            logits[r, start : start + len(e.ids)]
+            for e, (r, _, start) in zip(batch, where, strict=True)
+        ]
 
-    def _row(self, batch: Sequence[Encoded]) -> dict[str, np.ndarray]:
+    def _rows(self, batch: Sequence[Encoded]) -> tuple[dict[str, np.ndarray], list]:
         labels = self.steps.model_config.num_labels
         return pack(batch, self.config.batch, self.steps.kind, labels)
 
