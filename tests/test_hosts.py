@@ -34,7 +34,7 @@ from train.config import Hosts, MeshShape, Phase
 phase = Phase("one", tokens=14_000, mask_rate=0.30, learning_rate=3e-3, warmup_tokens=2_000)
 config = small(
     pathlib.Path({corpus!r}), pathlib.Path({workdir!r}), phases=(phase,), mesh=MeshShape(*{mesh}),
-    hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=5), eval_every=7,
+    hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=10), eval_every=7,
 )
 try:
     loop.run(config)
