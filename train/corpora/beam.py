@@ -43,7 +43,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.pvalue import TaggedOutput
 
 from . import find
-from .builder import VERSION
+from .builder import VERSION, info_of
 from .source import Report, Source
 
 _SUPERSEDED = "revised or deleted later"
@@ -204,17 +204,7 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.source.title,
-            homepage=self.source.homepage,
-            citation=self.source.citation,
-            license=self.source.licence,
-            features=tfds.features.FeaturesDict(
-                {"id": text(), "text": text(), "source": text(), "meta": text()}
-            ),
-        )
+        return info_of(self, self.source)
 
     def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
         documents = self._documents(pipeline)

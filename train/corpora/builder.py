@@ -48,6 +48,22 @@ class SameBytes(writer.ExampleWriter):
         )
 
 
+def info_of(builder: Any, source: Source, **more: Any) -> tfds.core.DatasetInfo:
+    """What every data set here says of itself: terms, citation and the four texts of an example."""
+    text = tfds.features.Text
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=source.title,
+        homepage=source.homepage,
+        citation=source.citation,
+        license=source.licence,
+        features=tfds.features.FeaturesDict(
+            {"id": text(), "text": text(), "source": text(), "meta": text()}
+        ),
+        **more,
+    )
+
+
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
     """The TFDS builder of any source. The source's folder is `root`, or else TFDS's manual_dir.
 
@@ -81,18 +97,7 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         super().__init__(data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self.source.title,
-            homepage=self.source.homepage,
-            citation=self.source.citation,
-            license=self.source.licence,
-            features=tfds.features.FeaturesDict(
-                {"id": text(), "text": text(), "source": text(), "meta": text()}
-            ),
-            disable_shuffling=True,
-        )
+        return info_of(self, self.source, disable_shuffling=True)
 
     def _example_writer(self) -> writer.ExampleWriter:
         assert self.info.file_format
