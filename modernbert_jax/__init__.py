@@ -9,6 +9,7 @@ Axis letters, used in the names of arrays, in einsums, in sharding and in docstr
 """
 
 from modernbert_jax.config import ModernBertConfig as ModernBertConfig
+from modernbert_jax.embedder import Embedder as Embedder
 from modernbert_jax.heads import (
     ModernBertForMaskedLM as ModernBertForMaskedLM,
     ModernBertForMultipleChoice as ModernBertForMultipleChoice,
@@ -17,10 +18,12 @@ from modernbert_jax.heads import (
     ModernBertForTokenClassification as ModernBertForTokenClassification,
     pool as pool,
 )
+from modernbert_jax.inside import look as look
 from modernbert_jax.model import ModernBertModel as ModernBertModel
 from modernbert_jax.pipelines import (
-    Embedder as Embedder,
     FillMask as FillMask,
+    TextClassification as TextClassification,
+    TokenClassification as TokenClassification,
     pipeline as pipeline,
 )
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer, Tokenizer as Tokenizer

@@ -224,7 +224,10 @@ class ModernBertConfig:
         data = dict(data)
         model_type = data.pop("model_type", "modernbert")
         if model_type != "modernbert":
-            raise ValueError(f"model_type: expected 'modernbert', got {model_type!r}")
+            raise ValueError(
+                f"model_type: expected 'modernbert', got {model_type!r}; only ModernBERT loads "
+                "here (`python -m train finetune --backend torch` takes any model of transformers)"
+            )
         fields: dict[str, Any] = {}
 
         n = data.pop("global_attn_every_n_layers", None)

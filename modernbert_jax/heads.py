@@ -34,6 +34,7 @@ class MaskedLMOutput:
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 @struct.dataclass
@@ -42,6 +43,7 @@ class ClassifierOutput:
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 @struct.dataclass
@@ -51,6 +53,7 @@ class QuestionAnsweringOutput:
     start_logits: jax.Array
     end_logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 class PredictionHead(nnx.Module):
@@ -136,7 +139,7 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         """Logits of every position, or of `predict_positions_BP` only."""
         out = self.model(input_ids_BL, *args, **kwargs)
         hidden = self.head(_gather(out.last_hidden_state, predict_positions_BP))
-        return MaskedLMOutput(self.logits(hidden), out.hidden_states)
+        return MaskedLMOutput(self.logits(hidden), out.hidden_states, out.attentions)
 
 
 def _gather(hidden_BLD: jax.Array, positions_BP: jax.Array | None) -> jax.Array:
@@ -205,7 +208,9 @@ class _Classifier(Pretrained, nnx.Module):
             out.last_hidden_state, ids_BL, num_segments or 1, self.config.classifier_pooling
         )
         logits_BSE = self._classify(pooled_BSD, kwargs.get("dropout_key"))
-        return ClassifierOutput(logits_BSE if num_segments else logits_BSE[:, 0], out.hidden_states)
+        return ClassifierOutput(
+            logits_BSE if num_segments else logits_BSE[:, 0], out.hidden_states, out.attentions
+        )
 
 
 class ModernBertForSequenceClassification(_Classifier):
@@ -244,7 +249,7 @@ class ModernBertForTokenClassification(_Classifier):
         """logits [B, L, labels]; packed rows need nothing more."""
         out = self.model(input_ids_BL, *args, **kwargs)
         logits = self._classify(out.last_hidden_state, kwargs.get("dropout_key"))
-        return ClassifierOutput(logits, out.hidden_states)
+        return ClassifierOutput(logits, out.hidden_states, out.attentions)
 
 
 class ModernBertForQuestionAnswering(_Classifier):
@@ -257,7 +262,9 @@ class ModernBertForQuestionAnswering(_Classifier):
             raise ValueError(f"num_labels: expected 2 (start, end), got {self.config.num_labels}")
         out = self.model(input_ids_BL, *args, **kwargs)
         logits_BLE = self._classify(out.last_hidden_state, kwargs.get("dropout_key"))
-        return QuestionAnsweringOutput(logits_BLE[..., 0], logits_BLE[..., 1], out.hidden_states)
+        return QuestionAnsweringOutput(
+            logits_BLE[..., 0], logits_BLE[..., 1], out.hidden_states, out.attentions
+        )
 
 
 class ModernBertForMultipleChoice(_Classifier):

@@ -45,10 +45,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 @struct.dataclass
 class BaseModelOutput:
     """last_hidden_state: hidden_BLD. hidden_states: the embeddings, then each layer's output; the
-    last is last_hidden_state, after the final norm, as in transformers."""
+    last is last_hidden_state, after the final norm, as in transformers. attentions: each layer's
+    probabilities_BHLM."""
 
     last_hidden_state: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
+    attentions: tuple[jax.Array, ...] | None = None
 
 
 # Small pieces.
@@ -282,6 +284,18 @@ class EncoderLayer(nnx.Module):
         return x_BLD + h_BLD.astype(x_BLD.dtype)
 
 
+# What people bring along from other models, and what to do about it.
+NOT_HERE = {
+    "token_type_ids": "ModernBERT has none, so leave them out: `del inputs['token_type_ids']`; "
+    "texts that share a row are told apart by segment_ids",
+    "labels": "expected none, models give logits and not a loss; take one from optax, or train "
+    "with `python -m train finetune`",
+    "head_mask": "expected none, heads cannot be masked here",
+    "return_dict": "expected none, results always have names (`.logits`)",
+    "use_cache": "expected none, an encoder has no cache",
+}
+
+
 def accepts_hf_names(call: Callable) -> Callable:
     """Lets `model(**tokenizer(text))` work: HF's keyword names stand for ours with their axes."""
     names = {
@@ -296,6 +310,14 @@ def accepts_hf_names(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def wrapper(self, *args, **kwargs):
+        for name, value in (*(("input", a) for a in args), *kwargs.items()):
+            if name in NOT_HERE:
+                raise TypeError(f"{name}: {NOT_HERE[name]}")
+            if type(value).__module__.partition(".")[0] == "torch":
+                raise TypeError(
+                    f"{name}: expected a NumPy or JAX array, got a torch tensor; pass "
+                    f"{name}.numpy(), or use this library's AutoTokenizer"
+                )
         return call(self, *args, **{names.get(k, k): v for k, v in kwargs.items()})
 
     return wrapper
@@ -329,6 +351,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseModelOutput:
         """Encodes rows of tokens: last_hidden_state is hidden_BLD in config.residual_dtype.
 
@@ -339,11 +362,20 @@ class ModernBertModel(Pretrained, nnx.Module):
         attention: the op, e.g. `functools.partial(attention, implementation="reference")` or a
         sharded one. scan_layers: one compiled body for each repeated group of layers (quick to
         compile). remat: recompute each layer in the backward pass, or what a policy of
-        jax.checkpoint_policies does not save.
-        Raises ValueError for shapes that do not match and for a mask with holes.
+        jax.checkpoint_policies does not save. output_attentions: costs [B, H, L, M] a layer, which
+        is not otherwise made; `modernbert_jax.look` picks some by name.
+        Raises ValueError for shapes that do not match, a mask with holes and rows that are longer
+        than max_position_embeddings without being packed.
         """
         config = self.config
         input_ids_BL = jnp.asarray(input_ids_BL)
+        length, longest = input_ids_BL.shape[-1], config.max_position_embeddings
+        if segment_ids_BL is None and length > longest:
+            raise ValueError(
+                f"input_ids: expected at most {longest:,} tokens a row, got {length:,}; cut them "
+                "(truncation=True), let pipeline('token-classification') slide a window, or go "
+                f"beyond at your own risk (from_pretrained(..., max_position_embeddings={length}))"
+            )
         whole = attention_mask_BL is None and segment_ids_BL is None
         segment_ids_BL = as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL)
         bounds = {
@@ -368,9 +400,16 @@ class ModernBertModel(Pretrained, nnx.Module):
                 run = jax.checkpoint(run, policy=None if remat is True else remat)
             return run(state, x_BLD, key)
 
+        maps: list[jax.Array] = []
+        if output_attentions:
+            if remat or dropout_key is not None:
+                raise ValueError("output_attentions: for inference, without remat and dropout_key")
+            attention = _keeping_maps(attention, maps)
+
         x_BLD = self.embeddings(input_ids_BL, fold(dropout_key, 0), inputs_embeds_BLD)
         states = [x_BLD]
-        groups, period = self._groups() if scan_layers and not output_hidden_states else (0, 1)
+        scans = scan_layers and not output_hidden_states and not output_attentions
+        groups, period = self._groups() if scans else (0, 1)
         first = 1 if groups else 0
         for i in range(first):
             x_BLD = apply(self.layers[i], config.layer_types[i], x_BLD, fold(dropout_key, i + 1))
@@ -380,7 +419,11 @@ class ModernBertModel(Pretrained, nnx.Module):
             x_BLD = apply(self.layers[i], config.layer_types[i], x_BLD, fold(dropout_key, i + 1))
             states.append(x_BLD)
         x_BLD = self.final_norm(x_BLD).astype(config.residual_dtype)
-        return BaseModelOutput(x_BLD, (*states[:-1], x_BLD) if output_hidden_states else None)
+        return BaseModelOutput(
+            x_BLD,
+            (*states[:-1], x_BLD) if output_hidden_states else None,
+            tuple(maps) if output_attentions else None,
+        )
 
     def _groups(self) -> tuple[int, int]:
         """(groups, period): after layer 0 the kinds repeat `groups` times with this period."""
@@ -410,6 +453,16 @@ class ModernBertModel(Pretrained, nnx.Module):
 
         first = jnp.arange(groups) * period + 2
         return jax.lax.scan(body, x_BLD, (stacked, first))[0]
+
+
+def _keeping_maps(attention: Callable[..., jax.Array], maps: list[jax.Array]):
+    """The op, which leaves the probabilities of each call in `maps`."""
+
+    def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float) -> jax.Array:
+        maps.append(reference.probabilities(q_BLHK, k_BLHK, bounds, scale=scale))
+        return attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale)
+
+    return run
 
 
 def as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -90,3 +91,43 @@ def row_size(tokens: int) -> int:
     """
     octave = 2 ** max(6, math.ceil(math.log2(max(tokens, 1))) - 1)
     return next(size for k in range(4, 9) if (size := octave * k // 4) >= tokens)
+
+
+def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Batches for inference: lists of `rows` lists of texts, the longest texts first.
+
+    Texts that share a row are alike in length; a row has at most batch_tokens, or one text. The
+    last batch may have empty rows.
+    """
+    batch: list[list[int]] = [[]]
+    filled = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch[-1] and filled + lengths[i] > batch_tokens:
+            if len(batch) == rows:
+                yield batch
+                batch = []
+            batch.append([])
+            filled = 0
+        batch[-1].append(i)
+        filled += lengths[i]
+    if batch[0]:
+        yield batch + [[] for _ in range(rows - len(batch))]
+
+
+def fill_rows(
+    texts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """input_ids_BL and segment_ids_BL of rows that hold these texts one after the other.
+
+    texts: token ids. rows: which texts, a list a row; the k-th of a row gets the segment id k + 1.
+    L is the `row_size` of the fullest row.
+    """
+    size = row_size(max(sum(len(texts[i]) for i in row) for row in rows))
+    input_ids_BL, segment_ids_BL = np.zeros((2, len(rows), size), np.int32)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, i in enumerate(row, start=1):
+            end = start + len(texts[i])
+            input_ids_BL[r, start:end], segment_ids_BL[r, start:end] = texts[i], number
+            start = end
+    return input_ids_BL, segment_ids_BL

@@ -1,57 +1,108 @@
-"""Texts in, answers out: FillMask, in transformers' form, and Embedder, texts to vectors."""
+"""Texts in, answers in transformers' form out: fill-mask, text- and token-classification."""
 
-import dataclasses
 import os
-import sys
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modernbert_jax.attention import attention as default_attention, sharded
-from modernbert_jax.heads import ModernBertForMaskedLM, pool
-from modernbert_jax.model import ModernBertModel
-from modernbert_jax.packing import row_size
-from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
+from modernbert_jax.embedder import progress
+from modernbert_jax.heads import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+)
+from modernbert_jax.packing import batch_rows, fill_rows
+from modernbert_jax.pretrained import flatten, module_of
+from modernbert_jax.serving import Function, load, save
+from modernbert_jax.tokenizer import Tokenizer
 
 
 def pipeline(
     task: str,
     model: Any = None,
     tokenizer: Tokenizer | str | os.PathLike | None = None,
+    *,
+    compile_cache: str | os.PathLike | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    revision: str | None = None,
     **options: Any,
-) -> "FillMask":
-    """transformers' entry, for the tasks here: "fill-mask".
+) -> Any:
+    """transformers' entry: "fill-mask", "text-classification", "token-classification" (or "ner").
 
-    model: a folder, a hub id, or a ModernBertForMaskedLM with a tokenizer beside it. options: those
-    of `from_pretrained` (dtype, ...) and top_k. Raises ValueError for another task.
+    model: a folder, a hub id, or a model of the task's class with a tokenizer beside it.
+    compile_cache: a folder that keeps compiled programs for later processes. options: those of the
+    class, FillMask, TextClassification or TokenClassification. Raises ValueError for another task.
     """
-    if task != "fill-mask":
-        raise ValueError(f"task: expected fill-mask, got {task!r}; Embedder makes vectors")
-    top_k = options.pop("top_k", 5)
-    return FillMask(*_loaded(ModernBertForMaskedLM, model, tokenizer, options), top_k)
+    if task not in TASKS:
+        raise ValueError(f"task: expected {', '.join(TASKS)}, got {task!r}; Embedder makes vectors")
+    loading = {"dtype": dtype, "param_dtype": param_dtype, "revision": revision}
+    cls = TASKS[task]
+    return cls(*load(cls.model_class, model, tokenizer, loading, compile_cache), **options)
 
 
-def _loaded(cls: type, model: Any, tokenizer: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    if isinstance(model, str | os.PathLike):
-        tokenizer = model if tokenizer is None else tokenizer
-        model = cls.from_pretrained(model, **options)  # type: ignore[attr-defined]
-    if not isinstance(model, cls):
-        raise TypeError(
-            f"model: expected a folder, a hub id or a {cls.__name__}, got {type(model).__name__}"
-        )
-    if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError("tokenizer: expected a folder, a hub id or a Tokenizer, got none of them")
-    return model, tokenizer
+class _Pipeline:
+    """What the three share: texts become token ids, packed rows, and one compiled function."""
+
+    model_class: type
+    task: str
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        folder: str | os.PathLike | None = None,
+        *,
+        batch_tokens: int = 8_192,
+    ):
+        """folder: where exported functions may be. batch_tokens: of a packed row, at most."""
+        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.longest = model.config.max_position_embeddings
+        self._params = flatten(model)
+        call, statics = self._function()
+        self._run = Function(self.task, call, model.config, folder, statics)
+
+    def _function(self) -> tuple[Callable[..., jax.Array], tuple[int, ...]]:
+        """f(params, ids_BL, segments_BL, ...) and which of its arguments are ints."""
+        raise NotImplementedError
+
+    def _too_long(self, tokens: int, remedy: str) -> None:
+        if tokens > self.longest:
+            raise ValueError(f"text: {tokens:,} tokens, the model takes {self.longest:,}; {remedy}")
+
+    def _rows(
+        self, ids: Sequence[Sequence[int]], show: bool | None
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Rows of texts alike in length: (which texts, ids_BL, segments_BL), B is 1."""
+        batches = list(batch_rows([len(i) for i in ids], 1, self.batch_tokens))
+        for rows in progress(self.task, batches, len(ids), show):
+            yield rows[0], *fill_rows(ids, rows)
+
+    def export(
+        self,
+        folder: str | os.PathLike,
+        tokens: Sequence[int] = (64, 512),
+        platforms: Sequence[str] | None = None,
+    ) -> None:
+        """Writes the model and its function for one text in rows of these sizes, in tokens.
+
+        `pipeline(task, folder)` then uses them. platforms: "cpu", "cuda", "tpu"; by default the one
+        at hand.
+        """
+        save(folder, self.model, self.tokenizer)
+        for size in tokens:
+            row = np.zeros((1, size), np.int32)
+            self._run.export(folder, self._params, row, row, *self._one(), platforms=platforms)
+
+    def _one(self) -> tuple[Any, ...]:
+        """What follows the rows in a call with one text."""
+        return ()
 
 
-class FillMask:
+class FillMask(_Pipeline):
     """`pipe("[MASK] is a disease.")`: the likeliest tokens in the place of each [MASK].
 
     Source: transformers' FillMaskPipeline, whose results these are: a list of {"score", "token",
@@ -59,19 +110,26 @@ class FillMask:
     of those for a list of texts (but for a list of one, as there).
     """
 
-    def __init__(self, model: ModernBertForMaskedLM, tokenizer: Tokenizer, top_k: int = 5):
-        self.model, self.tokenizer, self.top_k = model, tokenizer, top_k
+    model_class, task = ModernBertForMaskedLM, "fill-mask"
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, folder=None, *, top_k: int = 5, **options):
         if tokenizer.mask_token_id is None:
             raise ValueError("tokenizer: expected a mask token, found none")
-        graph, self._state = nnx.split(model)
+        super().__init__(model, tokenizer, folder, **options)
+        self.top_k = top_k
 
-        @jax.jit
-        def probabilities(state, ids_BL, mask_BL, places_BP):
-            model = nnx.merge(graph, state)
-            out = model(ids_BL, attention_mask=mask_BL, predict_positions=places_BP)
+    def _function(self):
+        config = self.model.config
+
+        def probabilities(params, ids_BL, segments_BL, places_BP):
+            model = module_of(ModernBertForMaskedLM, config, params)
+            out = model(ids_BL, segment_ids=segments_BL, predict_positions=places_BP)
             return jax.nn.softmax(out.logits, axis=-1)
 
-        self._probabilities = probabilities
+        return probabilities, ()
+
+    def _one(self):
+        return (np.zeros((1, 1), np.int32),)
 
     def __call__(
         self,
@@ -79,6 +137,7 @@ class FillMask:
         *,
         top_k: int | None = None,
         targets: str | Sequence[str] | None = None,
+        show_progress_bar: bool | None = None,
     ) -> list[Any]:
         """Fills the masks of a text, or of each of a list of texts.
 
@@ -87,45 +146,45 @@ class FillMask:
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         wanted = None if targets is None else self._targets(targets)
-        results = [self._fill(text, top_k or self.top_k, wanted) for text in texts]
-        return results[0] if len(texts) == 1 else results
-
-    def _fill(self, text: str, top_k: int, targets: np.ndarray | None) -> list[Any]:
-        tokenizer = self.tokenizer
-        ids = np.asarray(tokenizer(text)["input_ids"])
-        longest = self.model.config.max_position_embeddings
-        if len(ids) > longest:
-            raise ValueError(f"text: {len(ids):,} tokens, the model takes {longest:,}; shorten it")
-        places = np.flatnonzero(ids == tokenizer.mask_token_id)
-        if not len(places):
-            raise ValueError(
-                f"text: expected {tokenizer.mask_token} where a word is to be found, got none"
-            )
-        size, count = row_size(len(ids)), 2 ** (len(places) - 1).bit_length()  # few shapes
-        padded, mask = np.full((1, size), tokenizer.pad_token_id or 0), np.zeros((1, size), int)
-        padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1
-        asked = np.resize(places, (1, count))
-        p_PV = np.asarray(self._probabilities(self._state, padded, mask, asked))[0, : len(places)]
-        p_PV = p_PV if targets is None else p_PV[:, targets]
-        rows = []
-        for place, p_V in zip(places, p_PV, strict=True):
-            best = np.argsort(-p_V, kind="stable")[:top_k]
-            row = []
-            for index in best:
-                token = int(index if targets is None else targets[index])
-                filled = ids.copy()
-                filled[place] = token
-                # With one mask the text alone; with more, the others must stay to be seen.
-                sequence = tokenizer.decode(
-                    filled[filled != tokenizer.pad_token_id].tolist(),
-                    skip_special_tokens=len(places) == 1,
+        ids = self.tokenizer(texts)["input_ids"] if texts else []
+        mask = self.tokenizer.mask_token_id
+        places = [[n for n, i in enumerate(text) if i == mask] for text in ids]
+        for text, found in zip(ids, places, strict=True):
+            self._too_long(len(text), "shorten it")
+            if not found:
+                raise ValueError(
+                    f"text: expected {self.tokenizer.mask_token} where a word is to be found, got "
+                    "none"
                 )
+        results: list[Any] = [None] * len(ids)
+        for row, ids_BL, segments_BL in self._rows(ids, show_progress_bar):
+            starts = np.cumsum([0] + [len(ids[i]) for i in row])
+            asked = [start + p for start, i in zip(starts, row, strict=False) for p in places[i]]
+            padded = np.resize(asked, (1, 2 ** (len(asked) - 1).bit_length())).astype(np.int32)
+            p_PV = np.asarray(self._run(self._params, ids_BL, segments_BL, padded))[0]
+            parts = np.split(p_PV[: len(asked)], np.cumsum([len(places[i]) for i in row])[:-1])
+            for i, part in zip(row, parts, strict=True):
+                results[i] = self._answer(ids[i], places[i], part, top_k or self.top_k, wanted)
+        return results[0] if len(results) == 1 else results
+
+    def _answer(self, ids, places, p_PV, top_k: int, targets: np.ndarray | None) -> list[Any]:
+        p_PV = p_PV if targets is None else p_PV[:, targets]
+        tokenizer, rows = self.tokenizer, []
+        for place, p_V in zip(places, p_PV, strict=True):
+            row = []
+            for index in np.argsort(-p_V, kind="stable")[:top_k]:
+                token = int(index if targets is None else targets[index])
+                filled = [token if n == place else i for n, i in enumerate(ids)]
                 row.append(
                     {
                         "score": float(p_V[index]),
                         "token": token,
                         "token_str": tokenizer.decode([token]),
-                        "sequence": sequence,
+                        # With one mask the text alone; with more, the others must stay to be seen.
+                        "sequence": tokenizer.decode(
+                            [i for i in filled if i != tokenizer.pad_token_id],
+                            skip_special_tokens=len(places) == 1,
+                        ),
                     }
                 )
             rows.append(row)
@@ -145,133 +204,247 @@ class FillMask:
         return np.unique(ids)
 
 
-@dataclasses.dataclass
-class Embedder:
-    """Texts to vectors, packed into full rows: `Embedder.from_pretrained(path).encode(texts)`.
+class TextClassification(_Pipeline):
+    """`pipe("No fever.")`: [{"label", "score"}], as transformers' TextClassificationPipeline.
 
-    pooling: "mean" or "cls" over each text. layer: -1 is the last, 0 the embeddings, as in
-    hidden_states. normalize: to length 1. max_length in tokens, longer texts are cut. mesh: each
-    device of its axis "data" takes a row.
+    Scores are a softmax over the labels; a sigmoid of each for one label or a multi-label model;
+    the plain output for a regression.
     """
 
-    model: ModernBertModel
-    tokenizer: Tokenizer
-    pooling: str = "mean"
-    layer: int = -1
-    normalize: bool = True
-    max_length: int = 8192
-    mesh: Mesh | None = None
+    model_class, task = ModernBertForSequenceClassification, "text-classification"
 
-    def __post_init__(self) -> None:
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling: expected mean or cls, got {self.pooling!r}")
-        layers = self.model.config.num_hidden_layers
-        if not -layers - 1 <= self.layer <= layers:
-            raise ValueError(f"layer: expected {-layers - 1} to {layers}, got {self.layer}")
-        self.max_length = min(self.max_length, self.model.config.max_position_embeddings)
-        graph, self._state = nnx.split(self.model)
-        if (
-            self.mesh is not None
-        ):  # whatever its axis types: these arrays are the compiler's to place
-            self.mesh = Mesh(self.mesh.devices, self.mesh.axis_names)
-        self._rows = 1 if self.mesh is None else self.mesh.shape["data"]
-        attention = default_attention if self.mesh is None else sharded(self.mesh, rows="data")
-        last = self.layer in (-1, layers)
+    def _function(self):
+        config = self.model.config
+        regression = config.problem_type == "regression"
+        several = config.problem_type == "multi_label_classification" or config.num_labels == 1
 
-        def embed(state, ids_BL, segments_BL, segments: int):
-            model = nnx.merge(graph, state)
-            out = model(
-                ids_BL, segment_ids=segments_BL, attention=attention,
-                output_hidden_states=not last,
-            )  # fmt: skip
-            hidden_BLD = out.last_hidden_state if last else out.hidden_states[self.layer]
-            vectors_BSD = pool(hidden_BLD, segments_BL, segments, self.pooling)
-            if self.normalize:
-                squares = jnp.sum(vectors_BSD**2, axis=-1, keepdims=True)
-                vectors_BSD *= jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
-            return vectors_BSD
+        def scores(params, ids_BL, segments_BL, segments: int):
+            model = module_of(ModernBertForSequenceClassification, config, params)
+            logits_BSE = model(ids_BL, segment_ids=segments_BL, num_segments=segments).logits
+            if regression:
+                return logits_BSE
+            return jax.nn.sigmoid(logits_BSE) if several else jax.nn.softmax(logits_BSE, axis=-1)
 
-        self._embed: Callable[..., jax.Array] = jax.jit(embed, static_argnums=3)
+        return scores, (3,)
 
-    @classmethod
-    def from_pretrained(
-        cls, path_or_repo: str | os.PathLike, *, dtype: Any = None, **options: Any
-    ) -> "Embedder":
-        """The encoder of a checkpoint with its tokenizer. options: the fields."""
-        model, tokenizer = _loaded(ModernBertModel, path_or_repo, None, {"dtype": dtype})
-        return cls(model, tokenizer, **options)
+    def _one(self):
+        return (1,)
 
-    @property
-    def dimension(self) -> int:
-        """Numbers a vector."""
-        return self.model.config.hidden_size
-
-    def encode(
+    def __call__(
         self,
-        texts: str | Sequence[str],
-        batch_tokens: int = 16_384,
+        inputs: str | dict[str, str] | Sequence[str | dict[str, str]],
+        *,
+        top_k: int | None | str = "",
+        truncation: bool = False,
         show_progress_bar: bool | None = None,
-        **_: Any,
-    ) -> np.ndarray:
-        """Vectors [texts, D], float32, in the order of `texts`; [D] for a single text.
+    ) -> list[Any]:
+        """Labels of a text, a pair {"text", "text_pair"}, or a list of either.
 
-        batch_tokens: of a row, and there is a row a device. Sizes of rows and numbers of texts in
-        one come from short lists, so that compilations grow with the logarithm of both.
+        top_k: so many labels, None all of them, a list for each text; left out, the best alone.
+        Raises ValueError for a text longer than the model, unless `truncation` cuts it.
         """
-        single = isinstance(texts, str)
-        items = [texts] if single else list(texts)
+        single = isinstance(inputs, str | dict)
+        items = [inputs] if single else list(inputs)
         ids = []
-        for first in range(0, len(items), 512):
-            ids += self.tokenizer(
-                items[first : first + 512], truncation=True, max_length=self.max_length
-            )["input_ids"]
-        out = np.zeros((len(ids), self.dimension), np.float32)
-        batches = list(_batches([len(i) for i in ids], self._rows, batch_tokens))
-        for batch in _progress(batches, len(ids), show_progress_bar):
-            size = row_size(max(sum(len(ids[i]) for i in row) for row in batch))
-            count = 2 ** (max(len(row) for row in batch) - 1).bit_length()
-            tokens, segments = np.zeros((2, self._rows, size), np.int32)
-            for r, row in enumerate(batch):
-                joined = np.concatenate([ids[i] for i in row]) if row else np.zeros(0, np.int32)
-                tokens[r, : len(joined)] = joined
-                numbers = np.repeat(np.arange(1, len(row) + 1), [len(ids[i]) for i in row])
-                segments[r, : len(joined)] = numbers
-            vectors = self._embed(self._state, self._place(tokens), self._place(segments), count)
-            for r, row in enumerate(np.asarray(vectors)):
-                out[batch[r]] = row[: len(batch[r])]
-        return out[0] if single else out
-
-    def _place(self, array: np.ndarray) -> Any:
-        if self.mesh is None:
-            return array
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec("data", None)))
+        for item in items:
+            pair = item if isinstance(item, dict) else {"text": item}
+            ids.append(self.tokenizer(**pair)["input_ids"])
+            if truncation and len(ids[-1]) > self.longest:
+                ids[-1] = self.tokenizer(**pair, truncation=True, max_length=self.longest)[
+                    "input_ids"
+                ]
+            self._too_long(len(ids[-1]), "truncation=True cuts it")
+        results: list[Any] = [None] * len(ids)
+        for row, ids_BL, segments_BL in self._rows(ids, show_progress_bar):
+            most = 2 ** (len(row) - 1).bit_length()
+            scores_SE = np.asarray(self._run(self._params, ids_BL, segments_BL, most))[0]
+            for i, scores_E in zip(row, scores_SE, strict=False):
+                order = np.argsort(-scores_E, kind="stable")
+                labels = [
+                    {"label": label_of(self.model.config, int(e)), "score": float(scores_E[e])}
+                    for e in order
+                ]
+                results[i] = labels[0] if isinstance(top_k, str) else labels[:top_k]
+        if single:
+            return results if isinstance(top_k, str) else results[0]
+        return results
 
 
-def _batches(lengths: Sequence[int], rows: int, batch_tokens: int):
-    """Lists of `rows` lists of texts: alike in length, each row at most batch_tokens (or one)."""
-    batch: list[list[int]] = [[]]
-    filled = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch[-1] and filled + lengths[i] > batch_tokens:
-            if len(batch) == rows:
-                yield batch
-                batch = []
-            batch.append([])
-            filled = 0
-        batch[-1].append(i)
-        filled += lengths[i]
-    if batch[0]:
-        yield batch + [[] for _ in range(rows - len(batch))]
+class TokenClassification(_Pipeline):
+    """`pipe("Seen by Dr. Low.")`: the entities of a text of any length.
+
+    Source: transformers' TokenClassificationPipeline, whose results these are: {"entity", "score",
+    "index", "word", "start", "end"} a token, or {"entity_group", "score", "word", "start", "end"}
+    with an aggregation_strategy ("simple", "first", "average", "max"). start and end are characters
+    of the text as it was given.
+
+    A text longer than the model is read in windows that overlap by `stride` tokens; each token is
+    judged where it has the most context, so an entity across an edge comes out whole. Words end at
+    any white space (there at a space only; notes have lines).
+    """
+
+    model_class, task = ModernBertForTokenClassification, "token-classification"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        folder=None,
+        *,
+        aggregation_strategy: str = "none",
+        stride: int = 256,
+        max_length: int | None = None,
+        ignore_labels: Sequence[str] = ("O",),
+        **options,
+    ):
+        """max_length: of a window, in tokens; by default the model's."""
+        super().__init__(model, tokenizer, folder, **options)
+        if aggregation_strategy not in STRATEGIES:
+            raise ValueError(
+                f"aggregation_strategy: expected {', '.join(STRATEGIES)}, got "
+                f"{aggregation_strategy!r}"
+            )
+        self.aggregation_strategy, self.ignore_labels = aggregation_strategy, ignore_labels
+        empty = tokenizer("")["input_ids"]  # [CLS] [SEP]
+        self._before, self._after = empty[:1], empty[1:]
+        self.window = min(max_length or self.longest, self.longest) - len(empty)
+        if self.window < 1 or stride < 0:
+            raise ValueError(
+                f"max_length, stride: expected more than {len(empty)} and at least 0 tokens, got "
+                f"{max_length} and {stride}"
+            )
+        self.stride = min(stride, self.window // 2)
+
+    def _function(self):
+        config = self.model.config
+
+        def probabilities(params, ids_BL, segments_BL):
+            model = module_of(ModernBertForTokenClassification, config, params)
+            return jax.nn.softmax(model(ids_BL, segment_ids=segments_BL).logits, axis=-1)
+
+        return probabilities, ()
+
+    def __call__(
+        self, inputs: str | Sequence[str], *, show_progress_bar: bool | None = None
+    ) -> list[Any]:
+        """The entities of a text, or a list of those of each text, in order of their place."""
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        encoded = [
+            self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            for text in texts
+        ]
+        windows: list[tuple[int, int, int, int]] = []  # text, its first token, what is kept of it
+        ids: list[list[int]] = []
+        for t, one in enumerate(encoded):
+            tokens = one["input_ids"]
+            for start, end, keep, until in split_windows(len(tokens), self.window, self.stride):
+                windows.append((t, start, keep, until))
+                ids.append([*self._before, *tokens[start:end], *self._after])
+        scores = [np.zeros((len(e["input_ids"]), self.model.config.num_labels)) for e in encoded]
+        for row, ids_BL, segments_BL in self._rows(ids, show_progress_bar):
+            p_LE = np.asarray(self._run(self._params, ids_BL, segments_BL))[0]
+            at = 0
+            for w in row:
+                t, start, keep, until = windows[w]
+                shift = at + len(self._before) - start
+                scores[t][keep:until] = p_LE[keep + shift : until + shift]
+                at += len(ids[w])
+        found = [
+            self._entities(text, one, p)
+            for text, one, p in zip(texts, encoded, scores, strict=True)
+        ]
+        return found[0] if isinstance(inputs, str) else found
+
+    def _entities(self, text: str, encoded: Any, scores_LE: np.ndarray) -> list[dict[str, Any]]:
+        strategy = self.aggregation_strategy
+        tokens = self.tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        spans = [
+            {"tokens": [token], "p": p, "start": start, "end": end}
+            for token, (start, end), p in zip(
+                tokens, encoded["offset_mapping"], scores_LE, strict=True
+            )
+        ]
+        if strategy not in ("none", "simple"):
+            spans = [_word(group, strategy) for group in _words(text, spans)]
+        named = []
+        for index, span in enumerate(spans, start=len(self._before)):
+            best = int(span["p"].argmax())
+            label, score = label_of(self.model.config, best), float(span["p"][best])
+            named.append({**span, "entity": label, "score": score, "index": index})
+        if strategy == "none":
+            return [
+                {k: s[k] for k in ("entity", "score", "index")}
+                | {"word": s["tokens"][0], "start": s["start"], "end": s["end"]}
+                for s in named
+                if s["entity"] not in self.ignore_labels
+            ]
+        decoder = self.tokenizer.backend_tokenizer.decoder
+        groups = [
+            {
+                "entity_group": group[0]["entity"].split("-", 1)[-1],
+                "score": float(np.mean([s["score"] for s in group])),
+                "word": decoder.decode([t for s in group for t in s["tokens"]]),
+                "start": group[0]["start"],
+                "end": group[-1]["end"],
+            }
+            for group in _runs(named)
+        ]
+        return [g for g in groups if g["entity_group"] not in self.ignore_labels]
 
 
-def _progress(batches: list[list[list[int]]], total: int, show: bool | None):
-    """The batches, with a count of texts on stderr: where it is a terminal, or as asked."""
-    if not (sys.stderr.isatty() if show is None else show):
-        yield from batches
-        return
-    done = 0
-    for batch in batches:
-        print(f"\rembedding {done:,} of {total:,} texts", end="", file=sys.stderr, flush=True)
-        yield batch
-        done += sum(len(row) for row in batch)
-    print(f"\rembedded {done:,} of {total:,} texts ", file=sys.stderr)
+TASKS: dict[str, Any] = {
+    "fill-mask": FillMask,
+    "text-classification": TextClassification,
+    "token-classification": TokenClassification,
+    "ner": TokenClassification,
+}
+STRATEGIES = ("none", "simple", "first", "average", "max")
+
+
+def label_of(config: Any, index: int) -> str:
+    """The name of a label, LABEL_0 and so on where the model has none."""
+    return config.id2label[index] if config.id2label else f"LABEL_{index}"
+
+
+def split_windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int, int]]:
+    """Windows over a text: (start, end, keep from, keep until), counted in its tokens.
+
+    Each but a short text's has `window` tokens, neighbours share at least `stride`, and what is
+    kept of two neighbours meets in the middle of what they share.
+    """
+    if tokens <= window:
+        return [(0, tokens, 0, tokens)]
+    starts = [*range(0, tokens - window, window - stride), tokens - window]
+    cuts = [0, *((a + window + b) // 2 for a, b in zip(starts, starts[1:], strict=False)), tokens]
+    return [(s, s + window, cuts[n], cuts[n + 1]) for n, s in enumerate(starts)]
+
+
+def _words(text: str, spans: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: list[list[dict[str, Any]]] = []
+    for span in spans:
+        start = span["start"]
+        if not groups or start == 0 or re.search(r"\s", text[start - 1 : start + 1]):
+            groups.append([])
+        groups[-1].append(span)
+    return groups
+
+
+def _word(group: list[dict[str, Any]], strategy: str) -> dict[str, Any]:
+    p = np.stack([span["p"] for span in group])
+    best = {"first": p[0], "max": p[p.max(-1).argmax()], "average": p.mean(0)}[strategy]
+    tokens = [token for span in group for token in span["tokens"]]
+    return {"tokens": tokens, "p": best, "start": group[0]["start"], "end": group[-1]["end"]}
+
+
+def _runs(spans: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Neighbours of one type; a B- begins another."""
+    groups: list[list[dict[str, Any]]] = []
+    previous = None
+    for span in spans:
+        label = span["entity"]
+        begins, kind = label.startswith("B-"), label[2:] if label[:2] in ("B-", "I-") else label
+        if begins or kind != previous:
+            groups.append([])
+        groups[-1].append(span)
+        previous = kind
+    return groups

@@ -7,35 +7,47 @@ import jax
 import numpy as np
 import pytest
 
-from modernbert_jax import AutoTokenizer, Embedder, ModernBertForMaskedLM, pipeline
-from modernbert_jax.pipelines import _batches
+from modernbert_jax import (
+    AutoTokenizer,
+    Embedder,
+    ModernBertForMaskedLM,
+    pipeline,
+)
+from modernbert_jax.packing import batch_rows
+from modernbert_jax.pipelines import split_windows
 
 WORDS = "fever cough pain no denies possible rash edema today left the patient has a disease of"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, request):
+def folder(tmp_path_factory, tokenizer):
     """A seeded masked LM of transformers; with the real tokenizer where it is at hand."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("model")
-    shared = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data", "tokenizer")
-    if os.path.isdir(shared):
-        tokenizer = AutoTokenizer.from_pretrained(shared)
-    else:
-        golden = os.path.join(os.path.dirname(__file__), "goldens", "tiny")
-        tokenizer = AutoTokenizer.from_pretrained(golden)
     torch.manual_seed(0)
-    config = transformers.ModernBertConfig(
+    transformers.ModernBertForMaskedLM(config_for(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_tokenizer):
+    """ModernBERT's own where it is at hand."""
+    shared = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data", "tokenizer")
+    return AutoTokenizer.from_pretrained(shared) if os.path.isdir(shared) else small_tokenizer
+
+
+def config_for(tokenizer, **changes):
+    import transformers
+
+    return transformers.ModernBertConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=24, num_hidden_layers=4,
         num_attention_heads=2, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
         cls_token_id=tokenizer.cls_token_id, bos_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id, eos_token_id=tokenizer.sep_token_id,
-        initializer_range=0.2,
+        initializer_range=0.2, **changes,
     )  # fmt: skip
-    transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +99,178 @@ class TestFillMask:
             ours("no mask here")
         with pytest.raises(ValueError, match="the model takes 256; shorten it"):
             ours("word " * 300 + "[MASK]")
-        with pytest.raises(ValueError, match="expected fill-mask, got 'summarization'"):
+        with pytest.raises(ValueError, match="expected fill-mask, .*, got 'summarization'"):
             pipeline("summarization", model=folder)
         with pytest.raises(TypeError, match="model: expected a folder"):
             pipeline("fill-mask", model=3)
         with pytest.raises(TypeError, match="tokenizer: expected"):
             pipeline("fill-mask", model=ModernBertForMaskedLM.from_pretrained(folder))
+
+
+def saved(cls_name, folder, tokenizer, names, **changes):
+    """A seeded classifier of transformers with named labels, and its tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    config = config_for(tokenizer, **labels, **changes)
+    model = getattr(transformers, cls_name)(config)
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)  # labels that differ from token to token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tokenizer):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("classifier")
+    names = ["denied", "affirmed", "possible"]
+    return saved("ModernBertForSequenceClassification", folder, tokenizer, names)
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory, tokenizer):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tagger")
+    names = ["O", "B-NAME", "I-NAME", "B-DATE", "I-DATE"]
+    return saved("ModernBertForTokenClassification", folder, tokenizer, names)
+
+
+class TestTextClassification:
+    def test_equals_transformers(self, classifier):
+        import transformers
+
+        ours = pipeline("text-classification", classifier)
+        theirs = transformers.pipeline("text-classification", str(classifier))
+        for inputs in ("No fever.", ["No fever.", "A rash today, and a cough."], ["One."]):
+            same_labels(ours(inputs), theirs(inputs))
+            same_labels(ours(inputs, top_k=2), theirs(inputs, top_k=2))
+            same_labels(ours(inputs, top_k=None), theirs(inputs, top_k=None))
+        pair = {"text": "No fever.", "text_pair": "fever"}
+        same_labels([ours([pair])[0]], [theirs([pair])[0]])
+
+    @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+    def test_other_problems(self, tmp_path, tokenizer, problem):
+        transformers = pytest.importorskip("transformers")
+        kind = "ModernBertForSequenceClassification"
+        folder = saved(kind, tmp_path, tokenizer, ["a", "b"], problem_type=problem)
+        theirs = transformers.pipeline("text-classification", str(folder))
+        ours = pipeline("text-classification", folder)
+        same_labels(ours("No fever.", top_k=None), theirs("No fever.", top_k=None))
+
+    def test_too_long(self, classifier):
+        pipe = pipeline("text-classification", classifier)
+        with pytest.raises(ValueError, match="the model takes 256; truncation=True cuts it"):
+            pipe("fever " * 400)
+        assert pipe("fever " * 400, truncation=True)[0]["label"] in (
+            "denied",
+            "affirmed",
+            "possible",
+        )
+
+
+def same_labels(ours, theirs):
+    assert type(ours) is type(theirs) and len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(b, list):
+            same_labels(a, b)
+        else:
+            assert a["label"] == b["label"]
+            assert a["score"] == pytest.approx(b["score"], rel=1e-4)
+
+
+SEEN = "Seen by Dr. Low at St. Mary's on 3 May, with fever, a cough and pain; denies any rash."
+
+
+class TestTokenClassification:
+    @pytest.mark.parametrize("strategy", ["none", "simple", "first", "average", "max"])
+    @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+    def test_equals_transformers(self, tagger, strategy):
+        import transformers
+
+        ours = pipeline("token-classification", tagger, aggregation_strategy=strategy)
+        theirs = transformers.pipeline("ner", str(tagger), aggregation_strategy=strategy)
+        for inputs in (SEEN, [SEEN, "Fever."], "fever"):
+            same_entities(ours(inputs), theirs(inputs))
+        kinds = {e.get("entity", e.get("entity_group")) for e in ours(SEEN)}
+        assert len(kinds) > 1  # or the test would say little
+
+    def test_offsets_are_of_the_text_as_given(self, tagger):
+        text = "  Dr.  Low\n\tseen\r\n on 3\u00a0May — naïve 😀 Dr. Low.  "
+        for strategy in ("none", "simple", "first"):
+            pipe = pipeline("ner", tagger, aggregation_strategy=strategy, ignore_labels=())
+            found = pipe(text)
+            covered = {n for e in found for n in range(e["start"], e["end"])}
+            assert covered >= {n for n, c in enumerate(text) if not c.isspace()}
+            assert [e["start"] for e in found] == sorted(e["start"] for e in found)
+            pieces = {text[e["start"] : e["end"]].strip() for e in found}
+            assert strategy == "simple" or "Low" in pieces
+
+    def test_long_notes(self, tagger):
+        """A text of many windows: inside a window's reach of context, as the whole would be."""
+        rng = np.random.default_rng(0)
+        text = " ".join(rng.choice(WORDS.split(), 600))
+        short = pipeline("ner", tagger, ignore_labels=(), max_length=200, stride=100)
+        whole = pipeline("ner", tagger, ignore_labels=())
+        whole.window = 10_000  # one row, longer than the model was made for: the oracle
+        a, b = short(text), whole(text)
+        assert [(e["start"], e["end"]) for e in a] == [(e["start"], e["end"]) for e in b]
+        assert [e["index"] for e in a] == list(range(1, len(a) + 1))
+        # Global layers see the whole text, so scores differ a little; labels rarely do.
+        agree = np.mean([x["entity"] == y["entity"] for x, y in zip(a, b, strict=True)])
+        assert agree > 0.8
+
+    def test_windows_equal_each_alone(self, tagger):
+        """Every token's score is that of transformers on the window it is read in."""
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForTokenClassification.from_pretrained(tagger).eval()
+        text = " ".join(np.random.default_rng(1).choice(WORDS.split(), 150))
+        pipe = pipeline("ner", tagger, ignore_labels=(), max_length=64, stride=20)
+        ids = pipe.tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = pipe(text)
+        assert len(found) == len(ids)
+        for start, end, keep, until in split_windows(len(ids), 62, 20):
+            first, last = pipe.tokenizer("")["input_ids"]
+            window = torch.tensor([[first, *ids[start:end], last]])
+            with torch.no_grad():
+                p = torch.softmax(model(window).logits[0], -1).max(-1).values[1:-1].numpy()
+            got = [e["score"] for e in found[keep:until]]
+            np.testing.assert_allclose(got, p[keep - start : until - start], rtol=1e-4)
+
+    @pytest.mark.parametrize("tokens", [0, 1, 10, 11, 25, 26, 997])
+    def test_windows_cover_once(self, tokens):
+        windows = split_windows(tokens, 10, 4)
+        kept = [t for _, _, keep, until in windows for t in range(keep, until)]
+        assert kept == list(range(tokens))
+        for start, end, keep, until in windows:
+            assert start <= keep <= until <= end <= tokens and end - start <= 10
+            assert keep == 0 or keep - start >= 2  # half of what neighbours share
+        starts = [w[0] for w in windows]
+        assert all(b - a <= 6 for a, b in zip(starts, starts[1:], strict=False))
+
+    def test_refusals(self, tagger):
+        with pytest.raises(ValueError, match="aggregation_strategy: expected none, simple"):
+            pipeline("ner", tagger, aggregation_strategy="longest")
+        with pytest.raises(ValueError, match="max_length, stride: expected more than 2"):
+            pipeline("ner", tagger, max_length=2)
+
+
+def same_entities(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(b, list):
+            same_entities(a, b)
+        else:
+            assert list(a) == list(b)
+            assert {k: v for k, v in a.items() if k != "score"} == {
+                k: v for k, v in b.items() if k != "score"
+            }
+            assert a["score"] == pytest.approx(float(b["score"]), rel=1e-4)
 
 
 def texts(count, seed=0, longest=60):
@@ -144,9 +322,9 @@ class TestEmbedder:
         shapes = set()
         embed = embedder._embed
 
-        def watched(state, ids, segments, count):
+        def watched(params, ids, segments, count):
             shapes.add((ids.shape, count))
-            return embed(state, ids, segments, count)
+            return embed(params, ids, segments, count)
 
         embedder._embed = watched
         for n in (1, 2, 3, 5, 9, 20, 40):
@@ -155,7 +333,7 @@ class TestEmbedder:
 
     def test_batches_hold_every_text_once(self):
         lengths = [5, 900, 3, 44, 17, 2, 44]
-        batches = list(_batches(lengths, 2, 64))
+        batches = list(batch_rows(lengths, 2, 64))
         assert sorted(i for batch in batches for row in batch for i in row) == list(range(7))
         for batch in batches:
             assert len(batch) == 2
@@ -166,7 +344,7 @@ class TestEmbedder:
         embedder = Embedder.from_pretrained(folder)
         embedder.encode(texts(4), show_progress_bar=True)
         shown = capsys.readouterr()
-        assert "embedded 4 of 4 texts" in shown.err and not shown.out
+        assert "embedding: 4 of 4 texts" in shown.err and not shown.out
         assert embedder.encode([]).shape == (0, 32)
 
     def test_refusals(self, folder):

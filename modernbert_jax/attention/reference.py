@@ -20,22 +20,27 @@ def attention(
 
     The only implementation that can drop probabilities (HF's attention_dropout).
     """
+    p_BHLM = probabilities(q_BLHK, k_BMHK, bounds, scale=scale)
+    if dropout_rate and dropout_key is not None:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, p_BHLM.shape)
+        p_BHLM = jnp.where(keep, p_BHLM / (1.0 - dropout_rate), 0.0)
+    v_BMHK = v_BMHK.astype(p_BHLM.dtype)
+    out = jnp.einsum("BHLM,BMHK->BLHK", p_BHLM, v_BMHK, precision=jax.lax.Precision.HIGHEST)
+    return out.astype(q_BLHK.dtype)
+
+
+def probabilities(
+    q_BLHK: jax.Array, k_BMHK: jax.Array, bounds: Bounds, *, scale: float
+) -> jax.Array:
+    """softmax(scale * q k^T + mask), p_BHLM, in float32 at least; a query with no key gets 0."""
     mask_B1LM = bounds.as_mask(k_BMHK.shape[1])[:, None]
-    q, k, v = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BLHK, k_BMHK, v_BMHK))
+    q, k = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BLHK, k_BMHK))
     highest = jax.lax.Precision.HIGHEST
     scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", q, k, precision=highest) * scale
-    return _softmax_value(scores_BHLM, mask_B1LM, v, dropout_rate, dropout_key).astype(q_BLHK.dtype)
-
-
-def _softmax_value(scores_BHLM, mask_B1LM, v_BMHK, dropout_rate, dropout_key):
     # A finite floor keeps rows without a key free of NaN, forward and backward.
     floor = jnp.finfo(scores_BHLM.dtype).min / 2
     scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, floor)
     top_BHL1 = jax.lax.stop_gradient(jnp.max(scores_BHLM, axis=-1, keepdims=True))
     p_BHLM = jnp.where(mask_B1LM, jnp.exp(scores_BHLM - top_BHL1), 0.0)
     sum_BHL1 = jnp.sum(p_BHLM, axis=-1, keepdims=True)
-    p_BHLM = p_BHLM / jnp.where(sum_BHL1 == 0, 1.0, sum_BHL1)
-    if dropout_rate and dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, p_BHLM.shape)
-        p_BHLM = jnp.where(keep, p_BHLM / (1.0 - dropout_rate), 0.0)
-    return jnp.einsum("BHLM,BMHK->BLHK", p_BHLM, v_BMHK, precision=jax.lax.Precision.HIGHEST)
+    return p_BHLM / jnp.where(sum_BHL1 == 0, 1.0, sum_BHL1)

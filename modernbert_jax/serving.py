@@ -1,0 +1,153 @@
+"""Compile once: functions exported beside a model, a cache of compiled programs, cold starts timed.
+
+    python -m modernbert_jax export MODEL OUT --tokens 64 512
+    python -m modernbert_jax time OUT --compile-cache CACHE
+
+OUT is a checkpoint as any other with a folder functions/, one jax.export file a shape: StableHLO
+without weights. Where a file fits what is called (model, dtype, shape, platform) neither tracing
+nor lowering is left to do, only the compiler, and that too comes from the cache the second time.
+Such a file is a program of array operations that jax compiles and runs: serve your own exports.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.pretrained import CONFIG_FILE, resolve, write_bytes
+from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
+
+FUNCTIONS = "functions"
+
+
+def use_compile_cache(folder: str | os.PathLike) -> None:
+    """Keeps every compiled program in `folder` and finds it there in later processes.
+
+    Sets jax's own options, for the whole process.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", os.fspath(pathlib.Path(folder).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # a process that has compiled already would not look again
+
+
+def platform() -> str:
+    """The platform at hand as jax.export names it: "cpu", "tpu", "cuda" ..."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
+class Function:
+    """f(params, *arrays and ints): jitted, or as exported where `folder` has the shapes that come.
+
+    Ints are static.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        config: ModernBertConfig,
+        folder: str | os.PathLike | None = None,
+        static_argnums: tuple[int, ...] = (),
+    ):
+        self._jitted = jax.jit(function, static_argnums=static_argnums)
+        self._folder = None if folder is None else pathlib.Path(folder) / FUNCTIONS
+        # What changes the program and is no shape goes into the name.
+        what = json.dumps(dataclasses.asdict(config) | {"hf_extra": None}, sort_keys=True)
+        self._name = f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        self._ready: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, params: Any, *args: Any) -> Any:
+        if self._folder is None:
+            return self._jitted(params, *args)
+        name = self._file(args)
+        if name not in self._ready:
+            self._ready[name] = self._load(self._folder / name)
+        return self._ready[name](params, *args)
+
+    def _file(self, args: Sequence[Any]) -> str:
+        sizes = [str(a) if isinstance(a, int) else "x".join(map(str, a.shape)) for a in args]
+        return "-".join([self._name, *sizes]) + ".jax_export"
+
+    def _load(self, path: pathlib.Path) -> Callable[..., Any]:
+        if not path.is_file():
+            return self._jitted
+        try:
+            exported = jax.export.deserialize(bytearray(path.read_bytes()))
+        except Exception as error:  # another version's, or cut short
+            reason = f"{type(error).__name__} when it was read"
+        else:
+            if platform() in exported.platforms:
+                run = jax.jit(exported.call)
+                return lambda params, *args: run(
+                    params, *(a for a in args if not isinstance(a, int))
+                )
+            reason = f"made for {', '.join(exported.platforms)}"
+        warnings.warn(
+            f"{path}: not used ({reason}), so this shape is traced anew; export again for "
+            f"{platform()} and jax {jax.__version__}",
+            stacklevel=4,
+        )
+        return self._jitted
+
+    def export(
+        self,
+        folder: str | os.PathLike,
+        params: Any,
+        *args: Any,
+        platforms: Sequence[str] | None = None,
+    ) -> pathlib.Path:
+        """Writes this function for the shapes of `args`; returns the file."""
+        exported = jax.export.export(self._jitted, platforms=platforms)(params, *args)
+        path = pathlib.Path(folder) / FUNCTIONS / self._file(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, bytes(exported.serialize()))
+        return path
+
+
+def save(folder: str | os.PathLike, model: Any, tokenizer: Tokenizer) -> None:
+    """The checkpoint that exported functions stand beside.
+
+    Raises FileExistsError where `folder` holds a model of another class: it would lose its head.
+    """
+    path, name = pathlib.Path(folder) / CONFIG_FILE, type(model).__name__
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+        if found != [name]:
+            raise FileExistsError(f"{folder}: expected a new folder or a {name}, found {found}")
+    model.save_pretrained(folder, tokenizer=tokenizer)
+
+
+def load(
+    cls: type, model: Any, tokenizer: Any, options: dict[str, Any], compile_cache: Any = None
+) -> tuple[Any, Tokenizer, pathlib.Path | None]:
+    """(model, tokenizer, folder or None) of a folder, a hub id, or a model of `cls`.
+
+    options: those of from_pretrained. Raises TypeError for anything else.
+    """
+    if compile_cache is not None:
+        use_compile_cache(compile_cache)
+    folder = None
+    if isinstance(model, str | os.PathLike):
+        folder = resolve(model)
+        tokenizer = folder if tokenizer is None else tokenizer
+        model = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+    if not isinstance(model, cls):
+        raise TypeError(
+            f"model: expected a folder, a hub id or a {cls.__name__}, got {type(model).__name__}"
+        )
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError("tokenizer: expected a folder, a hub id or a Tokenizer, got none of them")
+    return model, tokenizer, folder

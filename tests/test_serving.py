@@ -1,0 +1,147 @@
+"""Exported functions and the compile cache: the same answers, without tracing the model."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from modernbert_jax import Embedder, ModernBertConfig, ModernBertForMaskedLM, pipeline
+from modernbert_jax.__main__ import main
+from modernbert_jax.serving import FUNCTIONS, load
+
+TEXT = "the patient has [MASK] fever"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, small_tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    config = ModernBertConfig.tiny(vocab_size=len(small_tokenizer), num_hidden_layers=2)
+    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    model.save_pretrained(folder, tokenizer=small_tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    assert main(["export", str(model), str(folder), "--tokens", "64"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedding(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedding")
+    Embedder.from_pretrained(model).export(folder, tokens=[64])
+    return folder
+
+
+def never(*args, **kwargs):
+    raise AssertionError("the model was traced")
+
+
+class TestExport:
+    def test_the_same_answers_without_tracing(self, model, served, embedding, monkeypatch):
+        want = pipeline("fill-mask", model)(TEXT)
+        vector = Embedder.from_pretrained(model).encode(TEXT)
+        pipe, embedder = pipeline("fill-mask", served), Embedder.from_pretrained(embedding)
+        monkeypatch.setattr("modernbert_jax.model.ModernBertModel.__call__", never)
+        assert pipe(TEXT) == want
+        np.testing.assert_array_equal(embedder.encode(TEXT), vector)
+        with pytest.raises(AssertionError, match="was traced"):
+            pipe("the patient " * 60 + "[MASK]")  # a size that was not exported
+
+    def test_other_options_are_other_functions(self, model, served, embedding):
+        """What was exported for the mean must not answer for "cls", another layer or dtype."""
+        for options in ({"pooling": "cls"}, {"layer": 0}, {"normalize": False}):
+            a = Embedder.from_pretrained(model, **options).encode(TEXT)
+            b = Embedder.from_pretrained(embedding, **options).encode(TEXT)
+            np.testing.assert_array_equal(a, b)
+        a, b = (pipeline("fill-mask", f, dtype="bfloat16")(TEXT) for f in (model, served))
+        assert a == b
+
+    def test_a_file_that_cannot_be_used(self, model, tmp_path):
+        pipeline("fill-mask", model).export(tmp_path, tokens=[64])
+        (path,) = (tmp_path / FUNCTIONS).iterdir()
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.warns(UserWarning, match="not used .* when it was read.* export again for cpu"):
+            again = pipeline("fill-mask", tmp_path)(TEXT)
+        assert again == pipeline("fill-mask", model)(TEXT)
+
+    def test_another_platform(self, model, tmp_path):
+        pipeline("fill-mask", model).export(tmp_path, tokens=[64], platforms=["tpu"])
+        with pytest.warns(UserWarning, match="not used .made for tpu., so this shape is traced"):
+            pipeline("fill-mask", tmp_path)(TEXT)
+        pipeline("fill-mask", model).export(tmp_path, tokens=[64], platforms=["tpu", "cpu"])
+        assert pipeline("fill-mask", tmp_path)(TEXT) == pipeline("fill-mask", model)(TEXT)
+
+    def test_what_is_written_is_a_checkpoint(self, model, served, embedding):
+        loaded, tokenizer, folder = load(ModernBertForMaskedLM, served, None, {})
+        assert folder == served and tokenizer.mask_token == "[MASK]"
+        names = [path.name for f in (served, embedding) for path in (f / FUNCTIONS).iterdir()]
+        assert [re.sub("-[0-9a-f]{12}-", " ", name) for name in names] == [
+            "fill-mask 1x64-1x64-1x1.jax_export",
+            "embed-mean-2-unit 1x64-1x64-1.jax_export",
+        ]
+        with pytest.raises(FileExistsError, match="expected a new folder or a ModernBertModel"):
+            Embedder.from_pretrained(model).export(served)
+
+
+class TestCompileCache:
+    CODE = """
+import sys, warnings
+import jax
+from jax._src import monitoring
+hits = []
+monitoring.register_event_listener(lambda name, **_: hits.append(name))
+from modernbert_jax import pipeline
+print(pipeline("fill-mask", sys.argv[1], compile_cache=sys.argv[2])(sys.argv[3])[0]["token"])
+print(sum(h == "/jax/compilation_cache/cache_hits" for h in hits))
+"""
+
+    def test_the_next_process_compiles_nothing(self, model, tmp_path):
+        cache = tmp_path / "cache"
+        env = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
+        out = []
+        for _ in range(2):
+            command = [sys.executable, "-c", self.CODE, str(model), str(cache), TEXT]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+            out.append(done.stdout.split())
+        assert out[0][0] == out[1][0]
+        assert int(out[1][1]) > int(out[0][1]) and list(cache.iterdir())
+
+
+class TestCommand:
+    def test_answer_prints_its_times(self, served, capsys):
+        before = jax.config.jax_compilation_cache_dir
+        assert main(["answer", str(served), "--text", TEXT]) == 0
+        out = capsys.readouterr().out
+        for line in (
+            "python and imports",
+            "weights",
+            "first answer",
+            "second answer",
+            "cold start",
+        ):
+            assert re.search(rf"  {line}.* \d+\.\d{{3}} s", out)
+        assert jax.config.jax_compilation_cache_dir == before
+        assert "[MASK]" not in out and "fever" not in out  # a text is never printed
+
+    @pytest.mark.slow
+    def test_time_runs_two_processes(self, embedding, tmp_path, capfd):
+        cache = tmp_path / "cache"
+        assert main(["time", str(embedding), "--task", "embed", "--compile-cache", str(cache)]) == 0
+        out = capfd.readouterr().out
+        assert out.index("one process:") < out.index("the next:")
+        assert out.count("cold start, in all") == 2
+
+    def test_bad_input_is_one_line(self, model, tmp_path, capsys):
+        assert main(["answer", str(tmp_path / "nothing")]) == 2
+        assert main(["export", str(model), str(tmp_path / "out"), "--task", "translation"]) == 2
+        lines = capsys.readouterr().err.strip().split("\n")
+        assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+        assert "expected a checkpoint folder" in lines[0] and "'translation'" in lines[1]
