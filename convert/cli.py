@@ -132,6 +132,7 @@ def _to_hf(args: argparse.Namespace) -> int:
             checkpoint.config,
             files.to_hf(checkpoint.config, checkpoint.params),
             tokenizer_dir=checkpoint.tokenizer_dir,
+            card={"training": {"Converted from": Path(args.src).name}},
         )
     return _report(args, checkpoint, started)
 

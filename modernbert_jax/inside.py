@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 
-def look(model: nnx.Module, names: str | Sequence[str], **inputs: Any) -> dict[str, jax.Array]:
+def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax.Array]:
     """What goes on inside a model, by name: {name: array}, names in the model's order.
 
     names: "hidden_states.0" (the embeddings) to "hidden_states.N" (the last layer's, after the

@@ -115,7 +115,7 @@ def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator
 
 
 def fill_rows(
-    texts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+    texts: Sequence[Sequence[int] | np.ndarray], rows: Sequence[Sequence[int] | np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """input_ids_BL and segment_ids_BL of rows that hold these texts one after the other.
 

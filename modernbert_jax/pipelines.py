@@ -247,7 +247,7 @@ class TextClassification(_Pipeline):
         items = [inputs] if single else list(inputs)
         ids = []
         for item in items:
-            pair = item if isinstance(item, dict) else {"text": item}
+            pair: dict[str, Any] = {"text": item} if isinstance(item, str) else dict(item)
             ids.append(self.tokenizer(**pair)["input_ids"])
             if truncation and len(ids[-1]) > self.longest:
                 ids[-1] = self.tokenizer(**pair, truncation=True, max_length=self.longest)[

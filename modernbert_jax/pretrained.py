@@ -27,6 +27,7 @@ import safetensors.numpy
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from modernbert_jax.card import CARD_FILE, MARK, model_card
 from modernbert_jax.config import ModernBertConfig
 
 CONFIG_FILE = "config.json"
@@ -246,7 +247,7 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     the folder or a key that the index promises and no shard has.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         folder = pathlib.Path(folder)
         if (folder / WEIGHTS_FILE).exists():
             files, index = [WEIGHTS_FILE], None
@@ -310,26 +311,31 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
     return names
 
 
-def read_safetensors(folder: str | os.PathLike) -> SafetensorsFolder:
+def read_safetensors(folder: str | os.PathLike[str]) -> SafetensorsFolder:
     """The tensors of an HF folder, as a mapping that reads each when it is asked for."""
     return SafetensorsFolder(folder)
 
 
 def write_hf(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: ModernBertConfig,
     tensors: Mapping[str, np.ndarray],
     *,
-    tokenizer_dir: str | os.PathLike | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
     max_shard_size: int = 5 * 1024**3,
     architecture: str | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes HF's layout: config.json, model.safetensors or shards with an index, tokenizer files.
+    """Writes HF's layout: config.json, weights (or shards with an index), tokenizer, README.md.
 
-    `max_shard_size` in bytes. Weights are written first and config.json last, each file under a
-    temporary name until it is whole; weight files of an earlier save are removed.
+    `max_shard_size` in bytes. card: facts for the README.md, see `card.model_card`. Weights are
+    written first and config.json last, each file under a temporary name until it is whole; weight
+    files of an earlier save are removed.
     """
     folder = pathlib.Path(folder)
+    data = config.to_dict()
+    data["architectures"] = [architecture or class_of(tensors, config).__name__]
+    text = model_card(data, sum(t.size for t in tensors.values()), card)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     size = 0
@@ -363,12 +369,28 @@ def write_hf(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(tokenizer_dir, folder)
-    data = config.to_dict()
-    data["architectures"] = [architecture or class_of(tensors, config).__name__]
+    _put_card(folder / CARD_FILE, text)
     write_text(folder / CONFIG_FILE, json.dumps(data, indent=2) + "\n")
 
 
-def _path(path: str | os.PathLike) -> Any:
+def write_card(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
+    """Writes the README.md of an HF folder anew, of any encoder, with these facts.
+
+    Raises FileNotFoundError where it holds no model, ValueError as `card.model_card` does.
+    """
+    folder = pathlib.Path(folder)
+    data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    tensors = read_safetensors(folder)
+    parameters = sum(int(np.prod(tensors.shape(key))) for key in tensors)
+    _put_card(folder / CARD_FILE, model_card(data, parameters, card))
+
+
+def _put_card(path: pathlib.Path, text: str) -> None:
+    if not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace"):
+        write_text(path, text)
+
+
+def _path(path: str | os.PathLike[str]) -> Any:
     """An absolute path; one of another kind (etils' epath: gs://...) as it is."""
     return pathlib.Path(path).absolute() if isinstance(path, str | pathlib.Path) else path
 
@@ -390,7 +412,7 @@ def write_bytes(path: Any, content: bytes) -> None:
     temporary.replace(path)
 
 
-def copy_tokenizer(source: str | os.PathLike | None, folder: Any) -> None:
+def copy_tokenizer(source: str | os.PathLike[str] | None, folder: Any) -> None:
     """Copies the tokenizer files that `source` has, tokenizer.json last; None copies nothing."""
     if source is None:
         return
@@ -416,7 +438,7 @@ def _orbax_context(largest_bytes: int, copy: bool = False) -> ocp.Context:
     return context
 
 
-def save_orbax(folder: str | os.PathLike, **content: Any) -> None:
+def save_orbax(folder: str | os.PathLike[str], **content: Any) -> None:
     """Writes the Orbax layout into a new directory; config.json comes last and makes it whole.
 
     Takes what `start_save_orbax` takes, raises what it raises, and returns when all is written.
@@ -425,12 +447,12 @@ def save_orbax(folder: str | os.PathLike, **content: Any) -> None:
 
 
 def start_save_orbax(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     config: ModernBertConfig,
     params: Mapping[str, Any],
     optimizer: Mapping[str, Any] | None = None,
-    tokenizer_dir: str | os.PathLike | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
     data: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     in_turn: bool = False,
 ) -> Callable[[], None]:
@@ -483,7 +505,7 @@ def start_save_orbax(
 
 
 def load_orbax(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     optimizer: bool = False,
     shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -543,7 +565,7 @@ def _restore(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]
     return flat
 
 
-def is_orbax(folder: str | os.PathLike) -> bool:
+def is_orbax(folder: str | os.PathLike[str]) -> bool:
     """Whether a directory is laid out as `save_orbax` does."""
     return (_path(folder) / "params").is_dir()
 
@@ -552,7 +574,7 @@ def is_orbax(folder: str | os.PathLike) -> bool:
 
 
 def resolve(
-    path_or_repo: str | os.PathLike, revision: str | None = None, **hub: Any
+    path_or_repo: str | os.PathLike[str], revision: str | None = None, **hub: Any
 ) -> pathlib.Path:
     """A local folder as it is; a hub id through huggingface_hub (HF_HUB_OFFLINE is heeded)."""
     path = pathlib.Path(path_or_repo).expanduser()
@@ -586,14 +608,14 @@ class Pretrained:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | os.PathLike,
+        path_or_repo: str | os.PathLike[str],
         *,
         dtype: Any = None,
         param_dtype: Any = None,
         revision: str | None = None,
         seed: int = 0,
         ignore_mismatched_sizes: bool = False,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         **changes: Any,
     ) -> Self:
@@ -621,19 +643,28 @@ class Pretrained:
         stored = _float_dtype(tensors)
         compute = jnp.dtype(stored if dtype is None else dtype).name
         keep = jnp.dtype(compute if param_dtype is None else param_dtype).name
+        if compute == "float16" and jax.default_backend() == "cpu":
+            warnings.warn(
+                "dtype: float16 is slow on a CPU and overflows early; pass dtype='float32'",
+                stacklevel=2,
+            )
         config = config.replace(dtype=compute, param_dtype=keep, **changes)
         return _fill(cls, config, tensors, hf, seed, ignore_mismatched_sizes, os.fspath(folder))
 
     def save_pretrained(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         tokenizer: Any = None,
         max_shard_size: int = 5 * 1024**3,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes an HF folder that transformers loads: config.json, model.safetensors (or shards).
 
-        tokenizer: anything with save_pretrained, written beside. max_shard_size in bytes.
+        tokenizer: anything with save_pretrained, written beside. max_shard_size in bytes. card:
+        facts for README.md, the model card: base_model, language, license, datasets, training
+        {name: value} and others, see `card.model_card`. A README.md that a person wrote stays.
+        Raises ValueError with one line for a fact that a card does not take.
         """
         tensors = {k: to_hf(k, v) for k, v in flatten(self).items()}  # type: ignore[arg-type]
         if tokenizer is not None:
@@ -644,6 +675,7 @@ class Pretrained:
             tensors,
             max_shard_size=max_shard_size,
             architecture=type(self).__name__,
+            card=card,
         )
 
 

@@ -265,7 +265,13 @@ class TestFiles:
         model = ModernBertForSequenceClassification.from_pretrained(tmp_path / "model")
         assert model.config.id2label == LABELS["classification"]
         best = max(r["validation"]["weighted_f1"] for r in found)
-        assert json.loads((tmp_path / "model/score.json").read_text())["validation"] == best
+        kept = json.loads((tmp_path / "model/score.json").read_text())
+        assert kept["validation"] == best
+        assert json.loads((tmp_path / kept["run"] / "result.json").read_text()) in found
+        card = (tmp_path / "model/README.md").read_text()
+        mean = summary["points"][1]["test"]["weighted_f1"]["mean"]
+        assert f"| lr=0.01 | {100 * mean:.2f} |" in card and f"{100 * best:.2f}" in card
+        assert f"- Seed: {kept['run'][-1]}\n" in card and str(tmp_path) not in card
         # One of the four runs is lost: it alone is done again, and to the same bits.
         lost = tmp_path / "lr=0.01" / "seed-2" / "result.json"
         before = json.loads(lost.read_text())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,12 @@ class TestRun:
         restored = ModernBertForMaskedLM.from_pretrained(newest)
         ids = np.arange(12, dtype=np.int32)[None]
         np.testing.assert_array_equal(exported(ids).logits, restored(ids).logits)
+        card = (workdir / "export" / "README.md").read_text()
+        assert f"- Tokens seen: {result['total_tokens']:,}\n- Steps: {result['steps']}\n" in card
+        accuracies = [f"{phase['accuracy']:.1%}" for phase in result["phases"]]
+        for name, accuracy in zip(("one", "two"), accuracies, strict=True):
+            assert re.search(rf"^\| {name} \| all \| [\d.]+ \| {accuracy} \|", card, re.M)
+        assert str(workdir.parent) not in card
 
     def test_transformers_reads_the_export(self, finished):
         transformers = pytest.importorskip("transformers")
@@ -133,6 +140,7 @@ class TestRun:
         first = next(source.glob("*.jsonl")).read_text().splitlines()[0]
         sentence = json.loads(first)["text"][:40]
         for path in [workdir / "metrics.jsonl", workdir / "run.json",
+                     workdir / "export" / "README.md",
                      *workdir.glob("tokens/*/manifest.json")]:  # fmt: skip
             assert sentence not in path.read_text()
 

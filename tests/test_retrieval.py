@@ -146,6 +146,8 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
     texts, ids = texts_of(start)
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert theirs.max_seq_length == 48
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"| {result['after']['ndcg@10']:.4f} |" in card and "- Pairs of a step: 16\n" in card
     model = ModernBertModel.from_pretrained(tmp_path / "model")
     encoder = Encoder(config_of(data, start), model.config)
     ours = encoder.encode(flatten(model), ids)

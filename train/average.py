@@ -27,6 +27,8 @@ from modernbert_jax.pretrained import (
     write_hf,
 )
 
+from .card import start_facts
+
 # What may differ between the checkpoints: none of it changes what the weights mean.
 _FREE = {
     "hf_extra", "dtype", "param_dtype", "residual_dtype", "embedding_dropout", "attention_dropout",
@@ -65,6 +67,7 @@ def average(checkpoints: Sequence[str | os.PathLike], out: str | os.PathLike) ->
     write_hf(
         out, config, params_to_hf(config, mean, in_place=True),
         tokenizer_dir=folders[0], architecture=cls.__name__,
+        card={"training": {"Mean of": [start_facts(os.fspath(c))["name"] for c in checkpoints]}},
     )  # fmt: skip
 
 

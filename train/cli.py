@@ -82,7 +82,7 @@ def _pretrain(args: list[str]) -> int:
         TrainConfig, prog="python -m train pretrain", args=rest, default=default,
         description=description,
     )  # fmt: skip
-    loop.run(config)
+    loop.run(config, recipe=name or "")
     return 0
 
 

@@ -31,9 +31,10 @@ from modernbert_jax import (
     ModernBertForTokenClassification,
 )
 from modernbert_jax.packing import plan_rows
-from modernbert_jax.pretrained import flatten, module_of, write_text
+from modernbert_jax.pretrained import flatten, module_of, write_card, write_text
 from modernbert_jax.tokenizer import AutoTokenizer
 
+from .card import finetuning_facts
 from .scores import (
     answer_scores,
     classification_scores,
@@ -594,7 +595,7 @@ class _Finetuning:
             "median_step_seconds": float(np.median(seconds)),  # without the steps that compile
         }
         if config.save_model:
-            self._keep_if_best(model, best[2], best[0])
+            self._keep_if_best(model, best[2], best[0], folder)
         write_text(result_file, json.dumps(result, indent=1) + "\n")
         return result
 
@@ -604,14 +605,28 @@ class _Finetuning:
         else:
             model.trained = {k: jnp.asarray(weights[k]) for k in model.trained}
 
-    def _keep_if_best(self, model: JaxModel | TorchModel, weights: Any, score: float) -> None:
+    def _keep_if_best(
+        self, model: JaxModel | TorchModel, weights: Any, score: float, folder: pathlib.Path
+    ) -> None:
         """OUT/model is the best run's by validation, over all seeds and points."""
         with self.lock:
             record = self.out / "model" / "score.json"
             if record.exists() and json.loads(record.read_text())["validation"] >= score:
                 return
             model.save(weights, self.out / "model", self.tokenizer)
-            write_text(record, json.dumps({"validation": score}) + "\n")
+            of = folder.relative_to(self.out).as_posix()
+            write_text(record, json.dumps({"validation": score, "run": of}) + "\n")
+
+    def write_card(self, summary: dict[str, Any]) -> None:
+        """Writes the card of OUT/model, which tells of all seeds; nothing without a model."""
+        record = self.out / "model" / "score.json"
+        of = json.loads(record.read_text()).get("run") if record.exists() else None
+        if not of:
+            return
+        saved = json.loads((self.out / of / "result.json").read_text())
+        counts = {split: len(examples) for split, examples in self.splits.items()}
+        facts = finetuning_facts(self.config, self.task, counts, summary, saved)
+        write_card(self.out / "model", facts)
 
     def score(self, model: JaxModel | TorchModel, split: str, batch: int) -> dict[str, Any]:
         """The scores of a split."""
@@ -719,6 +734,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     }
     write_text(shared.out / "results.json", json.dumps(summary, indent=1) + "\n")
     write_text(shared.out / "table.md", table(shared.task, summary, results))
+    shared.write_card(summary)
     _plot(shared.out / "curves.png", shared.task, jobs, points, config, results)
     print((shared.out / "table.md").read_text())
     return summary
@@ -788,12 +804,10 @@ def table(task: Task, summary: dict[str, Any], results: list[dict[str, Any]]) ->
 
 def _plot(path: pathlib.Path, task: Task, jobs, points, config: FinetuneConfig, results) -> None:
     """Training loss and validation score of every run."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: a notebook's pictures stay as they are
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for (index, seed), result in zip(jobs, results, strict=True):
         label = f"{_point_name(config, points[index])} seed {seed}"
         steps = np.arange(1, len(result["losses"]) + 1)
@@ -808,4 +822,3 @@ def _plot(path: pathlib.Path, task: Task, jobs, points, config: FinetuneConfig, 
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

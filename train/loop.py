@@ -27,7 +27,7 @@ from modernbert_jax import ModernBertForMaskedLM
 from modernbert_jax.pretrained import module_of, write_bytes, write_text
 from modernbert_jax.tokenizer import Tokenizer
 
-from . import flops, watch
+from . import card, flops, watch
 from .checkpoint import Checkpoints, committed
 from .config import TrainConfig
 from .data import Batch, Batches, Masking, eval_batches
@@ -81,12 +81,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
     """Trains through all phases, takes up an interrupted run, and returns what result.json holds.
 
-    Raises ValueError, FileNotFoundError or OSError with one line for bad input, before training;
-    Diverged (with the step and the last good checkpoint) when the loss is NaN or infinite; OSError
-    where a checkpoint could not be written.
+    recipe: the name of the experiment in train/configs, for the model card. Raises ValueError,
+    FileNotFoundError or OSError with one line for bad input, before training; Diverged (with the
+    step and the last good checkpoint) when the loss is NaN or infinite; OSError where a checkpoint
+    could not be written.
     """
     config.validate()
     connect(config.hosts)
@@ -102,11 +103,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         say(f"taking up {folder} (step {int(state.optimizer.step):,})")
     else:
         state, position = start_state(config, trainer), Position()
-    grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     say(
-        f"{sum(math.prod(p.shape) for p in trainer.shapes.values()):,} parameters on {grid} "
-        f"({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes); a step is "
-        f"{config.rows} rows of {config.row_length} tokens in {config.micro_batches} micro-batches"
+        f"{sum(math.prod(p.shape) for p in trainer.shapes.values()):,} parameters on "
+        f"{_hardware(mesh)}; a step is {config.rows} rows of {config.row_length} tokens in "
+        f"{config.micro_batches} micro-batches"
     )
 
     session = _Session(config, trainer, workdir, tokenizer, stores, checkpoints, state)
@@ -119,10 +119,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 say(f"stopped; the same command goes on from {committed(workdir)[-1]}")
                 return {"stopped": True}
         checkpoints.wait()
-        return session.finish(state, position)
+        return session.finish(state, position, recipe)
     finally:
         session.close()
         checkpoints.close()
+
+
+def _hardware(mesh: jax.sharding.Mesh) -> str:
+    grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{grid} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes)"
 
 
 def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]]]:
@@ -177,6 +182,7 @@ class _Session:
         self.config: TrainConfig = config
         self.trainer: Trainer = trainer
         self.workdir, self.tokenizer = workdir, tokenizer
+        self.stores: list[dict[str, Store]] = stores
         self.checkpoints: Checkpoints = checkpoints
         self.slots = padded_rows(config.micro_rows, trainer.mesh)
         self.own = local_slots(self.slots, trainer.mesh)
@@ -388,7 +394,7 @@ class _Session:
             self.writer.publish()
         self.stall.beat()
 
-    def finish(self, state: TrainState, position: Position) -> dict[str, Any]:
+    def finish(self, state: TrainState, position: Position, recipe: str) -> dict[str, Any]:
         """Scores, export, sentences, curves: what a run leaves behind."""
         config, phases = self.config, []
         for index, phase in enumerate(config.phases):
@@ -409,7 +415,10 @@ class _Session:
         if self.writer is None:
             return result
         model = module_of(ModernBertForMaskedLM, self.trainer.model_config, params)
-        _export(model, self.tokenizer, self.workdir / "export")
+        facts = card.pretraining_facts(
+            config, result, self.stores, recipe=recipe, hardware=_hardware(self.trainer.mesh)
+        )
+        _export(model, self.tokenizer, self.workdir / "export", facts)
         result["goodput"] = self.goodput.share()
         result["fill_mask"] = [
             {"sentence": sentence, "top": fill_mask(model, self.tokenizer, sentence)}
@@ -431,11 +440,13 @@ def _scores(sums: np.ndarray) -> dict[str, float]:
     return {"loss": loss / max(count, 1.0), "accuracy": right / max(count, 1.0)}
 
 
-def _export(model: ModernBertForMaskedLM, tokenizer: Tokenizer, folder: Any) -> None:
+def _export(
+    model: ModernBertForMaskedLM, tokenizer: Tokenizer, folder: Any, facts: dict[str, Any]
+) -> None:
     if isinstance(folder, pathlib.Path):
-        return model.save_pretrained(folder, tokenizer=tokenizer)
+        return model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
     with tempfile.TemporaryDirectory() as made:
-        model.save_pretrained(made, tokenizer=tokenizer)
+        model.save_pretrained(made, tokenizer=tokenizer, card=facts)
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(pathlib.Path(made).iterdir(), key=lambda p: p.name == "config.json"):
             write_bytes(folder / file.name, file.read_bytes())

@@ -94,13 +94,11 @@ def plot(workdir: Any, baselines: dict[str, float]) -> Any:
 
     baselines: phase name -> accuracy of always guessing the commonest token.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook's pictures stay as they are
 
     lines = read_metrics(workdir)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
         for kind, style in (("train", "-"), ("eval", "o-")):
             part = [m for m in lines if m["kind"] == kind and name in m]
@@ -122,6 +120,5 @@ def plot(workdir: Any, baselines: dict[str, float]) -> Any:
     path = workdir / "curves.png"
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
-    plt.close(figure)
     write_bytes(path, picture.getvalue())
     return path

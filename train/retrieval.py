@@ -29,11 +29,13 @@ from tqdm import tqdm
 
 from modernbert_jax import ModernBertConfig, ModernBertModel
 from modernbert_jax.attention import sharded
+from modernbert_jax.embedder import unit
 from modernbert_jax.heads import pool
-from modernbert_jax.packing import row_size
+from modernbert_jax.packing import fill_rows
 from modernbert_jax.pretrained import flatten, module_of, write_text
 from modernbert_jax.tokenizer import AutoTokenizer
 
+from .card import retrieval_facts
 from .config import MeshShape
 from .setup import start_folder
 from .sharding import DATA, make_mesh
@@ -88,8 +90,7 @@ class Encoder:
         pooled_BSD = pool(
             out.last_hidden_state, segments_BL, self.config.chunk, self.config.pooling
         )
-        squares_BS1 = jnp.sum(pooled_BSD**2, axis=-1, keepdims=True)
-        return pooled_BSD * jax.lax.rsqrt(jnp.maximum(squares_BS1, 1e-24))  # 0 stays 0
+        return unit(pooled_BSD)
 
     def _pull(self, params, ids_BL, segments_BL, sums, cotangent_BSD):
         _, pull = jax.vjp(lambda p: self._embed(p, ids_BL, segments_BL), params)
@@ -103,13 +104,7 @@ class Encoder:
         for first in range(0, len(order), devices * chunk):
             some = order[first : first + devices * chunk]
             parts = [some[d::devices] for d in range(devices)]
-            size = row_size(max(sum(len(texts[i]) for i in part) for part in parts))
-            ids, segments = np.zeros((2, devices, size), np.int32)
-            for row, part in enumerate(parts):
-                joined = np.concatenate([texts[i] for i in part]) if len(part) else ids[row, :0]
-                ids[row, : len(joined)] = joined
-                numbers = np.repeat(np.arange(1, len(part) + 1), [len(texts[i]) for i in part])
-                segments[row, : len(joined)] = numbers
+            ids, segments = fill_rows(texts, parts)
             place = lambda x: jax.device_put(x, self.rows)  # noqa: E731
             which = np.full((devices, chunk), -1)
             for row, part in enumerate(parts):
@@ -223,9 +218,15 @@ def read_judged(folder: pathlib.Path) -> tuple[list[str], list[str], list[dict[i
     return [queries[q] for q in judged], texts, list(judged.values())
 
 
-def save(folder: pathlib.Path, model: Any, tokenizer: Any, config: RetrievalConfig) -> None:
-    """HF's layout, and what sentence-transformers needs beside it."""
-    model.save_pretrained(folder, tokenizer=tokenizer)
+def save(
+    folder: pathlib.Path,
+    model: Any,
+    tokenizer: Any,
+    config: RetrievalConfig,
+    facts: dict[str, Any],
+) -> None:
+    """HF's layout, and what sentence-transformers needs beside it. facts: of the model card."""
+    model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
     parts = [
         ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"),
     ]  # fmt: skip
@@ -325,7 +326,8 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     trained = module_of(ModernBertModel, model.config, params)
-    save(out / "model", trained, tokenizer, config)
+    facts = retrieval_facts(config, len(pairs), len(losses), before, result["after"])
+    save(out / "model", trained, tokenizer, config, facts)
     write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
     for name in result["after"]:
         print(f"{name}: {before[name]:.4f} before, {result['after'][name]:.4f} after")

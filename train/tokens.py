@@ -139,6 +139,14 @@ def is_store(path: str | os.PathLike[str]) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
+def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a token folder or of what `prepare` made; {} of anything else."""
+    for name in ("manifest.json", "tokens/manifest.json"):
+        if (file := pathlib.Path(path) / name).is_file():
+            return json.loads(file.read_text())
+    return {}
+
+
 def open_store(
     path: str | os.PathLike[str],
     eval_fraction: float = 0.05,

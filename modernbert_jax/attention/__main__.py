@@ -13,7 +13,9 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 def case(
     rows: int, length: int, window: int | None, dtype: str, whole: bool = False, seed: int = 0
-):
+) -> tuple[Any, ...]:
     """(q, k, v, d_out, bounds): rows packed with segments of some 300 tokens and a padded end."""
     rng = np.random.default_rng(seed)
     shape = (4, rows, length, HEADS, HEAD_DIM)
@@ -42,7 +44,7 @@ def case(
     return (*arrays, op.make_bounds(jnp.asarray(ids), window, whole=whole))
 
 
-def both_passes(name: str, bounds):
+def both_passes(name: str, bounds: op.Bounds) -> Callable[..., tuple[jax.Array, ...]]:
     """jit(q, k, v, d_out) -> (out, dq, dk, dv)."""
 
     def run(q, k, v, d_out):
@@ -67,7 +69,7 @@ def error_of(name: str, dtype: str, window: int | None, whole: bool) -> float:
     )
 
 
-def seconds_of(run, arrays) -> float:
+def seconds_of(run: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
     """The shortest of a few calls."""
     jax.block_until_ready(run(*arrays))
     times = []

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def is_narrow(window: int | None) -> bool:
     return window is not None and window <= 128
 
 
-def visit(ranges, window: int | None, step: Callable, carry):
+def visit(ranges: Any, window: int | None, step: Callable[..., Any], carry: Any) -> Any:
     """step(column, carry, masked) over the column tiles of one row tile, and no others.
 
     `ranges` are the four scalars of `Tiled.ranges_BT4`. Whole tiles have a loop of their own, with

@@ -29,7 +29,7 @@ from modernbert_jax.attention.gpu_tiles import (
     tiled,
     visit,
 )
-from modernbert_jax.attention.vjp import with_vjp
+from modernbert_jax.attention.vjp import Attention, with_vjp
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
@@ -97,7 +97,15 @@ def dkv_tiles(window: int | None, head_dim: int) -> Tiles:
     return Tiles(groups=2, columns=64 if is_narrow(window) else 128, stages=3)
 
 
-def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float, *, interpret=None):
+def forward(
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    bounds: Bounds,
+    scale: float,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
     """(out_BLHK in q's dtype, lse_BHL float32, -inf for a query without a key)."""
     check_scale(scale)
     B, L, H, K = _checked(q_BLHK).shape
@@ -123,8 +131,17 @@ def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float, *, interpret=N
 
 
 def backward(
-    q_BLHK, k_BMHK, v_BMHK, out_BLHK, lse_BHL, bounds: Bounds, d_out_BLHK, scale, *, interpret=None
-):
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    out_BLHK: jax.Array,
+    lse_BHL: jax.Array,
+    bounds: Bounds,
+    d_out_BLHK: jax.Array,
+    scale: float,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv): one kernel over tiles of queries, one over tiles of keys."""
     L, K = _checked(q_BLHK).shape[1::2]
     tiles_dq, tiles_dkv = forward_tiles(bounds.window, K), dkv_tiles(bounds.window, K)
@@ -178,7 +195,7 @@ def _dkv(tiles: Tiles, bounds: Bounds, scale, interpret, k, v, q, d_out, lse, de
     )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, k, v, q, d_out, lse, delta)
 
 
-attention = with_vjp(forward, backward)
+attention: Attention = with_vjp(forward, backward)
 
 
 def _forward_kernel(

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
-from modernbert_jax.attention.vjp import with_vjp
+from modernbert_jax.attention.vjp import Attention, with_vjp
 
 _LANES = 128
 _LN_2 = math.log(2.0)
@@ -200,7 +200,7 @@ def backward(
     return dq, dk, dv
 
 
-attention = with_vjp(forward, backward)
+attention: Attention = with_vjp(forward, backward)
 
 
 def _present() -> Generation:

@@ -30,7 +30,7 @@ from modernbert_jax.attention.gpu_tiles import (
     tiled,
     visit,
 )
-from modernbert_jax.attention.vjp import with_vjp
+from modernbert_jax.attention.vjp import Attention, with_vjp
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -85,7 +85,15 @@ def backward_tiles(window: int | None, head_dim: int, dtype: jnp.dtype) -> Tiles
     return Tiles(128, 32, num_warps=8)
 
 
-def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float, *, interpret: bool = False):
+def forward(
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    bounds: Bounds,
+    scale: float,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """(out_BLHK in q's dtype, lse_BHL float32, -inf for a query without a key)."""
     check_scale(scale)
     B, L, H, K = q_BLHK.shape
@@ -108,17 +116,17 @@ def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float, *, interpret: 
 
 
 def backward(
-    q_BLHK,
-    k_BMHK,
-    v_BMHK,
-    out_BLHK,
-    lse_BHL,
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    out_BLHK: jax.Array,
+    lse_BHL: jax.Array,
     bounds: Bounds,
-    d_out_BLHK,
+    d_out_BLHK: jax.Array,
     scale: float,
     *,
     interpret: bool = False,
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv): one kernel over tiles of queries, one over tiles of keys."""
     B, L, H, K = q_BLHK.shape
     tiles = backward_tiles(bounds.window, K, q_BLHK.dtype)
@@ -150,7 +158,7 @@ def backward(
     return dq[:, :L], dk[:, :L], dv[:, :L]
 
 
-attention = with_vjp(forward, backward)
+attention: Attention = with_vjp(forward, backward)
 
 
 def _forward_kernel(

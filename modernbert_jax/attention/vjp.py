@@ -11,7 +11,9 @@ from modernbert_jax.attention.bounds import Bounds
 class Forward(Protocol):
     """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without a key)."""
 
-    def __call__(self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /) -> tuple: ...
+    def __call__(
+        self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 class Backward(Protocol):
@@ -28,10 +30,18 @@ class Backward(Protocol):
         d_out: Any,
         scale: float,
         /,
-    ) -> tuple: ...
+    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
-def with_vjp(forward: Forward, backward: Backward):
+class Attention(Protocol):
+    """The op of one implementation: out_BLHK in q's dtype."""
+
+    def __call__(
+        self, q_BLHK: Any, k_BMHK: Any, v_BMHK: Any, bounds: Bounds, *, scale: float
+    ) -> jax.Array: ...
+
+
+def with_vjp(forward: Forward, backward: Backward) -> Attention:
     """attention(q, k, v, bounds, *, scale) from a pair of kernels.
 
     Saves q, k, v, out, the log-sum-exp and the bounds, nothing else. `forward` and `backward` are
@@ -52,7 +62,7 @@ def with_vjp(forward: Forward, backward: Backward):
 
     run.defvjp(save, pull)
 
-    def attention(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float):
+    def attention(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float) -> Any:
         return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
 
     return attention

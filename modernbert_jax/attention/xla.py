@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
-from modernbert_jax.attention.vjp import with_vjp
+from modernbert_jax.attention.vjp import Attention, with_vjp
 
 _DENSE_LENGTH = 512  # up to here all scores of a row are kept at once
 _CHUNK_Q, _CHUNK_K = 256, 512  # queries and keys of one step of the global path
 _FLOOR = -1e30  # finite: a row without a key stays free of NaN
 
 
-def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float):
+def forward(
+    q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bounds: Bounds, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """(out_BLHK, lse_BHL); see vjp.Forward."""
     kind, block = _plan(q_BLHK, bounds)
     if kind == "chunks":
@@ -30,7 +32,16 @@ def forward(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, scale: float):
     return _join(out, B, L).astype(q_BLHK.dtype), lse_BHL
 
 
-def backward(q_BLHK, k_BMHK, v_BMHK, out_BLHK, lse_BHL, bounds: Bounds, d_out_BLHK, scale: float):
+def backward(
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    out_BLHK: jax.Array,
+    lse_BHL: jax.Array,
+    bounds: Bounds,
+    d_out_BLHK: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv); see vjp.Backward."""
     delta_BLH = jnp.sum(out_BLHK.astype(jnp.float32) * d_out_BLHK.astype(jnp.float32), axis=-1)
     kind, block = _plan(q_BLHK, bounds)
@@ -46,12 +57,11 @@ def backward(q_BLHK, k_BMHK, v_BMHK, out_BLHK, lse_BHL, bounds: Bounds, d_out_BL
     dq, dk, dv = _dense_backward(q, k, v, mask, lse, delta, d_out, scale)
     if kind == "bands":
         dk, dv = (_fold_neighbours(x, B, block) for x in (dk, dv))
-    return tuple(
-        _join(x, B, L).astype(like.dtype) for x, like in ((dq, q_BLHK), (dk, k_BMHK), (dv, v_BMHK))
-    )
+    dq, dk, dv = (_join(x, B, L) for x in (dq, dk, dv))
+    return dq.astype(q_BLHK.dtype), dk.astype(k_BMHK.dtype), dv.astype(v_BMHK.dtype)
 
 
-attention = with_vjp(forward, backward)
+attention: Attention = with_vjp(forward, backward)
 
 
 def _plan(q_BLHK, bounds: Bounds) -> tuple[str, int]:
