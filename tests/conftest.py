@@ -11,6 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Quiet and safe where a test starts processes after using a tokenizer.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# A program is compiled once: tests, the processes that they start and the next run share it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -212,6 +212,7 @@ def test_the_two_version_pairs():
         assert version("torch").split("+")[0] == "2.13.0"
         assert version("torch-optimi")
         assert version("transformers")
+        assert version("mteb")
         if sys.platform == "linux" and platform.machine() == "x86_64":  # as pyproject.toml has it
             assert version("libtpu")  # without it the TPU kernels' compilation would skip
     else:

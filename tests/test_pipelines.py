@@ -372,3 +372,32 @@ class TestEmbedder:
         got = Embedder.from_pretrained(folder).encode(some)
         np.testing.assert_allclose(got, model.encode(some), atol=1e-5)
         assert json.loads((folder / "config.json").read_text())["hidden_size"] == got.shape[1]
+
+    def test_is_a_model_for_mteb(self, folder):
+        """mteb takes an Embedder as it is; its score is that of torch's vectors."""
+        mteb = pytest.importorskip("mteb")
+        import datasets
+        from mteb.abstasks.sts import AbsTaskSTS
+        from scipy.stats import spearmanr
+
+        a, b = texts(12, seed=1), texts(12, seed=2)
+        gold = np.random.default_rng(0).random(12).tolist()
+
+        class Pairs(AbsTaskSTS):
+            metadata = mteb.TaskMetadata(
+                name="Pairs", description="made here", type="STS", category="t2t",
+                dataset={"path": "made/here", "revision": "1"}, modalities=["text"],
+                eval_splits=["test"], eval_langs=["eng-Latn"], main_score="cosine_spearman",
+            )  # fmt: skip
+            min_score, max_score = 0, 1
+
+            def load_data(self, **_):
+                rows = {"sentence1": a, "sentence2": b, "score": gold}
+                self.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(rows))
+                self.data_loaded = True
+
+        result = mteb.evaluate(Embedder.from_pretrained(folder), Pairs(), cache=None)
+        x, y = (by_torch(folder, t, "mean", -1, True) for t in (a, b))
+        want = spearmanr((x * y).sum(-1), gold).statistic
+        got = result.task_results[0].scores["test"][0]["cosine_spearman"]
+        assert got == pytest.approx(want, abs=1e-6)
