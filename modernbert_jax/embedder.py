@@ -36,7 +36,7 @@ class Embedder:
     normalize: bool = True
     max_length: int = 8192
     mesh: Mesh | None = None
-    folder: str | os.PathLike | None = None  # where exported functions may be
+    folder: str | os.PathLike[str] | None = None  # where exported functions may be
     # mteb files its results under this; set an mteb.ModelMeta to give them a name.
     mteb_model_meta: Any = None
 
@@ -72,10 +72,10 @@ class Embedder:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_repo: str | os.PathLike,
+        path_or_repo: str | os.PathLike[str],
         *,
         dtype: Any = None,
-        compile_cache: str | os.PathLike | None = None,
+        compile_cache: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> "Embedder":
         """The encoder of a checkpoint with its tokenizer.
@@ -136,7 +136,7 @@ class Embedder:
 
     def export(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         tokens: Sequence[int] = (64, 512),
         platforms: Sequence[str] | None = None,
     ) -> None:

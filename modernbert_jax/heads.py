@@ -88,7 +88,7 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
     """The encoder with its masked-LM head; the decoder is tied to the embedding by default."""
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         self.model = ModernBertModel(config, rngs=rngs)
         self.head = PredictionHead(config, rngs, init_std(config, "in"))
         self.decoder = Decoder(config, rngs)
@@ -178,7 +178,7 @@ class _Classifier(Pretrained, nnx.Module):
     """What the classifiers share: model, head, dropout, a linear classifier with a bias."""
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         self.model = ModernBertModel(config, rngs=rngs)
         self.head = PredictionHead(config, rngs, init_std(config, "out"))
         n = self.outputs(config)

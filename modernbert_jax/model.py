@@ -12,7 +12,7 @@ would otherwise round their inputs). Source: arXiv 2412.13663; transformers' mod
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class BaseModelOutput:
     attentions: tuple[jax.Array, ...] | None = None
 
 
+T = TypeVar("T")
+Rope = tuple[jax.Array, jax.Array]  # cos and sin, as `rope_tables` makes them
+Op = Callable[..., jax.Array]  # attention, as `modernbert_jax.attention.attention`
+
+
 # Small pieces.
 
 
@@ -74,7 +79,9 @@ def fold(key: jax.Array | None, number: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, number)
 
 
-def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, config: ModernBertConfig):
+def truncated_normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, config: ModernBertConfig
+) -> jax.Array:
     """Normal of `std`, redrawn beyond the cut-off; `std` is the parent's, as torch has it."""
     cut = config.initializer_cutoff_factor or 3.0
     return (jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32) * std).astype(
@@ -136,9 +143,7 @@ class LayerNorm(nnx.Module):
         return y.astype(self.dtype)
 
 
-def rope_tables(
-    positions_BL: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> Rope:
     """cos and sin of the RoPE angles in float32, each [B, L, K/2]; positions in tokens."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / theta**exponents
@@ -146,7 +151,7 @@ def rope_tables(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BLHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BLHK: jax.Array, tables: Rope) -> jax.Array:
     """Rotates the two halves of each head (NeoX layout, not interleaved) in float32."""
     cos, sin = (t[:, :, None, :] for t in tables)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
@@ -161,11 +166,16 @@ class Embeddings(nnx.Module):
     """Token embeddings, normalised; no position and no type embeddings."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         self.tok_embeddings = Embedding(config, rngs)
         self.norm = LayerNorm(config)
 
-    def __call__(self, input_ids_BL, key: jax.Array | None, inputs_embeds_BLD=None) -> jax.Array:
+    def __call__(
+        self,
+        input_ids_BL: jax.Array,
+        key: jax.Array | None,
+        inputs_embeds_BLD: jax.Array | None = None,
+    ) -> jax.Array:
         if inputs_embeds_BLD is None:
             inputs_embeds_BLD = self.tok_embeddings(input_ids_BL)
         x_BLD = self.norm(inputs_embeds_BLD)
@@ -194,7 +204,7 @@ class Attention(nnx.Module):
     """Wqkv, RoPE, bounded attention, Wo."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         D, H, K = config.hidden_size, config.num_attention_heads, config.head_dim
         bias = config.attention_bias
         self.Wqkv = Linear(
@@ -214,7 +224,9 @@ class Attention(nnx.Module):
             rngs,
         )
 
-    def __call__(self, x_BLD, rope, bounds: Bounds, attention, key) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+    ) -> jax.Array:
         config = self.config
         qkv_BLTHK = self.Wqkv(x_BLD)
         q_BLHK = apply_rope(qkv_BLTHK[:, :, 0], rope)
@@ -243,7 +255,7 @@ class MLP(nnx.Module):
     """GeGLU: Wo(act(first half) * second half)."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         D, F = config.hidden_size, config.intermediate_size
         bias = config.mlp_bias
         self.Wi = Linear(
@@ -276,7 +288,9 @@ class EncoderLayer(nnx.Module):
         self.mlp_norm = LayerNorm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BLD, rope, bounds, attention, key) -> jax.Array:
+    def __call__(
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+    ) -> jax.Array:
         h_BLD = self.attn_norm(x_BLD) if self.has_attn_norm else x_BLD
         h_BLD = self.attn(h_BLD, rope, bounds, attention, fold(key, 0))
         x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
@@ -296,7 +310,7 @@ NOT_HERE = {
 }
 
 
-def accepts_hf_names(call: Callable) -> Callable:
+def accepts_hf_names(call: Callable[..., T]) -> Callable[..., T]:
     """Lets `model(**tokenizer(text))` work: HF's keyword names stand for ours with their axes."""
     names = {
         "input_ids": "input_ids_BL",
@@ -330,7 +344,7 @@ class ModernBertModel(Pretrained, nnx.Module):
     """
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.config: ModernBertConfig = config
         self.embeddings = Embeddings(config, rngs)
         self.layers = nnx.List(
             [EncoderLayer(config, i, rngs) for i in range(config.num_hidden_layers)]
@@ -347,7 +361,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         *,
         inputs_embeds_BLD: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        attention: Callable[..., jax.Array] = default_attention,
+        attention: Op = default_attention,
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
         output_hidden_states: bool = False,
@@ -455,7 +469,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         return jax.lax.scan(body, x_BLD, (stacked, first))[0]
 
 
-def _keeping_maps(attention: Callable[..., jax.Array], maps: list[jax.Array]):
+def _keeping_maps(attention: Op, maps: list[jax.Array]) -> Op:
     """The op, which leaves the probabilities of each call in `maps`."""
 
     def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float) -> jax.Array:
@@ -465,7 +479,11 @@ def _keeping_maps(attention: Callable[..., jax.Array], maps: list[jax.Array]):
     return run
 
 
-def as_segment_ids(input_ids_BL, attention_mask_BL, segment_ids_BL) -> jax.Array:
+def as_segment_ids(
+    input_ids_BL: jax.Array,
+    attention_mask_BL: jax.Array | None,
+    segment_ids_BL: jax.Array | None,
+) -> jax.Array:
     """One array of segment ids from whatever the caller knows; all ones when nothing is said."""
     if input_ids_BL.ndim != 2:
         raise ValueError(f"input_ids: expected shape [B, L], got {input_ids_BL.shape}")

@@ -23,9 +23,9 @@ from modernbert_jax.tokenizer import Tokenizer
 def pipeline(
     task: str,
     model: Any = None,
-    tokenizer: Tokenizer | str | os.PathLike | None = None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     *,
-    compile_cache: str | os.PathLike | None = None,
+    compile_cache: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     param_dtype: Any = None,
     revision: str | None = None,
@@ -54,13 +54,15 @@ class _Pipeline:
         self,
         model: Any,
         tokenizer: Tokenizer,
-        folder: str | os.PathLike | None = None,
+        folder: str | os.PathLike[str] | None = None,
         *,
         batch_tokens: int = 8_192,
     ):
         """folder: where exported functions may be. batch_tokens: of a packed row, at most."""
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.longest = model.config.max_position_embeddings
+        self.model: Any = model
+        self.tokenizer: Tokenizer = tokenizer
+        self.batch_tokens: int = batch_tokens
+        self.longest: int = model.config.max_position_embeddings
         self._params = flatten(model)
         call, statics = self._function()
         self._run = Function(self.task, call, model.config, folder, statics)
@@ -83,7 +85,7 @@ class _Pipeline:
 
     def export(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         tokens: Sequence[int] = (64, 512),
         platforms: Sequence[str] | None = None,
     ) -> None:
@@ -110,9 +112,18 @@ class FillMask(_Pipeline):
     of those for a list of texts (but for a list of one, as there).
     """
 
-    model_class, task = ModernBertForMaskedLM, "fill-mask"
+    model_class: type = ModernBertForMaskedLM
+    task: str = "fill-mask"
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, folder=None, *, top_k: int = 5, **options):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        top_k: int = 5,
+        **options: Any,
+    ):
         if tokenizer.mask_token_id is None:
             raise ValueError("tokenizer: expected a mask token, found none")
         super().__init__(model, tokenizer, folder, **options)
@@ -211,7 +222,8 @@ class TextClassification(_Pipeline):
     the plain output for a regression.
     """
 
-    model_class, task = ModernBertForSequenceClassification, "text-classification"
+    model_class: type = ModernBertForSequenceClassification
+    task: str = "text-classification"
 
     def _function(self):
         config = self.model.config
@@ -283,19 +295,20 @@ class TokenClassification(_Pipeline):
     any white space (there at a space only; notes have lines).
     """
 
-    model_class, task = ModernBertForTokenClassification, "token-classification"
+    model_class: type = ModernBertForTokenClassification
+    task: str = "token-classification"
 
     def __init__(
         self,
         model: Any,
         tokenizer: Tokenizer,
-        folder=None,
+        folder: str | os.PathLike[str] | None = None,
         *,
         aggregation_strategy: str = "none",
         stride: int = 256,
         max_length: int | None = None,
         ignore_labels: Sequence[str] = ("O",),
-        **options,
+        **options: Any,
     ):
         """max_length: of a window, in tokens; by default the model's."""
         super().__init__(model, tokenizer, folder, **options)

@@ -27,7 +27,7 @@ from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
 FUNCTIONS = "functions"
 
 
-def use_compile_cache(folder: str | os.PathLike) -> None:
+def use_compile_cache(folder: str | os.PathLike[str]) -> None:
     """Keeps every compiled program in `folder` and finds it there in later processes.
 
     Sets jax's own options, for the whole process.
@@ -57,7 +57,7 @@ class Function:
         name: str,
         function: Callable[..., Any],
         config: ModernBertConfig,
-        folder: str | os.PathLike | None = None,
+        folder: str | os.PathLike[str] | None = None,
         static_argnums: tuple[int, ...] = (),
     ):
         self._jitted = jax.jit(function, static_argnums=static_argnums)
@@ -102,7 +102,7 @@ class Function:
 
     def export(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         params: Any,
         *args: Any,
         platforms: Sequence[str] | None = None,
@@ -115,7 +115,7 @@ class Function:
         return path
 
 
-def save(folder: str | os.PathLike, model: Any, tokenizer: Tokenizer) -> None:
+def save(folder: str | os.PathLike[str], model: Any, tokenizer: Tokenizer) -> None:
     """The checkpoint that exported functions stand beside.
 
     Raises FileExistsError where `folder` holds a model of another class: it would lose its head.
