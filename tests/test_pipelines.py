@@ -373,8 +373,9 @@ class TestEmbedder:
         np.testing.assert_allclose(got, model.encode(some), atol=1e-5)
         assert json.loads((folder / "config.json").read_text())["hidden_size"] == got.shape[1]
 
-    def test_is_a_model_for_mteb(self, folder):
+    def test_is_a_model_for_mteb(self, folder, tmp_path, monkeypatch):
         """mteb takes an Embedder as it is; its score is that of torch's vectors."""
+        monkeypatch.setenv("MTEB_CACHE", str(tmp_path))
         mteb = pytest.importorskip("mteb")
         import datasets
         from mteb.abstasks.sts import AbsTaskSTS

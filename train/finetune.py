@@ -55,7 +55,7 @@ class FinetuneConfig:
     task: str  # name of a task: see train/tasks
     data: str  # folder of its files
     model: str  # checkpoint: folder (HF, Orbax), a pretraining run's workdir, or hub id
-    out: str = "runs/finetune"  # results, curves, the best model
+    out: str = ""  # results, curves, the best model; by default runs/finetune/TASK
     backend: Literal["jax", "torch"] = "jax"
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
     lr: float = 2e-5
@@ -496,7 +496,8 @@ class _Finetuning:
 
     def __init__(self, config: FinetuneConfig):
         config.validate()
-        self.config, self.out = config, pathlib.Path(config.out)
+        self.config = config
+        self.out = pathlib.Path(config.out or f"runs/finetune/{config.task}")
         self.task = task_named(config.task)
         self.data: Data = self.task.load(pathlib.Path(config.data))
         self.tokenizer, longest = _tokenizer(config)

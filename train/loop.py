@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from modernbert_jax import ModernBertForMaskedLM
+from modernbert_jax import FillMask, ModernBertForMaskedLM
 from modernbert_jax.pretrained import module_of, write_bytes, write_text
 from modernbert_jax.tokenizer import Tokenizer
 
@@ -135,6 +136,12 @@ def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]
     workdir = open_workdir(config, say)
     config = with_corpora(config, workdir, say)
     tokenizer = run_tokenizer(config, workdir, say)
+    for number, sentence in enumerate(config.fill_mask, start=1):
+        if (tokenizer.mask_token or "[MASK]") not in sentence:
+            raise ValueError(
+                f"fill_mask: expected {tokenizer.mask_token} in each sentence, sentence {number} "
+                "has none"
+            )
 
     def store(corpus: str) -> Store:
         if is_store(corpus):
@@ -420,10 +427,7 @@ class _Session:
         )
         _export(model, self.tokenizer, self.workdir / "export", facts)
         result["goodput"] = self.goodput.share()
-        result["fill_mask"] = [
-            {"sentence": sentence, "top": fill_mask(model, self.tokenizer, sentence)}
-            for sentence in config.fill_mask
-        ]
+        result["fill_mask"] = _filled(model, self.tokenizer, config.fill_mask)
         for item in result["fill_mask"]:
             tops = ", ".join(f"{token.strip()} {p:.0%}" for token, p in item["top"])
             say(f"{item['sentence']}\n    {tops}")
@@ -462,18 +466,19 @@ def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) 
     return float(right / count)
 
 
-def fill_mask(
-    model: ModernBertForMaskedLM, tokenizer: Tokenizer, sentence: str, top: int = 3
-) -> list[tuple[str, float]]:
-    """The likeliest tokens for the first [MASK] of a sentence, with their probabilities."""
-    inputs = tokenizer([sentence], return_tensors="np")
-    ids = np.asarray(inputs["input_ids"])
-    places = np.flatnonzero(ids[0] == tokenizer.mask_token_id)
-    if not len(places):
-        raise ValueError(f"fill_mask: expected {tokenizer.mask_token} in the sentence, found none")
-    logits = model(**inputs, predict_positions_BP=places[None, :1]).logits
-    p_V = np.asarray(jax.nn.softmax(logits[0, 0]))
-    return [(tokenizer.decode([int(i)]), float(p_V[i])) for i in np.argsort(-p_V)[:top]]
+def _filled(
+    model: ModernBertForMaskedLM, tokenizer: Tokenizer, sentences: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The likeliest tokens for the first [MASK] of each sentence: {"sentence", "top"}."""
+    if not sentences:
+        return []
+    answers = FillMask(model, tokenizer, top_k=3)(sentences)
+    rows = [answers] if len(sentences) == 1 else answers  # in transformers' form
+    firsts = [row[0] if isinstance(row[0], list) else row for row in rows]
+    return [
+        {"sentence": sentence, "top": [(a["token_str"], a["score"]) for a in first]}
+        for sentence, first in zip(sentences, firsts, strict=True)
+    ]
 
 
 class _Clock:
