@@ -25,8 +25,9 @@ class Embedder:
     """Texts to vectors, packed into full rows: `Embedder.from_pretrained(path).encode(texts)`.
 
     pooling: "mean" or "cls" over each text. layer: -1 is the last, 0 the embeddings, as in
-    hidden_states. normalize: to length 1. max_length in tokens, longer texts are cut. mesh: each
-    device of its axis "data" takes a row. An instance is a model for `mteb.evaluate` as it is.
+    hidden_states. normalize: to length 1. max_length in tokens, longer texts are cut. device: which
+    one computes, by default jax's first. mesh: each device of its axis "data" takes a row. An
+    instance is a model for `mteb.evaluate` as it is.
     """
 
     model: ModernBertModel
@@ -35,6 +36,7 @@ class Embedder:
     layer: int = -1
     normalize: bool = True
     max_length: int = 8192
+    device: jax.Device | None = None
     mesh: Mesh | None = None
     folder: str | os.PathLike[str] | None = None  # where exported functions may be
     # mteb files its results under this; set an mteb.ModelMeta to give them a name.
@@ -49,6 +51,10 @@ class Embedder:
         self.max_length = min(self.max_length, self.model.config.max_position_embeddings)
         # Whatever the mesh's axis types: these arrays are the compiler's to place.
         mesh = self.mesh and Mesh(self.mesh.devices, self.mesh.axis_names)
+        if self.device is not None:
+            if mesh is not None:
+                raise ValueError("device, mesh: expected one of them, got both")
+            mesh = Mesh(np.array([self.device]), ("data",))
         attention = default_attention if mesh is None else sharded(mesh, rows="data")
         self._rows = 1 if mesh is None else mesh.shape["data"]
         self._where = mesh and NamedSharding(mesh, PartitionSpec("data", None))

@@ -322,6 +322,13 @@ class TestEmbedder:
         alone = Embedder.from_pretrained(folder).encode(some, batch_tokens=128)
         spread = Embedder.from_pretrained(folder, mesh=mesh).encode(some, batch_tokens=128)
         np.testing.assert_allclose(spread, alone, atol=1e-6)
+        last = Embedder.from_pretrained(folder, device=jax.devices()[-1])
+        np.testing.assert_allclose(last.encode(some, batch_tokens=128), alone, atol=1e-6)
+        where = last._embed(last._params, *[jax.device_put(x, last._where) for x in
+                            np.ones((2, 1, 64), np.int32)], 1).devices()  # fmt: skip
+        assert where == {jax.devices()[-1]}
+        with pytest.raises(ValueError, match="device, mesh: expected one of them"):
+            Embedder.from_pretrained(folder, device=jax.devices()[0], mesh=mesh)
 
     def test_few_shapes(self, folder):
         embedder = Embedder.from_pretrained(folder)
