@@ -169,6 +169,8 @@ class ModernBertConfig:
         depth = changes.get("num_hidden_layers", self.num_hidden_layers)
         if depth != self.num_hidden_layers and "layer_types" not in changes:
             changes["layer_types"] = ()
+        for name in changes.keys() - {f.name for f in dataclasses.fields(self)}:
+            raise TypeError(f"{name}: expected a field of ModernBertConfig, this is none")
         if changes.get("num_labels", self.num_labels) != self.num_labels:
             changes.setdefault("id2label", ())
         return dataclasses.replace(self, **changes)

@@ -27,6 +27,7 @@ def pipeline(
     *,
     compile_cache: str | os.PathLike[str] | None = None,
     dtype: Any = None,
+    torch_dtype: Any = None,
     param_dtype: Any = None,
     revision: str | None = None,
     **options: Any,
@@ -34,12 +35,23 @@ def pipeline(
     """transformers' entry: "fill-mask", "text-classification", "token-classification" (or "ner").
 
     model: a folder, a hub id, or a model of the task's class with a tokenizer beside it.
+    dtype, torch_dtype, param_dtype, revision: as for from_pretrained.
     compile_cache: a folder that keeps compiled programs for later processes. options: those of the
     class, FillMask, TextClassification or TokenClassification. Raises ValueError for another task.
     """
     if task not in TASKS:
         raise ValueError(f"task: expected {', '.join(TASKS)}, got {task!r}; Embedder makes vectors")
-    loading = {"dtype": dtype, "param_dtype": param_dtype, "revision": revision}
+    if "device" in options or "device_map" in options:
+        raise TypeError(
+            "device, device_map: expected none, jax's default device computes; for another, call "
+            "within `with jax.default_device(d)`"
+        )
+    loading = {
+        "dtype": dtype,
+        "torch_dtype": torch_dtype,
+        "param_dtype": param_dtype,
+        "revision": revision,
+    }
     cls = TASKS[task]
     return cls(*load(cls.model_class, model, tokenizer, loading, compile_cache), **options)
 

@@ -600,6 +600,16 @@ def resolve(
         ) from error
 
 
+# What transformers' from_pretrained takes, and what stands for it here.
+NOT_LOADED = {
+    "attn_implementation": "expected none, a call chooses by the device; to insist: model(..., "
+    "attention=functools.partial(modernbert_jax.attention.attention, implementation=NAME))",
+    "device_map": "expected none, arrays go to jax's default device; `with jax.default_device(d)` "
+    "loads to another",
+    "quantization_config": "expected none, weights are float32, bfloat16 or float16",
+}
+
+
 class Pretrained:
     """from_pretrained and save_pretrained, for every model class."""
 
@@ -617,17 +627,25 @@ class Pretrained:
         ignore_mismatched_sizes: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        torch_dtype: Any = None,
+        trust_remote_code: bool = False,
         **changes: Any,
     ) -> Self:
         """Loads an HF folder, a hub id or an Orbax directory.
 
-        dtype: computes; by default the file's. param_dtype: stores; by default `dtype`. Weights of
-        another class's head are left out; a head that the file lacks starts from `seed`, with one
-        warning. ignore_mismatched_sizes: the same for a head of other sizes. Further keywords
-        replace fields of the config (num_labels=3).
+        dtype (or torch_dtype, also torch's own): computes; by default the file's. param_dtype:
+        stores; by default `dtype`. Weights of another class's head are left out; a head that the
+        file lacks starts from `seed`, with one warning. ignore_mismatched_sizes: the same for a
+        head of other sizes. Further keywords replace fields of the config (num_labels=3).
+        trust_remote_code is taken because snippets hold it: no code of a checkpoint is ever run.
         Raises FileNotFoundError or OSError where nothing can be had, ValueError for keys or shapes
         that do not fit.
         """
+        dtype = torch_dtype if dtype is None else dtype
+        if type(dtype).__module__ == "torch":
+            dtype = str(dtype).removeprefix("torch.")
+        for name in NOT_LOADED.keys() & changes.keys():
+            raise TypeError(f"{name}: {NOT_LOADED[name]}")
         folder = resolve(
             path_or_repo, revision, cache_dir=cache_dir, local_files_only=local_files_only
         )

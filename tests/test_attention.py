@@ -226,6 +226,14 @@ class TestChoice:
         choice = op.choose(self.q, self.bounds)
         assert choice.name == "xla" and "proven" in choice.reason
 
+    def test_the_device_that_jax_is_told_to_use(self):
+        last = jax.devices()[-1]
+        with jax.default_device(last):
+            assert op.default_device() == last
+        with jax.default_device("cpu"):
+            assert op.default_device().platform == "cpu"
+        assert op.default_device() == jax.devices()[0]
+
     def test_gpu_without_a_measurement_takes_the_proven_one_and_says_what_could_run(self):
         device = self.device("gpu", "NVIDIA H100", compute_capability="9.0")
         choice = op.choose(self.q, self.bounds, device)

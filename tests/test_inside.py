@@ -154,6 +154,20 @@ class TestNewcomers:
         with pytest.raises(ValueError, match="expected 'modernbert', got 'bert'; only ModernBERT"):
             ModernBertModel.from_pretrained(tmp_path)
 
+    def test_what_from_pretrained_takes_elsewhere(self, tmp_path):
+        tiny().save_pretrained(tmp_path)
+        for name, value, what in (
+            ("attn_implementation", "sdpa", "a call chooses by the device"),
+            ("device_map", "auto", "jax.default_device"),
+            ("num_layer", 3, "expected a field of ModernBertConfig"),
+        ):
+            with pytest.raises(TypeError, match=f"{name}: .*{what}"):
+                ModernBertModel.from_pretrained(tmp_path, **{name: value})
+        loaded = ModernBertModel.from_pretrained(
+            tmp_path, torch_dtype="bfloat16", trust_remote_code=True
+        )
+        assert loaded.config.dtype == "bfloat16"
+
     def test_float16_on_a_cpu(self, tmp_path):
         tiny(ModernBertForMaskedLM).save_pretrained(tmp_path)
         with pytest.warns(UserWarning, match="float16 is slow on a CPU.*dtype='float32'"):

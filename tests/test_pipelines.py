@@ -93,6 +93,22 @@ class TestFillMask:
         same(ours(text, targets=["a", "b", "c"]), theirs(text, targets=["a", "b", "c"]))
         same(ours(text, targets="xylophones"), theirs(text, targets="xylophones"))
 
+    def test_the_model_cards_first_snippet(self, folder):
+        """torch's own dtype is understood; bfloat16 is what computes."""
+        import torch
+        import transformers
+
+        text = "[MASK] is a disease caused by an uncontrolled division of abnormal cells."
+        ours = pipeline("fill-mask", model=str(folder), torch_dtype=torch.bfloat16)
+        theirs = transformers.pipeline("fill-mask", model=str(folder), dtype=torch.bfloat16)
+        assert ours.model.config.dtype == "bfloat16"
+        got = {a["token"]: a["score"] for a in ours(text, top_k=50)}
+        want = {a["token"]: a["score"] for a in theirs(text, top_k=10)}
+        for token, score in want.items():  # a step of bfloat16 in a logit of 8 is 0.03
+            assert got[token] == pytest.approx(score, rel=0.1)
+        with pytest.raises(TypeError, match="device, device_map: expected none"):
+            pipeline("fill-mask", model=folder, device=0)
+
     def test_errors_say_what_to_do(self, both, folder):
         ours, _ = both
         with pytest.raises(ValueError, match=r"expected \[MASK\] where a word"):

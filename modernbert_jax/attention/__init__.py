@@ -76,12 +76,12 @@ def refusal(name: str, q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
 
 
 def choose(q_BLHK: Any, bounds: Bounds, device: Any = None) -> Choice:
-    """What `implementation=None` runs for these shapes on `device` (default: the first one).
+    """What `implementation=None` runs for these shapes on `device` (default: jax's).
 
     A kernel measured on this generation first; on a TPU the kernel that its own compiler has
     accepted; else `xla`, which is proven everywhere.
     """
-    device = jax.devices()[0] if device is None else device
+    device = default_device() if device is None else device
     generation = generation_of(device)
     able = [n for n in IMPLEMENTATIONS[2:] if refusal(n, q_BLHK, bounds, device) is None]
     for name in able:
@@ -126,8 +126,14 @@ def attention(
         raise ValueError(
             f"attention: expected bounds of shape {q_BLHK.shape[:2]}, got {bounds.lo_BL.shape}"
         )
-    run = _resolve(implementation, q_BLHK, bounds, jax.devices()[0])
+    run = _resolve(implementation, q_BLHK, bounds, default_device())
     return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+
+
+def default_device() -> Any:
+    """Where jax computes: what `jax.default_device` says, else the first device."""
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
 def _resolve(name: str | None, q_BLHK: Any, bounds: Bounds, device: Any) -> Callable[..., Any]:
