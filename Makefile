@@ -14,7 +14,7 @@ NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-slow soak test-next lint format clean
+.PHONY: help demo test test-all test-slow soak test-next lint format reference notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,14 @@ format:  ## rewrites the sources: import order, fixable lint, format
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/ruff check --fix
 	$(TEST)/bin/ruff format
+
+reference:  ## writes notebooks/guides/reference.md from the docstrings
+	@.ci/venv $(TEST) test $(PYTHON)
+	$(TEST)/bin/python -m tests.make_reference
+
+notebooks:  ## executes every notebook from its .py and rewrites the .ipynb, outputs included
+	@.ci/venv $(TEST) test $(PYTHON)
+	$(TEST)/bin/python notebooks/execute.py
 
 clean:  ## removes the environments and every cache
 	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,187 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · Convert both ways, and read the certificate
+#
+# **At the end** you have a checkpoint in three layouts (Hugging Face's, Orbax, Composer's), the
+# proof that no bit was lost between them, and a certificate that the model here computes what
+# `transformers` does.
+#
+# **Time:** 20 s on 2 CPU cores. Nothing is downloaded.
+
+# %%
+import importlib.util
+import os
+
+REPOSITORY = "..."  # where you found this project
+if importlib.util.find_spec("modernbert_jax") is None:
+    raise ImportError(
+        f"run `!git clone {REPOSITORY} repo && pip install -e 'repo[train,convert,notebooks]'`, "
+        "then restart the notebook"
+    )
+
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+
+# %% [markdown]
+# ## A checkpoint in Hugging Face's layout
+#
+# The released ModernBERT-base, or a model of its shape and one thousandth of its size, with seeded
+# weights.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from flax import nnx
+
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from train.corpora.bpe import train_bpe
+from train.corpora.synthetic import synthetic_notes
+
+os.chdir(tempfile.mkdtemp())  # what follows is written there
+if REAL:
+    from modernbert_jax.pretrained import resolve
+
+    SOURCE = str(resolve("answerdotai/ModernBERT-base"))
+else:
+    SOURCE = "hf"
+    config = ModernBertConfig.tiny(vocab_size=512, hidden_size=64, intermediate_size=96)
+    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    model.save_pretrained(SOURCE, tokenizer=train_bpe(synthetic_notes(50, seed=0), 512))
+
+for file in sorted(Path(SOURCE).iterdir()):
+    print(f"{file.stat().st_size:12,} bytes  {file.name}")
+
+# %% [markdown]
+# ## To Orbax and back
+#
+# The command line is `python -m convert VERB SRC DST`; here it is called in this process.
+
+# %%
+import contextlib
+import io
+
+from convert.cli import main
+
+
+def convert(command: str) -> None:
+    """`python -m convert COMMAND`, less the line on time and memory."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        if main([*command.split(), "--overwrite"]):
+            raise RuntimeError("the command failed")
+    print("$ python -m convert", command)
+    print(*printed.getvalue().splitlines()[:2], sep="\n")
+
+
+convert(f"from-hf {SOURCE} orbax")
+convert("to-hf orbax hf_again")
+
+# %% [markdown]
+# Every tensor has the bits that it had.
+
+# %%
+from modernbert_jax.pretrained import read_safetensors
+
+
+def same_bits(one: str, other: str) -> None:
+    """Compares two folders in Hugging Face's layout, tensor by tensor."""
+    a, b = read_safetensors(one), read_safetensors(other)
+    assert set(a) == set(b)
+    assert all(a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes() for key in a)
+    print(f"{len(a)} tensors, the same bits")
+
+
+same_bits(SOURCE, "hf_again")
+
+# %% [markdown]
+# ## What changes on the way
+#
+# Only the shapes. Here a weight is shaped by its axes, so that heads and MLP halves can be split
+# over devices without a reshuffle: `Wqkv` is [D, 3, H, K], where torch has [3·H·K, D].
+
+# %%
+from modernbert_jax.pretrained import flatten
+
+here, there = flatten(ModernBertForMaskedLM.from_pretrained("orbax")), read_safetensors(SOURCE)
+print(f"{'parameter':42}{'here':>18}{'in the file':>14}")
+for key in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "mlp_norm"):
+    key = f"model.layers.1.{key}.weight"
+    print(f"{key:42}{str(here[key].shape):>18}{str(there[key].shape):>14}")
+
+# %% [markdown]
+# ## The certificate
+#
+# `check` runs this model and `transformers`' on the same tokens, plain, padded and longer than the
+# window, and compares every layer. It needs torch; without it this part is left out.
+
+# %%
+import json
+
+certificate = None
+if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+    main(["check", "orbax", "--json", "certificate.json"])
+    certificate = json.loads(Path("certificate.json").read_text())
+else:
+    print("torch or transformers is not installed: nothing to compare with")
+
+# %% [markdown]
+# Each number is the largest error of a layer, relative to its largest value. Float32 rounds at
+# 6e-8, and errors grow a little with depth; what was computed otherwise would stand at 1e-2 and
+# more.
+
+# %%
+from matplotlib import pyplot as plt
+
+plt.rcParams["figure.dpi"] = 70
+
+if certificate:
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    rows = list(certificate["errors"])
+    for name in certificate["inputs"]:
+        axis.semilogy([certificate["errors"][row][name] + 1e-9 for row in rows], "o-", label=name)
+    axis.axhline(certificate["tolerance"], color="crimson", ls="--", label="tolerance")
+    axis.set_xticks(range(len(rows)), rows, rotation=30 if len(rows) < 12 else 90)
+    axis.set(ylabel="relative error", title="this model against transformers, layer by layer")
+    axis.legend(fontsize=8, ncols=2)
+    plt.show()
+
+# %% [markdown]
+# The certificate also names what was compared: hashes of the weights and of the configuration, and
+# versions.
+
+# %%
+if certificate:
+    for name in ("model", "weights_sha256", "config_sha256", "worst", "tolerance", "passed"):
+        value = certificate[name]
+        print(f"{name:15} {value[:16] + '...' if name.endswith('sha256') else value}")
+
+# %% [markdown]
+# ## Composer
+#
+# The original training of ModernBERT used Composer, and its intermediate checkpoints are `.pt`
+# files of that library. They are read without torch, by a reader that runs no code from the file,
+# and written too, so that the original trainer can go on from a model of here.
+
+# %%
+convert("to-composer orbax latest-rank0.pt")
+convert("from-composer latest-rank0.pt orbax_again")
+convert("to-hf orbax_again hf_from_composer")
+same_bits(SOURCE, "hf_from_composer")
+
+# %% [markdown]
+# ## Next
+#
+# - `python -m convert from-composer FILE.pt DIR --optimizer` brings the optimizer's moments along;
+#   then `train pretrain --init-from DIR --init-optimizer` goes on where the release stopped.
+# - A folder in either layout is a `model=` for everything here: `from_pretrained("orbax")`.

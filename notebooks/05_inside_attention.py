@@ -1,0 +1,222 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5 · Inside attention
+#
+# **At the end** you have seen the two kinds of layer, what each head looks at, why packed notes do
+# not see each other, and which blocks a kernel has to visit.
+#
+# **Time:** 45 s on 2 CPU cores, most of it for training a small model in place of a download.
+
+# %%
+import importlib.util
+import os
+
+REPOSITORY = "..."  # where you found this project
+if importlib.util.find_spec("modernbert_jax") is None:
+    raise ImportError(
+        f"run `!git clone {REPOSITORY} repo && pip install -e 'repo[train,notebooks]'`, "
+        "then restart the notebook"
+    )
+
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+
+# %% [markdown]
+# ## A window is two integers
+#
+# Every third layer is global: a token sees its whole text. The others are local: it sees `window`
+# tokens to either side. Either way the keys of a query are one interval, `lo` to `hi`, and no
+# matrix is stored. Here it is drawn, for 48 tokens and a window of 6; ModernBERT's is 64.
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+from modernbert_jax.attention import make_bounds
+
+plt.rcParams["figure.dpi"] = 70
+
+one_text = np.ones((1, 48), np.int32)
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
+for axis, window in zip(axes, (None, 6), strict=True):
+    bounds = make_bounds(one_text, window)
+    axis.imshow(bounds.as_mask()[0], cmap="Blues", vmin=0, vmax=1.4)
+    axis.set(title="global" if window is None else f"local, window {window}", xlabel="key")
+    print(f"query 20 sees the keys {bounds.lo_BL[0, 20]} to {bounds.hi_BL[0, 20] - 1}")
+axes[0].set_ylabel("query")
+plt.show()
+
+# %% [markdown]
+# ## RoPE: two clocks
+#
+# A position turns pairs of numbers of a head, each pair at its own pace; the dot product of a query
+# and a key then depends on their distance. `theta` sets how slow the slowest pairs are. Local
+# layers count to 64 and take 10,000; global ones count to 8,192 and take 160,000.
+
+# %%
+from modernbert_jax import ModernBertConfig
+from modernbert_jax.model import rope_tables
+
+config = ModernBertConfig.base()
+distance = np.unique(np.geomspace(1, 8192, 120).astype(int))
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for kind in ("full_attention", "sliding_attention"):
+    theta = config.rope_theta(kind)
+    pace = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # radians a token
+    cos_1LK, _ = rope_tables(distance[None], config.head_dim, theta)
+    label = f"theta {theta:,.0f} ({'global' if kind == 'full_attention' else 'local'})"
+    axes[0].semilogy(2 * np.pi / pace, label=label)
+    near = distance <= (8192 if kind == "full_attention" else config.window)
+    axes[1].semilogx(distance[near], np.asarray(cos_1LK)[0].mean(-1)[near], label=label)
+axes[0].axhline(8192, color="grey", ls=":")
+axes[0].axhline(128, color="grey", ls=":")
+axes[0].set(xlabel="pair", ylabel="tokens a turn", title="pace; dotted: 128 and 8,192 tokens")
+axes[1].set(xlabel="distance, tokens", title="a vector's product with itself, so far away")
+axes[0].legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## What heads look at
+#
+# The model is the released one, or three layers of width 64 with a window of 16, trained here on
+# made-up notes (notebook 3 shows how).
+
+# %%
+import contextlib
+import io
+
+from modernbert_jax import AutoModelForMaskedLM, AutoTokenizer
+
+MODEL = "thomas-sounack/BioClinical-ModernBERT-base"
+if not REAL:
+    MODEL = "runs/notebook/export"
+    if not os.path.exists(MODEL):
+        from train.configs.notebook import get_config
+        from train.loop import run
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            run(get_config())
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+model = AutoModelForMaskedLM.from_pretrained(MODEL)
+print(f"window {model.config.window}:", ", ".join(model.config.layer_types[:3]))
+
+# %% [markdown]
+# `look` gives hidden states and attention maps by name, for any model here. A call that does not
+# ask pays nothing.
+
+# %%
+from modernbert_jax import look
+from train.corpora.synthetic import synthetic_notes
+
+note = next(n for n in synthetic_notes(50, seed=2) if n.startswith("PROGRESS"))
+note = note.replace("twice daily", "twice [MASK]").replace("times daily", "times [MASK]")
+input_ids = tokenizer(note, return_tensors="np")["input_ids"]
+inside = look(model, ["attentions.*", "hidden_states.*"], input_ids=input_ids)
+for name, array in list(inside.items())[-3:]:
+    print(name, array.shape)
+
+# %% [markdown]
+# A map a layer for the first 80 tokens, the mean of its heads; the darker, the more a query (row)
+# takes from a key (column). The band of the local layers is the window.
+
+# %%
+layers, few_blues = range(3), plt.get_cmap("Blues", 8)
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
+for axis, layer in zip(axes, layers, strict=True):
+    weights_LM = np.asarray(inside[f"attentions.{layer}"])[0].mean(0)[:80, :80]
+    axis.imshow(weights_LM**0.4, cmap=few_blues, interpolation="nearest")
+    axis.set(title=f"layer {layer}, {model.config.layer_types[layer].split('_')[0]}", xlabel="key")
+axes[0].set_ylabel("query")
+plt.show()
+
+# %% [markdown]
+# Heads differ in how far they look: the mean distance from a query to what it takes, in tokens.
+
+# %%
+length = input_ids.shape[1]
+distance_LM = np.abs(np.arange(length)[:, None] - np.arange(length))
+for layer in layers:
+    weights_HLM = np.asarray(inside[f"attentions.{layer}"])[0]
+    reach_H = (weights_HLM * distance_LM).sum(-1).mean(-1)
+    print(f"layer {layer}:", "  ".join(f"{reach:5.1f}" for reach in reach_H))
+
+# %% [markdown]
+# And what the masked word looks at, over all heads of a layer.
+
+# %%
+tokens = tokenizer.convert_ids_to_tokens(input_ids[0].tolist())
+place = tokens.index(tokenizer.mask_token)
+around = tokenizer.decode(input_ids[0, place - 8 : place + 4].tolist())
+print(f"...{around}...")
+for layer in layers:
+    weights_M = np.asarray(inside[f"attentions.{layer}"])[0, :, place].mean(0)
+    best = np.argsort(-weights_M)[:5]
+    words = [tokenizer.decode([int(input_ids[0, i])]) for i in best]
+    shown = ", ".join(f"{w!r} ({i - place:+d})" for w, i in zip(words, best, strict=True))
+    print(f"layer {layer}: {shown}")
+
+# %% [markdown]
+# ## Packing
+#
+# Three notes in one row, told apart by `segment_ids`. The interval of a query ends where its note
+# ends, so the map of a global layer is made of blocks, and each note gets what it would get alone.
+
+# %%
+texts = [" ".join(n.split()[:16]) for n in synthetic_notes(3, seed=3)]
+ids = [tokenizer(text)["input_ids"] for text in texts]
+packed = np.concatenate(ids)[None]
+segment_ids = np.repeat([1, 2, 3], [len(i) for i in ids])[None]
+inside = look(model, ["attentions.[01]", "logits"], input_ids=packed, segment_ids=segment_ids)
+
+figure, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+for axis, layer in zip(axes, (0, 1), strict=True):
+    weights_LM = np.asarray(inside[f"attentions.{layer}"])[0].mean(0)
+    axis.imshow(weights_LM**0.4, cmap=few_blues, interpolation="nearest")
+    axis.set(title=f"layer {layer}, {model.config.layer_types[layer].split('_')[0]}", xlabel="key")
+axes[0].set_ylabel("query")
+plt.show()
+
+alone = model(np.asarray(ids[1])[None]).logits[0]
+there = inside["logits"][0, segment_ids[0] == 2]
+print(f"largest difference of a logit, packed and alone: {np.abs(alone - there).max():.0e}")
+
+# %% [markdown]
+# ## The blocks that a kernel visits
+#
+# A kernel works on tiles of 128 x 128. From the intervals it knows the first and the last tile of
+# keys for each tile of queries, and it touches no other. A row of 8,192 tokens, eight texts packed:
+
+# %%
+from modernbert_jax.attention.bounds import tile_bounds
+
+lengths = (1900, 420, 1300, 90, 800, 2200, 300, 900)
+segments = np.zeros((1, 8192), np.int32)
+segments[0, : sum(lengths)] = np.repeat(np.arange(1, 9), lengths)
+tiles = np.arange(8192 // 128)
+figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.8), layout="constrained")
+for axis, (kind, window) in zip(axes, (("global", None), ("local", 64)), strict=True):
+    lo_T, hi_T = (np.asarray(x)[0] for x in tile_bounds(make_bounds(segments, window), 128, 128))
+    visited = (lo_T[:, None] <= tiles) & (tiles < hi_T[:, None])
+    axis.imshow(visited, cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+    axis.set(title=f"{kind}: {visited.mean():.1%} of the tiles", xlabel="tile of keys")
+axes[0].set_ylabel("tile of queries")
+plt.show()
+
+# %% [markdown]
+# ## Next
+#
+# - `python -m modernbert_jax.attention` checks and times every implementation on the device that
+#   you have.
+# - `look(model, "hidden_states.*", ...)` feeds probes; `Embedder(layer=...)` makes vectors of any
+#   layer.

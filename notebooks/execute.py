@@ -1,0 +1,148 @@
+"""python notebooks/execute.py [NAME ...]: runs notebooks from their .py, writes the .ipynb beside.
+
+The .py is what people edit and review (jupytext's py:percent); the .ipynb is made from it here and
+never by hand. A notebook runs in an empty folder, so that it leaves nothing behind and counts on
+nothing. What goes into the file is the same on every machine: no paths, no times of cells, no
+progress bars, pictures of few colours.
+"""
+
+import argparse
+import base64
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from PIL import Image
+
+FOLDER = Path(__file__).resolve().parent
+METADATA = {
+    "jupytext": {"formats": "ipynb,py:percent"},
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def sources() -> list[Path]:
+    """The notebooks as text, in order."""
+    return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+
+def run(source: Path, folder: Path, timeout: int = 600) -> NotebookNode:
+    """Executes a notebook's text in `folder`; the notebook with its outputs, tidied.
+
+    timeout: of a cell, in seconds. The hub is out of reach, but for MODERNBERT_REAL. Raises
+    nbclient's CellExecutionError, which holds the cell and its traceback.
+    """
+    notebook = jupytext.read(source)
+    settings = {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(FOLDER.parent), os.getenv("PYTHONPATH")))),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TPU_SKIP_MDS_QUERY": "1",  # no question to a metadata server where there is no TPU
+    }
+    if not os.environ.get("MODERNBERT_REAL"):
+        settings["HF_HUB_OFFLINE"] = "1"
+    before = dict(os.environ)
+    os.environ.update(settings)
+    try:
+        client = NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(folder)}},
+            record_timing=False,
+        )
+        client.execute()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return tidy(notebook, folder)
+
+
+def tidy(notebook: NotebookNode, folder: Path) -> NotebookNode:
+    """The notebook as it is committed: see the module."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:02d}"
+        cell.metadata = NotebookNode()
+        if cell.cell_type != "code":
+            continue
+        outputs = []
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = _text(output.text, folder)
+                if not output.text.strip():
+                    continue
+                if outputs and outputs[-1].get("name") == output.name:
+                    outputs[-1].text += output.text
+                    continue
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    output.data[kind] = _text(value, folder)
+                elif kind == "image/png":
+                    output.data[kind] = _smaller(value)
+            outputs.append(output)
+        cell.outputs = outputs
+    count = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = count
+    return notebook
+
+
+def _text(text: str, folder: Path) -> str:
+    """Without progress bars (or tqdm's wish for one of widgets), and with the folder as "."."""
+    text = _WIDGETS.sub("", text)
+    text = "".join(line for line in text.splitlines(keepends=True) if not _BAR.search(line))
+    for path in (folder.resolve(), folder, FOLDER.parent):
+        text = text.replace(str(path), ".")
+    return text
+
+
+def _smaller(png: str) -> str:
+    """A picture in 64 colours: a third of the bytes, and no difference to see."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    made = io.BytesIO()
+    few.save(made, "PNG", optimize=True)
+    return base64.b64encode(made.getvalue()).decode() + "\n"
+
+
+_BAR = re.compile(r"\r|\[\d+:\d+(<[\d:?]+)?, ")
+_WIDGETS = re.compile(r".*TqdmWarning: IProgress.*\n.*autonotebook.*\n")
+
+
+def main(argv: list[str]) -> int:
+    """Executes all notebooks, or those named; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="such as 01_fill_mask; by default all")
+    names = parser.parse_args(argv).names
+    known: dict[str, Path] = {source.stem: source for source in sources()}
+    if unknown := sorted(set(names) - set(known)):
+        print(f"error: expected {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    for name in names or known:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            notebook: Any = run(known[name], Path(folder))
+        target = known[name].with_suffix(".ipynb")
+        nbformat.write(notebook, target)
+        seconds, size = time.monotonic() - started, target.stat().st_size
+        print(f"{target.name}: {seconds:.0f} s, {size / 1000:.0f} kB", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

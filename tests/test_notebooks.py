@@ -1,0 +1,197 @@
+"""The notebooks: text and outputs agree, small and free of machines' names; and all of them run."""
+
+import base64
+import json
+import math
+import re
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from modernbert_jax import ModernBertForMaskedLM
+from modernbert_jax.pretrained import param_shapes
+from notebooks import execute
+from train.configs.notebook import get_config
+
+# How many pictures each shows.
+PICTURES = {
+    "01_fill_mask": 2,
+    "02_convert": 1,
+    "03_pretrain": 1,
+    "04_finetune_negex": 1,
+    "05_inside_attention": 5,
+    "06_plan_a_pod": 2,
+}
+# A folder of somebody's machine: /home/..., C:\Users\...
+MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
+
+each = pytest.mark.parametrize("name", PICTURES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where notebooks run: those after the first find its model."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+def committed(name: str):
+    return nbformat.read(execute.FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def outputs_of(notebook) -> list:
+    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+
+
+def text_of(notebook) -> str:
+    """All that a notebook printed or showed as plain text."""
+    shown = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs_of(notebook)]
+    return "\n".join(shown)
+
+
+def pictures_of(notebook) -> list[bytes]:
+    found = [o.get("data", {}).get("image/png") for o in outputs_of(notebook)]
+    return [base64.b64decode(png) for png in found if png]
+
+
+def test_every_notebook_is_here():
+    assert [source.stem for source in execute.sources()] == list(PICTURES)
+    assert sorted(p.stem for p in execute.FOLDER.glob("*.ipynb")) == sorted(PICTURES)
+
+
+@each
+def test_text_and_notebook_are_a_pair(name):
+    """`make notebooks` writes the .ipynb; a .py that was edited after it shows here."""
+    text, notebook = jupytext.read(execute.FOLDER / f"{name}.py"), committed(name)
+    cells = [[(c.cell_type, c.source) for c in one.cells] for one in (text, notebook)]
+    assert cells[0] == cells[1]
+    assert notebook.metadata == execute.METADATA
+    assert text.metadata.jupytext.formats == execute.METADATA["jupytext"]["formats"]
+
+
+@each
+def test_opens_with_the_end_and_the_time(name):
+    title, start = committed(name).cells[:2]
+    assert title.source.startswith(f"# {int(name[:2])} · ")
+    assert "**At the end** you" in title.source
+    assert re.search(r"\*\*Time:\*\* \d+ s", title.source)
+    for part in ("REPOSITORY", "restart the notebook", "MODERNBERT_REAL"):
+        assert part in start.source
+
+
+@each
+def test_outputs_are_whole_small_and_of_no_machine(name):
+    path, notebook = execute.FOLDER / f"{name}.ipynb", committed(name)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {(o.output_type, o.get("name")) for o in outputs_of(notebook)}
+    assert not kinds & {("error", None), ("stream", "stderr")}
+    pictures = pictures_of(notebook)
+    assert len(pictures) == PICTURES[name]
+    assert max(map(len, pictures)) < 40_000 and path.stat().st_size < 150_000
+    assert not MACHINE.search(text_of(notebook))
+
+
+def test_committed_plans_are_the_readmes():
+    """Notebook 6 reads plans from files; the README's table has the same."""
+    rows = (execute.FOLDER.parent / "README.md").read_text().splitlines()
+    for path in (execute.FOLDER / "plans").glob("*_v5e_4x4.json"):
+        plan = json.loads(path.read_text())
+        size = plan["config"].removeprefix("bioclinical_")
+        row = next(r for r in rows if r.startswith(f"| {size} | {plan['topology']} |"))
+        assert (
+            f"| {plan['used_bytes'] / 2**30:.1f} / {plan['available_bytes'] / 2**30:.1f} |" in row
+        )
+        assert f"{plan['phases'][0]['chip_hours']:,.0f} |" in row
+
+
+def test_the_config_that_they_train():
+    """Its docstring's numbers."""
+    config = get_config()
+    config.validate()
+    shapes = param_shapes(ModernBertForMaskedLM, config.model)
+    assert sum(math.prod(leaf.shape) for leaf in shapes.values()) == 175_616
+    assert sum(phase.tokens for phase in config.phases) == 450_000
+
+
+def test_tidy(tmp_path):
+    bar = "phase1:  66%|###| 199k/300k [00:20<00:10, 9.90k tok/s]\n"
+    stream = new_output("stream", name="stderr", text=bar)
+    printed = [new_output("stream", text=t) for t in (f"made {tmp_path}/run\n", "done\n")]
+    root = new_output("stream", text=f"{execute.FOLDER.parent}/train\n")
+    cells = [
+        new_code_cell("1", outputs=[stream], execution_count=7),
+        new_code_cell("2", outputs=[*printed, root], execution_count=9, metadata={"tags": ["x"]}),
+    ]
+    found = execute.tidy(new_notebook(cells=cells), tmp_path)
+    assert found.cells[0].outputs == [] and found.cells[1].metadata == {}
+    assert [c.execution_count for c in found.cells] == [1, 2]
+    assert [o.text for o in found.cells[1].outputs] == ["made ./run\ndone\n./train\n"]
+
+
+# Execution.
+
+
+def ran(name: str, folder: Path, monkeypatch) -> str:
+    """Runs a notebook from its text; what it printed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests run two at a time
+    monkeypatch.delenv("MODERNBERT_REAL", raising=False)
+    monkeypatch.delenv("NEGEX_DIR", raising=False)
+    notebook = execute.run(execute.FOLDER / f"{name}.py", folder)
+    assert len(pictures_of(notebook)) == PICTURES[name]
+    assert not MACHINE.search(text_of(notebook))
+    return text_of(notebook)
+
+
+def test_an_error_stops_it(tmp_path, monkeypatch):
+    source = tmp_path / "broken.py"
+    source.write_text("# %%\nimport os\nassert os.environ['HF_HUB_OFFLINE'] == '1'\n# %%\n1 / 0\n")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        execute.run(source, tmp_path)
+
+
+def test_convert_runs(folder, monkeypatch):
+    printed = ran("02_convert", folder, monkeypatch)
+    assert printed.count("tensors, the same bits") == 2
+    assert re.search(r"^passed$", printed, re.M)
+
+
+def test_plan_runs(folder, monkeypatch):
+    printed = ran("06_plan_a_pod", folder, monkeypatch)
+    assert "phase1_all       by hand  47.8 h, planned  47.8 h" in printed
+
+
+@pytest.mark.slow
+def test_fill_mask_runs(folder, monkeypatch):
+    printed = ran("01_fill_mask", folder, monkeypatch)
+    assert "Predicted token:  daily" in printed
+
+
+@pytest.mark.slow
+def test_pretrain_runs(folder, monkeypatch):
+    printed = ran("03_pretrain", folder, monkeypatch)
+    assert "stopped; the same command goes on" in printed
+    assert re.search(r"taking up .*checkpoints/0{6}\d\d \(step \d\d\)", printed)
+    found = re.search(r"guessed (.*?)%.*?([\d.]+)%", printed)
+    assert found
+    guessed, commonest = map(float, found.groups())
+    assert guessed > 35 > 10 > commonest
+
+
+@pytest.mark.slow
+def test_finetune_runs(folder, monkeypatch):
+    printed = ran("04_finetune_negex", folder, monkeypatch)
+    accuracy, f1 = map(float, re.findall(r"test: .*?([\d.]+)%", printed))
+    assert accuracy > 75 and f1 > 85
+
+
+@pytest.mark.slow
+def test_inside_attention_runs(folder, monkeypatch):
+    printed = ran("05_inside_attention", folder, monkeypatch)
+    assert "query 20 sees the keys 14 to 26" in printed
+    difference = re.search(r"packed and alone: (\S+)", printed)
+    assert difference and float(difference[1]) < 1e-4
