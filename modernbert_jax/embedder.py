@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from modernbert_jax.attention import attention as default_attention, sharded
 from modernbert_jax.heads import pool
 from modernbert_jax.model import ModernBertModel
-from modernbert_jax.packing import batch_rows, fill_rows
+from modernbert_jax.packing import batch_rows, fill_rows, segment_slots
 from modernbert_jax.pretrained import flatten, module_of
-from modernbert_jax.serving import Function, load, save
+from modernbert_jax.serving import Function, batch_tokens_here, load, save
 from modernbert_jax.tokenizer import Tokenizer
 
 
@@ -102,17 +102,18 @@ class Embedder:
     def encode(
         self,
         texts: str | Iterable[Any],
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
         **_: Any,
     ) -> np.ndarray:
         """Vectors [texts, D], float32, in the order of `texts`; [D] for a single text.
 
         texts: one, several, or batches {"text": [...]} as mteb hands them over, whose further
-        keywords are ignored. batch_tokens: of a row, and there is a row a device. Sizes of rows and
-        numbers of texts in one come from short lists, so that compilations grow with the logarithm
-        of both.
+        keywords are ignored. batch_tokens: of a row, and there is a row a device; by default
+        16,384, on a CPU 512. Sizes of rows come from a short list, so that compilations grow with
+        the logarithm of the lengths.
         """
+        batch_tokens = batch_tokens or batch_tokens_here()
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else _flat(texts)
         ids = []
@@ -123,11 +124,11 @@ class Embedder:
         out = np.zeros((len(ids), self.dimension), np.float32)
         batches = list(batch_rows([len(i) for i in ids], self._rows, batch_tokens))
         for rows in progress("embedding", batches, len(ids), show_progress_bar):
-            most = 2 ** (max(len(row) for row in rows) - 1).bit_length()
             input_ids, segment_ids = fill_rows(ids, rows)
+            slots = segment_slots(input_ids.shape[1], max(len(row) for row in rows))
             if self._where is not None:
                 input_ids, segment_ids = jax.device_put((input_ids, segment_ids), self._where)
-            vectors = self._embed(self._params, input_ids, segment_ids, most)
+            vectors = self._embed(self._params, input_ids, segment_ids, slots)
             for row, vectors_SD in zip(rows, np.asarray(vectors), strict=True):
                 out[row] = vectors_SD[: len(row)]
         return out[0] if single else out
@@ -154,7 +155,8 @@ class Embedder:
         save(folder, self.model, self.tokenizer)
         for size in tokens:
             row = np.zeros((1, size), np.int32)
-            self._embed.export(folder, self._params, row, row, 1, platforms=platforms)
+            slots = segment_slots(size)
+            self._embed.export(folder, self._params, row, row, slots, platforms=platforms)
 
 
 def unit(vectors: jax.Array) -> jax.Array:

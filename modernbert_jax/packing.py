@@ -93,6 +93,14 @@ def row_size(tokens: int) -> int:
     return next(size for k in range(4, 9) if (size := octave * k // 4) >= tokens)
 
 
+def segment_slots(row_length: int, texts: int = 1) -> int:
+    """For how many texts a row's results have room: few numbers, so few compilations.
+
+    One for 16 tokens, which is enough for most rows, and more where they are needed.
+    """
+    return max(row_length // 16, 2 ** (texts - 1).bit_length())
+
+
 def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator[list[list[int]]]:
     """Batches for inference: lists of `rows` lists of texts, the longest texts first.
 

@@ -14,9 +14,9 @@ from modernbert_jax.heads import (
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
 )
-from modernbert_jax.packing import batch_rows, fill_rows
+from modernbert_jax.packing import batch_rows, fill_rows, segment_slots
 from modernbert_jax.pretrained import flatten, module_of
-from modernbert_jax.serving import Function, load, save
+from modernbert_jax.serving import Function, batch_tokens_here, load, save
 from modernbert_jax.tokenizer import Tokenizer
 
 
@@ -68,12 +68,13 @@ class _Pipeline:
         tokenizer: Tokenizer,
         folder: str | os.PathLike[str] | None = None,
         *,
-        batch_tokens: int = 8_192,
+        batch_tokens: int | None = None,
     ):
-        """folder: where exported functions may be. batch_tokens: of a packed row, at most."""
+        """folder: where exported functions may be. batch_tokens: of a packed row, at most; by
+        default 16,384, on a CPU 512."""
         self.model: Any = model
         self.tokenizer: Tokenizer = tokenizer
-        self.batch_tokens: int = batch_tokens
+        self.batch_tokens: int = batch_tokens or batch_tokens_here()
         self.longest: int = model.config.max_position_embeddings
         self._params = flatten(model)
         call, statics = self._function()
@@ -109,9 +110,10 @@ class _Pipeline:
         save(folder, self.model, self.tokenizer)
         for size in tokens:
             row = np.zeros((1, size), np.int32)
-            self._run.export(folder, self._params, row, row, *self._one(), platforms=platforms)
+            more = self._one(size)
+            self._run.export(folder, self._params, row, row, *more, platforms=platforms)
 
-    def _one(self) -> tuple[Any, ...]:
+    def _one(self, row_length: int) -> tuple[Any, ...]:
         """What follows the rows in a call with one text."""
         return ()
 
@@ -151,7 +153,7 @@ class FillMask(_Pipeline):
 
         return probabilities, ()
 
-    def _one(self):
+    def _one(self, row_length: int):
         return (np.zeros((1, 1), np.int32),)
 
     def __call__(
@@ -251,8 +253,8 @@ class TextClassification(_Pipeline):
 
         return scores, (3,)
 
-    def _one(self):
-        return (1,)
+    def _one(self, row_length: int):
+        return (segment_slots(row_length),)
 
     def __call__(
         self,
@@ -280,8 +282,8 @@ class TextClassification(_Pipeline):
             self._too_long(len(ids[-1]), "truncation=True cuts it")
         results: list[Any] = [None] * len(ids)
         for row, ids_BL, segments_BL in self._rows(ids, show_progress_bar):
-            most = 2 ** (len(row) - 1).bit_length()
-            scores_SE = np.asarray(self._run(self._params, ids_BL, segments_BL, most))[0]
+            slots = segment_slots(ids_BL.shape[1], len(row))
+            scores_SE = np.asarray(self._run(self._params, ids_BL, segments_BL, slots))[0]
             for i, scores_E in zip(row, scores_SE, strict=False):
                 order = np.argsort(-scores_E, kind="stable")
                 labels = [

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--mean", type=int, default=200, help="tokens a text, on average")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, help="of Embedder's rows")
     parser.add_argument("--tokenizer", help="a folder; by default a word is a token")
     parser.add_argument("--json", help="also written here")
     args = parser.parse_args()
