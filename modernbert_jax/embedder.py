@@ -36,7 +36,7 @@ class Embedder:
     layer: int = -1
     normalize: bool = True
     max_length: int = 8192
-    device: jax.Device | None = None
+    device: Any = None
     mesh: Mesh | None = None
     folder: str | os.PathLike[str] | None = None  # where exported functions may be
     # mteb files its results under this; set an mteb.ModelMeta to give them a name.

@@ -132,7 +132,7 @@ def attention(
 
 def default_device() -> Any:
     """Where jax computes: what `jax.default_device` says, else the first device."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
