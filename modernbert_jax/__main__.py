@@ -10,8 +10,8 @@ from typing import Any
 from modernbert_jax import Embedder, pipeline
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `export`, `time` or `answer`; returns the exit code: 0, or 2 with one line."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m modernbert_jax", description=(__doc__ or "").split(": ")[1]
     )
@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("model", help="folder or hub id")
     export.add_argument("out", help="a new folder, or one written so before")
     export.add_argument(
-        "--tokens", type=int, nargs="+", default=[64, 512], help="sizes of rows (default 64 512)"
-    )
+        "--tokens", type=int, nargs="+", default=[64, 512],
+        help="lengths of texts, each rounded up to a size of row (default 64 512)",
+    )  # fmt: skip
     export.add_argument(
         "--platforms", nargs="+", choices=["cpu", "cuda", "tpu"],
         help="by default the one at hand",
@@ -36,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for verb in (export, timed, answer):
         verb.add_argument("--task", default="fill-mask", help="as for pipeline(), or embed")
         verb.add_argument("--dtype", help="computes; by default the file's")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `export`, `time` or `answer`; returns the exit code: 0, or 2 with one line."""
+    args = parser().parse_args(argv)
     try:
         return {"export": _export, "time": _time, "answer": _answer}[args.verb](args)
     except (ValueError, TypeError, OSError) as error:
@@ -52,8 +58,8 @@ def _runner(task: str, model: str, **options: Any) -> Any:
 
 def _export(args: argparse.Namespace) -> int:
     runner = _runner(args.task, args.model, dtype=args.dtype)
-    runner.export(args.out, tokens=args.tokens, platforms=args.platforms)
-    print(f"{args.out}: {args.task}, rows of {', '.join(map(str, args.tokens))} tokens")
+    sizes = runner.export(args.out, tokens=args.tokens, platforms=args.platforms)
+    print(f"{args.out}: {args.task}, rows of {', '.join(map(str, sizes))} tokens")
     return 0
 
 
@@ -74,13 +80,14 @@ def _answer(args: argparse.Namespace) -> int:
     marks = [time.time() if args.began is None else args.began, time.time()]
     runner = _runner(args.task, args.model, dtype=args.dtype, compile_cache=args.compile_cache)
     marks.append(time.time())
-    answers = []
+    answer = runner.encode if args.task == "embed" else runner
     for _ in range(2):
-        answers.append(runner.encode(args.text) if args.task == "embed" else runner(args.text))
+        answer(args.text)
         marks.append(time.time())
     names = ("python and imports", "weights and tokenizer", "first answer", "second answer")
     for name, start, end in zip(names, marks, marks[1:], strict=False):
-        print(f"  {name:<22}{end - start:8.3f} s")
+        if name != names[0] or args.began:  # only a parent knows when the process began
+            print(f"  {name:<22}{end - start:8.3f} s")
     print(f"  {'cold start, in all':<22}{marks[3] - marks[0]:8.3f} s")
     return 0
 

@@ -19,6 +19,9 @@ from modernbert_jax.pretrained import flatten, module_of
 from modernbert_jax.serving import Function, batch_tokens_here, load, save
 from modernbert_jax.tokenizer import Tokenizer
 
+# What mteb passes to `encode` beside the texts.
+MTEB = {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "precision"}
+
 
 @dataclasses.dataclass
 class Embedder:
@@ -59,7 +62,10 @@ class Embedder:
         self._rows = 1 if mesh is None else mesh.shape["data"]
         self._where = mesh and NamedSharding(mesh, PartitionSpec("data", None))
         self._params = flatten(self.model)
+        if mesh is not None:
+            self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
         config, layer = self.model.config, self.layer % (layers + 1)
+        pooling, normalize = self.pooling, self.normalize
 
         def embed(params, ids_BL, segments_BL, segments: int):
             model = module_of(ModernBertModel, config, params)
@@ -69,10 +75,10 @@ class Embedder:
                 output_hidden_states=not last,
             )  # fmt: skip
             hidden_BLD = out.last_hidden_state if last else out.hidden_states[layer]
-            vectors_BSD = pool(hidden_BLD, segments_BL, segments, self.pooling)
-            return unit(vectors_BSD) if self.normalize else vectors_BSD
+            vectors_BSD = pool(hidden_BLD, segments_BL, segments, pooling)
+            return unit(vectors_BSD) if normalize else vectors_BSD
 
-        name = f"embed-{self.pooling}-{layer}{'-unit' if self.normalize else ''}"
+        name = f"embed-{pooling}-{layer}{'-unit' if normalize else ''}"
         self._embed = Function(name, embed, config, None if mesh else self.folder, (3,))
 
     @classmethod
@@ -81,6 +87,7 @@ class Embedder:
         path_or_repo: str | os.PathLike[str],
         *,
         dtype: Any = None,
+        revision: str | None = None,
         compile_cache: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> "Embedder":
@@ -90,7 +97,11 @@ class Embedder:
         processes.
         """
         model, tokenizer, folder = load(
-            ModernBertModel, path_or_repo, None, {"dtype": dtype}, compile_cache
+            ModernBertModel,
+            path_or_repo,
+            None,
+            {"dtype": dtype, "revision": revision},
+            compile_cache,
         )
         return cls(model, tokenizer, folder=folder, **options)
 
@@ -104,15 +115,20 @@ class Embedder:
         texts: str | Iterable[Any],
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
-        **_: Any,
+        **more: Any,
     ) -> np.ndarray:
         """Vectors [texts, D], float32, in the order of `texts`; [D] for a single text.
 
         texts: one, several, or batches {"text": [...]} as mteb hands them over, whose further
-        keywords are ignored. batch_tokens: of a row, and there is a row a device; by default
-        16,384, on a CPU 512. Sizes of rows come from a short list, so that compilations grow with
-        the logarithm of the lengths.
+        keywords (MTEB) change nothing; others raise TypeError. batch_tokens: of a row, and there is
+        a row a device; by default 16,384, on a CPU 512. Sizes of rows come from a short list, so
+        that compilations grow with the logarithm of the lengths.
         """
+        if unknown := sorted(set(more) - MTEB):
+            raise TypeError(
+                f"{', '.join(unknown)}: expected batch_tokens and show_progress_bar; pooling, "
+                "layer, normalize and max_length belong to Embedder itself, results are NumPy's"
+            )
         batch_tokens = batch_tokens or batch_tokens_here()
         single = isinstance(texts, str)
         items = [texts] if isinstance(texts, str) else _flat(texts)
@@ -146,17 +162,15 @@ class Embedder:
         folder: str | os.PathLike[str],
         tokens: Sequence[int] = (64, 512),
         platforms: Sequence[str] | None = None,
-    ) -> None:
-        """Writes the model and its functions for one text in rows of these sizes, in tokens.
+    ) -> list[int]:
+        """Writes the model and its function for one text of so many tokens; the rows' sizes.
 
         `Embedder.from_pretrained(folder)` with the same options then uses them. platforms: "cpu",
         "cuda", "tpu"; by default the one at hand.
         """
         save(folder, self.model, self.tokenizer)
-        for size in tokens:
-            row = np.zeros((1, size), np.int32)
-            slots = segment_slots(size)
-            self._embed.export(folder, self._params, row, row, slots, platforms=platforms)
+        more = lambda size: (segment_slots(size),)  # noqa: E731
+        return self._embed.export(folder, self._params, tokens, more, platforms)
 
 
 def unit(vectors: jax.Array) -> jax.Array:
@@ -179,13 +193,13 @@ def _flat(texts: Iterable[Any]) -> list[str]:
 def progress(
     what: str, batches: list[list[list[int]]], total: int, show: bool | None
 ) -> Iterator[list[list[int]]]:
-    """The batches, with a count of texts on stderr: where it is a terminal, or as asked."""
+    """The batches, counting texts (or windows) on stderr: where it is a terminal, or as asked."""
     if not (sys.stderr.isatty() if show is None else show):
         yield from batches
         return
     done = 0
     for batch in batches:
-        print(f"\r{what}: {done:,} of {total:,} texts", end="", file=sys.stderr, flush=True)
+        print(f"\r{what}: {done:,} of {total:,}", end="", file=sys.stderr, flush=True)
         yield batch
         done += sum(len(row) for row in batch)
-    print(f"\r{what}: {done:,} of {total:,} texts", file=sys.stderr)
+    print(f"\r{what}: {done:,} of {total:,}", file=sys.stderr)

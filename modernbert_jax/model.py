@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax.core import Tracer
 
@@ -310,6 +311,17 @@ NOT_HERE = {
 }
 
 
+def refuse_input(name: str, value: Any) -> None:
+    """Raises TypeError, with what to do, for an input that belongs to another library."""
+    if name in NOT_HERE:
+        raise TypeError(f"{name}: {NOT_HERE[name]}")
+    if type(value).__module__.partition(".")[0] == "torch":
+        raise TypeError(
+            f"{name}: expected a NumPy or JAX array, got a torch tensor; pass {name}.numpy(), or "
+            "use this library's AutoTokenizer"
+        )
+
+
 def accepts_hf_names(call: Callable[..., T]) -> Callable[..., T]:
     """Lets `model(**tokenizer(text))` work: HF's keyword names stand for ours with their axes."""
     names = {
@@ -325,13 +337,7 @@ def accepts_hf_names(call: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(call)
     def wrapper(self, *args, **kwargs):
         for name, value in (*(("input", a) for a in args), *kwargs.items()):
-            if name in NOT_HERE:
-                raise TypeError(f"{name}: {NOT_HERE[name]}")
-            if type(value).__module__.partition(".")[0] == "torch":
-                raise TypeError(
-                    f"{name}: expected a NumPy or JAX array, got a torch tensor; pass "
-                    f"{name}.numpy(), or use this library's AutoTokenizer"
-                )
+            refuse_input(name, value)
         return call(self, *args, **{names.get(k, k): v for k, v in kwargs.items()})
 
     return wrapper
@@ -488,10 +494,9 @@ def as_segment_ids(
     if input_ids_BL.ndim != 2:
         raise ValueError(f"input_ids: expected shape [B, L], got {input_ids_BL.shape}")
     for name, x in (("attention_mask", attention_mask_BL), ("segment_ids", segment_ids_BL)):
-        if x is not None and tuple(x.shape) != input_ids_BL.shape:
+        if x is not None and np.shape(x) != input_ids_BL.shape:
             raise ValueError(
-                f"{name}: expected the shape of input_ids {input_ids_BL.shape}, "
-                f"got {tuple(x.shape)}"
+                f"{name}: expected the shape of input_ids {input_ids_BL.shape}, got {np.shape(x)}"
             )
     if segment_ids_BL is not None:
         segment_ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)

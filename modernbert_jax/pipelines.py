@@ -19,9 +19,16 @@ from modernbert_jax.pretrained import flatten, module_of
 from modernbert_jax.serving import Function, batch_tokens_here, load, save
 from modernbert_jax.tokenizer import Tokenizer
 
+# What transformers' pipeline takes, and what stands for it here.
+NOT_TAKEN = {
+    name: "expected none, jax's default device computes; for another, call within "
+    "`with jax.default_device(d)`"
+    for name in ("device", "device_map")
+} | {"batch_size": "expected none, texts are packed into rows; batch_tokens=N sets their size"}
+
 
 def pipeline(
-    task: str,
+    task: str = "",
     model: Any = None,
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     *,
@@ -41,11 +48,8 @@ def pipeline(
     """
     if task not in TASKS:
         raise ValueError(f"task: expected {', '.join(TASKS)}, got {task!r}; Embedder makes vectors")
-    if "device" in options or "device_map" in options:
-        raise TypeError(
-            "device, device_map: expected none, jax's default device computes; for another, call "
-            "within `with jax.default_device(d)`"
-        )
+    for name in NOT_TAKEN.keys() & options.keys():
+        raise TypeError(f"{name}: {NOT_TAKEN[name]}")
     loading = {
         "dtype": dtype,
         "torch_dtype": torch_dtype,
@@ -101,17 +105,14 @@ class _Pipeline:
         folder: str | os.PathLike[str],
         tokens: Sequence[int] = (64, 512),
         platforms: Sequence[str] | None = None,
-    ) -> None:
-        """Writes the model and its function for one text in rows of these sizes, in tokens.
+    ) -> list[int]:
+        """Writes the model and its function for one text of so many tokens; the rows' sizes.
 
         `pipeline(task, folder)` then uses them. platforms: "cpu", "cuda", "tpu"; by default the one
         at hand.
         """
         save(folder, self.model, self.tokenizer)
-        for size in tokens:
-            row = np.zeros((1, size), np.int32)
-            more = self._one(size)
-            self._run.export(folder, self._params, row, row, *more, platforms=platforms)
+        return self._run.export(folder, self._params, tokens, self._one, platforms)
 
     def _one(self, row_length: int) -> tuple[Any, ...]:
         """What follows the rows in a call with one text."""
@@ -239,6 +240,18 @@ class TextClassification(_Pipeline):
     model_class: type = ModernBertForSequenceClassification
     task: str = "text-classification"
 
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        top_k: int | None | str = "",
+        **options: Any,
+    ):
+        super().__init__(model, tokenizer, folder, **options)
+        self.top_k: int | None | str = top_k
+
     def _function(self):
         config = self.model.config
         regression = config.problem_type == "regression"
@@ -263,12 +276,14 @@ class TextClassification(_Pipeline):
         top_k: int | None | str = "",
         truncation: bool = False,
         show_progress_bar: bool | None = None,
-    ) -> list[Any]:
+    ) -> Any:
         """Labels of a text, a pair {"text", "text_pair"}, or a list of either.
 
-        top_k: so many labels, None all of them, a list for each text; left out, the best alone.
+        top_k: so many labels, None all of them, a list for each text; left out, the best alone
+        (or what the pipeline was made with).
         Raises ValueError for a text longer than the model, unless `truncation` cuts it.
         """
+        top_k = self.top_k if isinstance(top_k, str) else top_k
         single = isinstance(inputs, str | dict)
         items = [inputs] if single else list(inputs)
         ids = []
@@ -291,9 +306,9 @@ class TextClassification(_Pipeline):
                     for e in order
                 ]
                 results[i] = labels[0] if isinstance(top_k, str) else labels[:top_k]
-        if single:
-            return results if isinstance(top_k, str) else results[0]
-        return results
+        if isinstance(inputs, str) and isinstance(top_k, str):
+            return results  # a list of one, as there
+        return results[0] if single else results
 
 
 class TokenClassification(_Pipeline):

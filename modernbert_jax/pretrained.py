@@ -256,7 +256,8 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
             files = sorted(set(index.values()))
         else:
             raise FileNotFoundError(
-                f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither"
+                f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither; "
+                "`python -m convert from-hf` reads pytorch_model.bin"
             )
         # A file is opened for each read: an open one would keep all that was read in memory.
         self._where: dict[str, pathlib.Path] = {}
@@ -627,6 +628,7 @@ class Pretrained:
         ignore_mismatched_sizes: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
+        token: str | bool | None = None,
         torch_dtype: Any = None,
         trust_remote_code: bool = False,
         **changes: Any,
@@ -636,18 +638,24 @@ class Pretrained:
         dtype (or torch_dtype, also torch's own): computes; by default the file's. param_dtype:
         stores; by default `dtype`. Weights of another class's head are left out; a head that the
         file lacks starts from `seed`, with one warning. ignore_mismatched_sizes: the same for a
-        head of other sizes. Further keywords replace fields of the config (num_labels=3).
-        trust_remote_code is taken because snippets hold it: no code of a checkpoint is ever run.
+        head of other sizes. revision, cache_dir, local_files_only, token: of the hub. Further
+        keywords replace fields of the config (num_labels=3). trust_remote_code is taken because
+        snippets hold it: no code of a checkpoint is ever run.
         Raises FileNotFoundError or OSError where nothing can be had, ValueError for keys or shapes
         that do not fit.
         """
         dtype = torch_dtype if dtype is None else dtype
+        dtype = None if isinstance(dtype, str) and dtype == "auto" else dtype
         if type(dtype).__module__ == "torch":
             dtype = str(dtype).removeprefix("torch.")
         for name in NOT_LOADED.keys() & changes.keys():
             raise TypeError(f"{name}: {NOT_LOADED[name]}")
         folder = resolve(
-            path_or_repo, revision, cache_dir=cache_dir, local_files_only=local_files_only
+            path_or_repo,
+            revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
         )
         tensors: Mapping[str, Any]
         if is_orbax(folder):
@@ -668,6 +676,18 @@ class Pretrained:
             )
         config = config.replace(dtype=compute, param_dtype=keep, **changes)
         return _fill(cls, config, tensors, hf, seed, ignore_mismatched_sizes, os.fspath(folder))
+
+    def eval(self) -> Self:
+        """Itself, for snippets: without a dropout_key nothing is ever dropped."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Itself, for snippets: a call with a dropout_key drops."""
+        return self
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        """Raises TypeError: arrays are where jax's default device is."""
+        raise TypeError(f"to: {NOT_LOADED['device_map']}; dtype is for from_pretrained")
 
     def save_pretrained(
         self,

@@ -7,6 +7,7 @@ OUT is a checkpoint as any other with a folder functions/, one jax.export file a
 without weights. Where a file fits what is called (model, dtype, shape, platform) neither tracing
 nor lowering is left to do, only the compiler, and that too comes from the cache the second time.
 Such a file is a program of array operations that jax compiles and runs: serve your own exports.
+For a platform that is not at hand attention is exported as XLA has it, without a kernel.
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.packing import row_size
 from modernbert_jax.pretrained import CONFIG_FILE, resolve, write_bytes
 from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
 
@@ -67,8 +70,11 @@ class Function:
     ):
         self._jitted = jax.jit(function, static_argnums=static_argnums)
         self._folder = None if folder is None else pathlib.Path(folder) / FUNCTIONS
-        # What changes the program and is no shape goes into the name.
-        what = json.dumps(dataclasses.asdict(config) | {"hf_extra": None}, sort_keys=True)
+        # What changes the program and is no shape goes into the name: the configuration as it
+        # comes back from a file, and what no file holds.
+        saved = dataclasses.asdict(ModernBertConfig.from_dict(config.to_dict()))
+        dtypes = {k: getattr(config, k) for k in ("dtype", "param_dtype", "residual_dtype")}
+        what = json.dumps(saved | dtypes | {"hf_extra": None}, sort_keys=True)
         self._name = f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         self._ready: dict[str, Callable[..., Any]] = {}
 
@@ -109,15 +115,23 @@ class Function:
         self,
         folder: str | os.PathLike[str],
         params: Any,
-        *args: Any,
-        platforms: Sequence[str] | None = None,
-    ) -> pathlib.Path:
-        """Writes this function for the shapes of `args`; returns the file."""
-        exported = jax.export.export(self._jitted, platforms=platforms)(params, *args)
-        path = pathlib.Path(folder) / FUNCTIONS / self._file(args)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, bytes(exported.serialize()))
-        return path
+        tokens: Sequence[int],
+        more: Callable[[int], tuple[Any, ...]],
+        platforms: Sequence[str] | None,
+    ) -> list[int]:
+        """Writes this function for one text in rows that hold so many tokens; the rows' sizes.
+
+        more: what follows ids and segments in a call, for a size of row.
+        """
+        sizes = sorted({row_size(size) for size in tokens})
+        for size in sizes:
+            row = np.zeros((1, size), np.int32)
+            args = (row, row, *more(size))
+            exported = jax.export.export(self._jitted, platforms=platforms)(params, *args)
+            path = pathlib.Path(folder) / FUNCTIONS / self._file(args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, bytes(exported.serialize()))
+        return sizes
 
 
 def save(folder: str | os.PathLike[str], model: Any, tokenizer: Tokenizer) -> None:
@@ -138,15 +152,18 @@ def load(
 ) -> tuple[Any, Tokenizer, pathlib.Path | None]:
     """(model, tokenizer, folder or None) of a folder, a hub id, or a model of `cls`.
 
-    options: those of from_pretrained. Raises TypeError for anything else.
+    options: those of from_pretrained. Raises TypeError for anything else, ValueError where the
+    tokenizer has more tokens than the model.
     """
     if compile_cache is not None:
         use_compile_cache(compile_cache)
     folder = None
     if isinstance(model, str | os.PathLike):
-        folder = resolve(model)
+        folder = resolve(model, options.get("revision"))
         tokenizer = folder if tokenizer is None else tokenizer
         model = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+    elif given := [name for name, value in options.items() if value is not None]:
+        raise TypeError(f"{', '.join(given)}: expected none beside a model that is loaded already")
     if not isinstance(model, cls):
         raise TypeError(
             f"model: expected a folder, a hub id or a {cls.__name__}, got {type(model).__name__}"
@@ -155,4 +172,9 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError("tokenizer: expected a folder, a hub id or a Tokenizer, got none of them")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most the model's {model.config.vocab_size:,} tokens, got "
+            f"{len(tokenizer):,}; they do not belong together"
+        )
     return model, tokenizer, folder

@@ -70,6 +70,10 @@ class BatchEncoding(UserDict):
             return data[name]
         raise AttributeError(f"no {name!r} in this BatchEncoding, it holds {', '.join(data)}")
 
+    def to(self, *_: Any, **__: Any) -> BatchEncoding:
+        """Raises TypeError: arrays go to jax's default device when a model takes them."""
+        raise TypeError("to: expected none, arrays go to jax's default device in the model")
+
     def tokens(self, batch_index: int = 0) -> list[str]:
         """Tokens of one text, special tokens and padding included."""
         return self.encodings[batch_index].tokens

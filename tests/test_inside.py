@@ -9,10 +9,12 @@ import pytest
 from modernbert_jax import (
     ModernBertConfig,
     ModernBertForMaskedLM,
+    ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification,
     ModernBertModel,
     look,
 )
+from modernbert_jax.tokenizer import BatchEncoding
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_only_what_is_asked_for_is_computed():
     graph, state = nnx.split(model)
 
     def compiled(*names):
-        run = jax.jit(lambda state, inputs: _look(graph, state, names, inputs))
+        run = jax.jit(lambda state, inputs: _look(graph, (), names, state, inputs))
         return run.lower(state, {"input_ids": ids}).compile().cost_analysis()["flops"]
 
     costs = [compiled(f"hidden_states.{i}") for i in range(4)]
@@ -115,6 +117,21 @@ def test_an_unknown_name_is_refused():
         look(tiny(), "layers.1", input_ids=np.zeros((1, 4), np.int32))
     with pytest.raises(ValueError, match="for inference, without remat"):
         tiny()(np.zeros((1, 4), np.int32), output_attentions=True, remat=True)
+
+
+def test_inputs_as_for_the_model():
+    """Ints stay ints, and what the model refuses is refused."""
+    ids, segment_ids = np.zeros((1, 6), np.int32), np.array([[1, 1, 1, 2, 2, 0]])
+    classifier = tiny(ModernBertForSequenceClassification)
+    packed = {"input_ids": ids, "segment_ids": segment_ids, "num_segments": 2}
+    found = look(classifier, "logits", **packed)["logits"]
+    np.testing.assert_allclose(found, classifier(**packed).logits, atol=1e-6)
+    answers = look(tiny(ModernBertForQuestionAnswering), "*_logits", input_ids=ids)
+    assert list(answers) == ["start_logits", "end_logits"]
+    with pytest.raises(ValueError, match="one run of ones a row"):
+        look(classifier, "logits", input_ids=ids, attention_mask=np.array([[1, 0, 1, 1, 1, 1]]))
+    with pytest.raises(ValueError, match="ids that rise along a row"):
+        look(classifier, "attentions.0", input_ids=ids, segment_ids=segment_ids[:, ::-1] + 1)
 
 
 class TestNewcomers:
@@ -139,6 +156,19 @@ class TestNewcomers:
             tiny()(input_ids=torch.zeros(1, 6, dtype=torch.int64))
         with pytest.raises(TypeError, match="got a torch tensor"):
             tiny()(torch.zeros(1, 6, dtype=torch.int64))
+        with pytest.raises(TypeError, match="got a torch tensor"):
+            look(tiny(), "attentions.0", input_ids=torch.zeros(1, 6, dtype=torch.int64))
+
+    def test_habits(self):
+        model = tiny()
+        assert model.eval() is model and model.train() is model
+        with pytest.raises(TypeError, match="to: expected none, arrays go to jax's default"):
+            model.to("cuda")
+        with pytest.raises(TypeError, match="to: expected none, arrays go to jax's default"):
+            BatchEncoding({}).to("cuda")
+        mask = [[1, 1, 1, 1, 0, 0]]
+        a, b = (model(self.ids, m).last_hidden_state for m in (mask, np.array(mask)))
+        np.testing.assert_array_equal(a, b)
 
     def test_a_row_that_is_too_long(self):
         model = tiny(max_position_embeddings=16)
@@ -163,10 +193,11 @@ class TestNewcomers:
         ):
             with pytest.raises(TypeError, match=f"{name}: .*{what}"):
                 ModernBertModel.from_pretrained(tmp_path, **{name: value})
-        loaded = ModernBertModel.from_pretrained(
-            tmp_path, torch_dtype="bfloat16", trust_remote_code=True
-        )
-        assert loaded.config.dtype == "bfloat16"
+        for dtype, what in (("bfloat16", "bfloat16"), ("auto", "float32")):
+            loaded = ModernBertModel.from_pretrained(
+                tmp_path, torch_dtype=dtype, trust_remote_code=True
+            )
+            assert loaded.config.dtype == what
 
     def test_float16_on_a_cpu(self, tmp_path):
         tiny(ModernBertForMaskedLM).save_pretrained(tmp_path)

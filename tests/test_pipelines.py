@@ -106,7 +106,7 @@ class TestFillMask:
         want = {a["token"]: a["score"] for a in theirs(text, top_k=10)}
         for token, score in want.items():  # a step of bfloat16 in a logit of 8 is 0.03
             assert got[token] == pytest.approx(score, rel=0.1)
-        with pytest.raises(TypeError, match="device, device_map: expected none"):
+        with pytest.raises(TypeError, match="device: expected none, jax's default device"):
             pipeline("fill-mask", model=folder, device=0)
 
     def test_errors_say_what_to_do(self, both, folder):
@@ -166,7 +166,13 @@ class TestTextClassification:
             same_labels(ours(inputs, top_k=2), theirs(inputs, top_k=2))
             same_labels(ours(inputs, top_k=None), theirs(inputs, top_k=None))
         pair = {"text": "No fever.", "text_pair": "fever"}
-        same_labels([ours([pair])[0]], [theirs([pair])[0]])
+        same_labels(ours([pair]), theirs([pair]))
+        same_labels([ours(pair)], [theirs(pair)])
+        same_labels(ours(pair, top_k=2), theirs(pair, top_k=2))
+        every = pipeline("text-classification", classifier, top_k=None)
+        same_labels(every("No fever."), theirs("No fever.", top_k=None))
+        with pytest.raises(TypeError, match="batch_size: expected none, texts are packed"):
+            pipeline("text-classification", classifier, batch_size=8)
 
     @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
     def test_other_problems(self, tmp_path, tokenizer, problem):
@@ -343,6 +349,7 @@ class TestEmbedder:
         where = last._embed(last._params, *[jax.device_put(x, last._where) for x in
                             np.ones((2, 1, 64), np.int32)], 1).devices()  # fmt: skip
         assert where == {jax.devices()[-1]}
+        assert {d for leaf in last._params.values() for d in leaf.devices()} == where
         with pytest.raises(ValueError, match="device, mesh: expected one of them"):
             Embedder.from_pretrained(folder, device=jax.devices()[0], mesh=mesh)
 
@@ -373,7 +380,7 @@ class TestEmbedder:
         embedder = Embedder.from_pretrained(folder)
         embedder.encode(texts(4), show_progress_bar=True)
         shown = capsys.readouterr()
-        assert "embedding: 4 of 4 texts" in shown.err and not shown.out
+        assert "embedding: 4 of 4" in shown.err and not shown.out
         assert embedder.encode([]).shape == (0, 32)
 
     def test_refusals(self, folder):
@@ -381,6 +388,8 @@ class TestEmbedder:
             Embedder.from_pretrained(folder, pooling="max")
         with pytest.raises(ValueError, match="layer: expected -5 to 4, got 7"):
             Embedder.from_pretrained(folder, layer=7)
+        with pytest.raises(TypeError, match="normalize_embeddings: expected batch_tokens and show"):
+            Embedder.from_pretrained(folder).encode("fever", normalize_embeddings=True)
 
     def test_sentence_transformers(self, folder, tmp_path):
         sentence_transformers = pytest.importorskip("sentence_transformers")

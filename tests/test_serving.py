@@ -1,9 +1,11 @@
 """Exported functions and the compile cache: the same answers, without tracing the model."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -23,13 +25,17 @@ def model(tmp_path_factory, small_tokenizer):
     config = ModernBertConfig.tiny(vocab_size=len(small_tokenizer), num_hidden_layers=2)
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
     model.save_pretrained(folder, tokenizer=small_tokenizer)
+    path = folder / "config.json"
+    names = ("id2label", "label2id", "layer_types", "rope_parameters")  # as the release has it
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in names}
+    path.write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture(scope="module")
 def served(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    assert main(["export", str(model), str(folder), "--tokens", "64"]) == 0
+    assert main(["export", str(model), str(folder), "--tokens", "50", "64"]) == 0
     return folder
 
 
@@ -64,6 +70,15 @@ class TestExport:
         a, b = (pipeline("fill-mask", f, dtype="bfloat16")(TEXT) for f in (model, served))
         assert a == b
 
+    def test_a_length_is_rounded_to_a_row(self, model, tmp_path, capsys, monkeypatch):
+        assert main(["export", str(model), str(tmp_path), "--tokens", "100", "101"]) == 0
+        assert capsys.readouterr().out.endswith("fill-mask, rows of 112 tokens\n")
+        pipe = pipeline("fill-mask", tmp_path)
+        text = "\u00e9" * 48 + "[MASK]"  # two bytes each: 99 tokens
+        assert len(pipe.tokenizer(text)["input_ids"]) in range(97, 113)
+        monkeypatch.setattr("modernbert_jax.model.ModernBertModel.__call__", never)
+        assert len(pipe(text)) == 5
+
     def test_a_file_that_cannot_be_used(self, model, tmp_path):
         pipeline("fill-mask", model).export(tmp_path, tokens=[64])
         (path,) = (tmp_path / FUNCTIONS).iterdir()
@@ -91,6 +106,28 @@ class TestExport:
             Embedder.from_pretrained(model).export(served)
 
 
+class TestLoad:
+    def test_the_revision_is_the_models_and_the_tokenizers(self, model, monkeypatch):
+        asked = []
+
+        def resolve(path, revision=None):
+            asked.append((path, revision))
+            return model
+
+        monkeypatch.setattr("modernbert_jax.serving.resolve", resolve)
+        pipeline("fill-mask", "some/model", revision="v1")
+        Embedder.from_pretrained("some/model", revision="v2")
+        assert asked == [("some/model", "v1"), ("some/model", "v2")]
+
+    def test_what_does_not_go_together(self, model, small_tokenizer):
+        loaded = ModernBertForMaskedLM.from_pretrained(model)
+        with pytest.raises(TypeError, match="dtype: expected none beside a model that is loaded"):
+            pipeline("fill-mask", loaded, small_tokenizer, dtype="bfloat16")
+        small = ModernBertForMaskedLM(ModernBertConfig.tiny(vocab_size=64), rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match="at most the model's 64 tokens, got 300"):
+            pipeline("fill-mask", small, small_tokenizer)
+
+
 class TestCompileCache:
     CODE = """
 import sys, warnings
@@ -101,6 +138,7 @@ monitoring.register_event_listener(lambda name, **_: hits.append(name))
 from modernbert_jax import pipeline
 print(pipeline("fill-mask", sys.argv[1], compile_cache=sys.argv[2])(sys.argv[3])[0]["token"])
 print(sum(h == "/jax/compilation_cache/cache_hits" for h in hits))
+print(sum(h == "/jax/compilation_cache/cache_misses" for h in hits))
 """
 
     def test_the_next_process_compiles_nothing(self, model, tmp_path):
@@ -112,13 +150,16 @@ print(sum(h == "/jax/compilation_cache/cache_hits" for h in hits))
             done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
             out.append(done.stdout.split())
         assert out[0][0] == out[1][0]
-        assert int(out[1][1]) > int(out[0][1]) and list(cache.iterdir())
+        assert int(out[0][2]) > 0 and int(out[1][1]) > int(out[0][1])
+        assert int(out[1][2]) == 0
 
 
 class TestCommand:
     def test_answer_prints_its_times(self, served, capsys):
         before = jax.config.jax_compilation_cache_dir
         assert main(["answer", str(served), "--text", TEXT]) == 0
+        assert "python and imports" not in capsys.readouterr().out  # who knows when it began?
+        assert main(["answer", str(served), "--text", TEXT, "--began", str(time.time() - 1)]) == 0
         out = capsys.readouterr().out
         for line in (
             "python and imports",

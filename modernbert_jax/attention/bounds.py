@@ -32,7 +32,7 @@ class Bounds:
 
 
 def make_bounds(
-    segment_ids_BL: jax.Array, window: int | None = None, *, whole: bool = False
+    segment_ids_BL: jax.Array | np.ndarray, window: int | None = None, *, whole: bool = False
 ) -> Bounds:
     """Bounds of packed rows: a query sees its own segment, no further than `window` tokens away.
 
@@ -78,7 +78,7 @@ def _check(ids_BL: np.ndarray) -> None:
         )
 
 
-def segment_ids_from_mask(attention_mask_BL: jax.Array) -> jax.Array:
+def segment_ids_from_mask(attention_mask_BL: jax.Array | np.ndarray) -> jax.Array:
     """An attention_mask (1 is a token, 0 is padding) as the ids of one segment a row.
 
     Raises ValueError, on concrete arrays only, for a mask with holes: its tokens would not be one
