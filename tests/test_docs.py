@@ -354,7 +354,10 @@ class World:
                 more = SMALLER["modernbert_jax.attention"].split() if self.really else ["--help"]
                 done(self_check.main, [*words, *more])
             case ["python", "-m", "modernbert_jax", *words]:
-                done(library_cli.main, words if self.really else [*words, "--help"])
+                if self.really:
+                    done(library_cli.main, words)
+                else:
+                    library_cli.parser().parse_args(words)
             case ["python" | "python3", "-m", "pip" | "uv" | "pytest" as program, *words]:
                 self.run(["pip" if program == "uv" else program, *words])
             case ["pip", "venv", *_]:
