@@ -125,9 +125,8 @@ class TestFillMask:
 
 def saved(cls_name, folder, tokenizer, names, **changes):
     """A seeded classifier of transformers with named labels, and its tokenizer."""
-    import torch
-    import transformers
-
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     config = config_for(tokenizer, **labels, **changes)
@@ -141,7 +140,6 @@ def saved(cls_name, folder, tokenizer, names, **changes):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, tokenizer):
-    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("classifier")
     names = ["denied", "affirmed", "possible"]
     return saved("ModernBertForSequenceClassification", folder, tokenizer, names)
@@ -149,7 +147,6 @@ def classifier(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def tagger(tmp_path_factory, tokenizer):
-    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("tagger")
     names = ["O", "B-NAME", "I-NAME", "B-DATE", "I-DATE"]
     return saved("ModernBertForTokenClassification", folder, tokenizer, names)
@@ -176,9 +173,10 @@ class TestTextClassification:
 
     @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
     def test_other_problems(self, tmp_path, tokenizer, problem):
-        transformers = pytest.importorskip("transformers")
         kind = "ModernBertForSequenceClassification"
         folder = saved(kind, tmp_path, tokenizer, ["a", "b"], problem_type=problem)
+        import transformers
+
         theirs = transformers.pipeline("text-classification", str(folder))
         ours = pipeline("text-classification", folder)
         same_labels(ours("No fever.", top_k=None), theirs("No fever.", top_k=None))
