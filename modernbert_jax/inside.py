@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from modernbert_jax.attention import make_bounds, segment_ids_from_mask
+from modernbert_jax.attention import segment_ids_from_mask
+from modernbert_jax.attention.bounds import check_segment_ids
 from modernbert_jax.heads import ModernBertForQuestionAnswering
 from modernbert_jax.model import refuse_input
 
@@ -29,7 +30,7 @@ def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax
         known += ["start_logits", "end_logits"]
     elif hasattr(model, "model"):
         known += ["logits"]
-    wanted: dict[str, None] = {}
+    wanted: set[str] = set()
     for pattern in [names] if isinstance(names, str) else names:
         found = fnmatch.filter(known, pattern)
         if not found:
@@ -38,14 +39,14 @@ def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax
                 f"{', '.join([f'attentions.{layers - 1}', *known[2 * layers + 1 :]])} or a pattern "
                 f"of them, got {pattern!r}"
             )
-        wanted.update(dict.fromkeys(found))
+        wanted.update(found)
     for name, value in inputs.items():
         refuse_input(name, value)
     # What can be seen on arrays alone: masks with holes, ids that fall.
     if (mask := inputs.get("attention_mask")) is not None:
         segment_ids_from_mask(np.asarray(mask))
     if (ids := inputs.get("segment_ids")) is not None:
-        make_bounds(np.asarray(ids))
+        check_segment_ids(np.asarray(ids))
     plain = {k: v for k, v in inputs.items() if v is None or isinstance(v, int)}
     arrays = {k: np.asarray(v) for k, v in inputs.items() if k not in plain}
     graph, state = nnx.split(model)

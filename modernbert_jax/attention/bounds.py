@@ -47,7 +47,7 @@ def make_bounds(
     if segment_ids_BL.ndim != 2:
         raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids_BL.shape}")
     if not isinstance(segment_ids_BL, Tracer):
-        _check(np.asarray(segment_ids_BL))
+        check_segment_ids(np.asarray(segment_ids_BL))
     ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)
     length = ids_BL.shape[1]
     i_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -64,7 +64,8 @@ def make_bounds(
     return Bounds(jnp.where(padding, i_1L, lo_BL), jnp.where(padding, i_1L, hi_BL), window, whole)
 
 
-def _check(ids_BL: np.ndarray) -> None:
+def check_segment_ids(ids_BL: np.ndarray) -> None:
+    """Raises ValueError for ids that are negative or that fall along a row."""
     lowest = np.min(ids_BL, initial=0)
     if lowest < 0:
         raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
