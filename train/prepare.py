@@ -3,7 +3,7 @@
     OUT/text/NAME/1.0.0/   the data set: read, deduplicated, split; corpora/builder.py
     OUT/text/manifest.json what was read, dropped and kept; written last
     OUT/tokens/            the token folder, whole when it has manifest.json; tokenise.py
-    OUT/work/              what is not finished; gone at the end, and free to delete
+    a folder "work" in OUT what is not finished; gone at the end, and free to delete
 
 A killed run goes on with the same command: what was read and what was tokenised stays. The same
 input gives the same bytes in every shard, whatever the number of workers.
