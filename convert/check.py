@@ -13,14 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from modernbert_jax import (
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    __version__,
-    heads,
-    pool,
-    pretrained,
-)
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, __version__, heads, pool
+from modernbert_jax.checkpoint import pretrained
 
 from . import files
 

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _to_orbax(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from modernbert_jax import pretrained
+    from modernbert_jax.checkpoint import pretrained
 
     from . import files
 
@@ -121,7 +121,7 @@ def _to_orbax(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from modernbert_jax import pretrained
+    from modernbert_jax.checkpoint import pretrained
 
     from . import files
 

@@ -12,7 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modernbert_jax import ModernBertConfig, pretrained
+from modernbert_jax import ModernBertConfig
+from modernbert_jax.checkpoint import pretrained
 
 from . import composer, torch_file
 

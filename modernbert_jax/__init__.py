@@ -9,7 +9,6 @@ Axis letters, used in the names of arrays, in einsums, in sharding and in docstr
 """
 
 from modernbert_jax.config import ModernBertConfig as ModernBertConfig
-from modernbert_jax.embedder import Embedder as Embedder
 from modernbert_jax.heads import (
     ModernBertForMaskedLM as ModernBertForMaskedLM,
     ModernBertForMultipleChoice as ModernBertForMultipleChoice,
@@ -18,14 +17,15 @@ from modernbert_jax.heads import (
     ModernBertForTokenClassification as ModernBertForTokenClassification,
     pool as pool,
 )
-from modernbert_jax.inside import look as look
-from modernbert_jax.model import ModernBertModel as ModernBertModel
-from modernbert_jax.pipelines import (
+from modernbert_jax.inference.embedder import Embedder as Embedder
+from modernbert_jax.inference.inspect import look as look
+from modernbert_jax.inference.pipelines import (
     FillMask as FillMask,
     TextClassification as TextClassification,
     TokenClassification as TokenClassification,
     pipeline as pipeline,
 )
+from modernbert_jax.model import ModernBertModel as ModernBertModel
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer, Tokenizer as Tokenizer
 
 __version__ = "0.1.0"

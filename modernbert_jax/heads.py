@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import ModernBertConfig, init_std
 from modernbert_jax.model import (
     ACTIVATIONS,
@@ -23,7 +24,6 @@ from modernbert_jax.model import (
     precision_of,
     truncated_normal,
 )
-from modernbert_jax.pretrained import Pretrained
 
 _HEAD_KEY = 1_000_000  # the head's dropout key, beyond those of any layer
 

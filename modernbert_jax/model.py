@@ -27,8 +27,8 @@ from modernbert_jax.attention import (
     reference,
     segment_ids_from_mask,
 )
+from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig, init_std
-from modernbert_jax.pretrained import Pretrained
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

@@ -13,7 +13,7 @@ class RowPlan:
 
     documents: np.ndarray
     starts: np.ndarray
-    row_length: int
+    sequence_length: int
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -23,7 +23,9 @@ class RowPlan:
         return self.documents[self.starts[r] : self.starts[r + 1]]
 
 
-def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None = None) -> RowPlan:
+def plan_rows(
+    lengths: np.ndarray, sequence_length: int, seed: tuple[int, ...] | None = None
+) -> RowPlan:
     """Best-fit-decreasing: each document goes to the fullest row that still has room for it.
 
     lengths in tokens. seed, e.g. (seed, epoch): which of several documents of one length goes
@@ -34,15 +36,17 @@ def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None
     Raises ValueError for a document longer than a row or empty.
     """
     lengths = np.asarray(lengths, np.int64)
-    if lengths.size and (lengths.min() < 1 or lengths.max() > row_length):
+    if lengths.size and (lengths.min() < 1 or lengths.max() > sequence_length):
         worst = lengths.min() if lengths.min() < 1 else lengths.max()
-        raise ValueError(f"lengths: expected 1 to {row_length} tokens a document, got {worst}")
+        raise ValueError(f"lengths: expected 1 to {sequence_length} tokens a document, got {worst}")
     rng = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     row_of = np.empty(len(lengths), np.int64)  # in `order`
-    free: list[list[np.ndarray]] = [[] for _ in range(row_length + 1)]  # by room left: row numbers
-    some = np.zeros(row_length + 1, bool)
+    free: list[list[np.ndarray]] = [
+        [] for _ in range(sequence_length + 1)
+    ]  # by room left: row numbers
+    some = np.zeros(sequence_length + 1, bool)
     rows = 0
 
     def put_back(space: int, numbers: np.ndarray) -> None:
@@ -58,7 +62,7 @@ def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None
                 taken = free[space].pop()
                 some[space] = bool(free[space])
             else:  # open as many rows as the rest of this length needs
-                space = row_length
+                space = sequence_length
                 taken = rows + np.arange(-(-(last - first) // (space // length)))
                 rows += len(taken)
             # No free space lies between `length` and `space`, so best fit fills a row at a time.
@@ -75,12 +79,14 @@ def plan_rows(lengths: np.ndarray, row_length: int, seed: tuple[int, ...] | None
     counts = np.bincount(row_of, minlength=rows)
     documents, starts = order[by_row], np.concatenate([[0], np.cumsum(counts)])
     if rng is None:
-        return RowPlan(documents, starts, row_length)
+        return RowPlan(documents, starts, sequence_length)
     shuffled = rng.permutation(rows)
     new_starts = np.concatenate([[0], np.cumsum(counts[shuffled])])
     within = np.arange(len(documents)) - np.repeat(new_starts[:-1], counts[shuffled])
     return RowPlan(
-        documents[np.repeat(starts[shuffled], counts[shuffled]) + within], new_starts, row_length
+        documents[np.repeat(starts[shuffled], counts[shuffled]) + within],
+        new_starts,
+        sequence_length,
     )
 
 
@@ -93,12 +99,12 @@ def row_size(tokens: int) -> int:
     return next(size for k in range(4, 9) if (size := octave * k // 4) >= tokens)
 
 
-def segment_slots(row_length: int, texts: int = 1) -> int:
+def segment_slots(sequence_length: int, texts: int = 1) -> int:
     """For how many texts a row's results have room: few numbers, so few compilations.
 
     One for 16 tokens, which is enough for most rows, and more where they are needed.
     """
-    return max(row_length // 16, 2 ** (texts - 1).bit_length())
+    return max(sequence_length // 16, 2 ** (texts - 1).bit_length())
 
 
 def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator[list[list[int]]]:

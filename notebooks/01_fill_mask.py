@@ -48,7 +48,7 @@ if not REAL:
     MODEL = "runs/notebook/export"
     if not os.path.exists(MODEL):
         from train.configs.notebook import get_config
-        from train.loop import run
+        from train.pretrain.run import run
 
         with contextlib.redirect_stdout(io.StringIO()):
             result = run(get_config())

@@ -46,12 +46,12 @@ from pathlib import Path
 from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from train.corpora.bpe import train_bpe
+from train.corpora.build.bpe import train_bpe
 from train.corpora.synthetic import synthetic_notes
 
 os.chdir(tempfile.mkdtemp())  # what follows is written there
 if REAL:
-    from modernbert_jax.pretrained import resolve
+    from modernbert_jax.checkpoint.pretrained import resolve
 
     SOURCE = str(resolve("answerdotai/ModernBERT-base"))
 else:
@@ -91,7 +91,7 @@ convert("to-hf orbax hf_again")
 # Every tensor has the bits that it had.
 
 # %%
-from modernbert_jax.pretrained import read_safetensors
+from modernbert_jax.checkpoint.pretrained import read_safetensors
 
 
 def same_bits(one: str, other: str) -> None:
@@ -111,7 +111,7 @@ same_bits(SOURCE, "hf_again")
 # over devices without a reshuffle: `Wqkv` is [D, 3, H, K], where torch has [3·H·K, D].
 
 # %%
-from modernbert_jax.pretrained import flatten
+from modernbert_jax.checkpoint.pretrained import flatten
 
 here, there = flatten(ModernBertForMaskedLM.from_pretrained("orbax")), read_safetensors(SOURCE)
 print(f"{'parameter':42}{'here':>18}{'in the file':>14}")

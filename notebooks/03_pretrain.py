@@ -73,7 +73,7 @@ if REAL:
 
 for phase in config.phases:
     print(
-        f"{phase.name}: {phase.tokens:,} tokens, {phase.mask_rate:.0%} masked, "
+        f"{phase.name}: {phase.tokens:,} tokens, {phase.mlm_probability:.0%} masked, "
         f"rate {phase.learning_rate:g}, decay over the last {phase.decay_tokens:,}"
     )
 
@@ -89,9 +89,11 @@ import threading
 import time
 from pathlib import Path
 
-from train.loop import run
+from train.pretrain.run import run
 
-STEPS = sum(phase.tokens for phase in config.phases) // (config.rows * config.row_length)
+STEPS = sum(phase.tokens for phase in config.phases) // (
+    config.global_batch_size * config.sequence_length
+)
 
 
 def pull_the_plug() -> None:
@@ -123,7 +125,7 @@ result = run(config)
 # %%
 from matplotlib import pyplot as plt
 
-from train.metrics import read_metrics
+from train.common.metrics import read_metrics
 
 plt.rcParams["figure.dpi"] = 70
 

@@ -49,7 +49,7 @@ if not REAL:
     MODEL, SCALE = "runs/notebook/export", 100  # of learning rates: so small a model takes larger
     if not os.path.exists(MODEL):
         from train.configs.notebook import get_config
-        from train.loop import run
+        from train.pretrain.run import run
 
         with contextlib.redirect_stdout(io.StringIO()):
             run(get_config())
@@ -108,7 +108,7 @@ if not NEGEX:
 # the sentence and the condition.
 
 # %%
-from train.tasks import task_named
+from train.finetune.tasks import task_named
 
 data = task_named("negex").load(Path(NEGEX))
 print(len(data.train), len(data.validation), len(data.test), "examples")
@@ -124,7 +124,7 @@ for example in data.test[:3]:
 # %%
 import warnings
 
-from train.finetune import FinetuneConfig, finetune
+from train.finetune.run import FinetuneConfig, finetune
 
 
 def scores_of(config: FinetuneConfig) -> dict[str, float]:

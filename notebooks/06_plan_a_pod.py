@@ -45,8 +45,10 @@ from train.configs.bioclinical_base import get_config
 TOPOLOGY = "v5e:4x4"  # 16 chips
 config = get_config()
 for phase in config.phases:
-    print(f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, {phase.mask_rate:.0%} masked")
-print(f"a step: {config.rows} rows of {config.row_length:,} tokens")
+    print(
+        f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, {phase.mlm_probability:.0%} masked"
+    )
+print(f"a step: {config.global_batch_size} rows of {config.sequence_length:,} tokens")
 
 # %% [markdown]
 # ## Hours, by hand
@@ -58,15 +60,17 @@ print(f"a step: {config.rows} rows of {config.row_length:,} tokens")
 # %%
 import numpy as np
 
-from train.flops import PEAK, model_flops
+from train.plan.flops import PEAK, model_flops
 
-tokens = config.rows * config.row_length
-documents = np.full(config.rows, config.row_length)  # full rows: attention costs the most
+tokens = config.global_batch_size * config.sequence_length
+documents = np.full(
+    config.global_batch_size, config.sequence_length
+)  # full rows: attention costs the most
 
 
 def hours(phase, device: str, chips: int, mfu: float) -> float:
     """Hours of a phase on so many chips."""
-    flops = model_flops(config.model, documents, phase.mask_rate * tokens).train
+    flops = model_flops(config.model, documents, phase.mlm_probability * tokens).train
     return phase.tokens / tokens * flops / (chips * PEAK[device].flops * mfu) / 3600
 
 
@@ -137,7 +141,7 @@ for (size, slice_), plan in plans.items():
     sent = sum(entry["sent_bytes"] for entry in plan["collectives"].values())
     first = plan["phases"][0]
     print(
-        f"{size:6}{slice_:8}{plan['micro_batches']:>14}{plan['waste']:>12.1%}{sent / 1e9:>10.1f} GB"
+        f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}{plan['waste']:>12.1%}{sent / 1e9:>10.1f} GB"
         f"{first['arithmetic_floor_seconds']:>7.2f} s{first['seconds_a_step']:>7.2f} s"
     )
 
@@ -183,6 +187,6 @@ for (size, slice_), plan in plans.items():
 #
 # - When a slice is yours, the first steps of `pretrain` print tokens per second and the real MFU;
 #   put it in above.
-# - `--search` finds the largest micro-batch that fits; `--mesh.fsdp`, `--remat`, `--rows` and every
+# - `--search` finds the largest micro-batch that fits; `--mesh.fsdp`, `--remat`, `--global-batch-size` and every
 #   other field of the config are options of `plan`, too.
 # - `notebooks/guides/tpu_pods.md`: create the slice, start on all hosts, resume.

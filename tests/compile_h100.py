@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from train.absent import H100, WHEELS, install_cuda, ptxas_folder  # noqa: E402
+from train.plan.topologies import H100, WHEELS, install_cuda, ptxas_folder  # noqa: E402
 
 LENGTHS = (1024, 8192)
 HEADS = {"base": 12, "large": 16}

@@ -20,7 +20,7 @@ import modernbert_jax.__main__
 import modernbert_jax.attention.__main__
 import train.cli
 from modernbert_jax import attention, card
-from modernbert_jax.pretrained import Pretrained
+from modernbert_jax.checkpoint.pretrained import Pretrained
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "notebooks" / "guides" / "reference.md"
 

@@ -14,7 +14,7 @@ from modernbert_jax import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
 )
-from modernbert_jax.pretrained import flatten, module_of, save_orbax
+from modernbert_jax.checkpoint.pretrained import flatten, module_of, save_orbax
 from train.average import average, main
 
 CONFIG = ModernBertConfig.tiny(

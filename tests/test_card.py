@@ -11,13 +11,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import modernbert_jax as mj
 from modernbert_jax.card import MARK, model_card
-from modernbert_jax.pretrained import write_card
-from train import card, retrieval
-from train.config import Phase, TrainConfig
-from train.corpora.bpe import train_bpe
-from train.finetune import FinetuneConfig
-from train.tasks.task import Data, Task
-from train.tokens import TokenStore
+from modernbert_jax.checkpoint.pretrained import write_card
+from train.common import card
+from train.corpora.build.bpe import train_bpe
+from train.finetune import retrieval
+from train.finetune.run import FinetuneConfig
+from train.finetune.tasks.task import Data, Task
+from train.pretrain.config import Phase, TrainConfig
+from train.tokens.store import TokenStore
 
 CONFIG = mj.ModernBertConfig.tiny(
     vocab_size=300, hidden_size=16, intermediate_size=12, num_hidden_layers=2,
@@ -161,9 +162,11 @@ def test_facts_of_pretraining(tmp_path):
     plain.mkdir()
     phases = (
         Phase("one", tokens=9_000, corpus=(str(prepared), str(plain)), warmup_tokens=100),
-        Phase("two", tokens=500, mask_rate=0.15, corpus=(str(plain),), decay_tokens=500),
+        Phase("two", tokens=500, mlm_probability=0.15, corpus=(str(plain),), decay_tokens=500),
     )
-    config = TrainConfig(phases=phases, init_from="answerdotai/ModernBERT-base", rows=8)
+    config = TrainConfig(
+        phases=phases, init_from="answerdotai/ModernBERT-base", global_batch_size=8
+    )
     scores = {"loss": 2.5, "accuracy": 0.511, "unigram_accuracy": 0.04}
     parts = {"mimic3/loss": 2.0, "mimic3/accuracy": 0.6, "notes/loss": 3.0, "notes/accuracy": 0.4}
     result = {

@@ -14,11 +14,11 @@ import pytest
 from etils import epath
 
 from modernbert_jax import ModernBertConfig
-from train.checkpoint import Checkpoints, committed, fingerprints
-from train.config import MeshShape, TrainConfig
-from train.optimizer import StableAdamWState
-from train.sharding import make_mesh
-from train.step import Trainer, TrainState
+from train.common.optimizer import StableAdamWState
+from train.common.sharding import make_mesh
+from train.pretrain.checkpoint import Checkpoints, committed, fingerprints
+from train.pretrain.config import MeshShape, TrainConfig
+from train.pretrain.step import Trainer, TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ModernBertConfig.tiny(
@@ -161,7 +161,7 @@ import resource, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pathlib
 from test_checkpoint import keeper, state_at, MODEL
-from train.hosts import leave
+from train.common.hosts import leave
 model = MODEL.replace(hidden_size=256, vocab_size=1024)
 checkpoints = keeper(pathlib.Path({workdir!r}), model=model)
 checkpoints.save(state_at(checkpoints, 3), {{"row": 3}})

@@ -9,8 +9,8 @@ import pytest
 
 from modernbert_jax import ModernBertConfig
 from train import configs
-from train.config import Phase, TrainConfig
-from train.optimizer import schedule
+from train.common.optimizer import schedule
+from train.pretrain.config import Phase, TrainConfig
 
 B = 10**9
 
@@ -95,13 +95,17 @@ class TestRecipe:
     def test_numbers_of_the_run(self, name):
         config = config_of(name)
         rows, at_a_time, length, weight_decay, seed, theta, local_theta = RUNS[name]
-        assert (config.rows, config.row_length, config.seed) == (rows, length, seed)
-        assert config.micro_rows == 8 * at_a_time
+        assert (config.global_batch_size, config.sequence_length, config.seed) == (
+            rows,
+            length,
+            seed,
+        )
+        assert config.micro_batch_size == 8 * at_a_time
         assert config.optimizer.weight_decay == weight_decay
         assert (config.optimizer.b1, config.optimizer.b2, config.optimizer.eps) == (0.9, 0.98, 1e-6)
         model = config.model
         assert (model.global_rope_theta, model.local_rope_theta) == (theta, local_theta)
-        assert config.eval_mask_rate == 0.15
+        assert config.eval_mlm_probability == 0.15
         large = "large" in name
         assert model.hidden_size == (1024 if large else 768)
         assert model.num_hidden_layers == (28 if large else 22)
@@ -123,12 +127,20 @@ class TestRecipe:
         assert len(config.phases) == len(PHASES[name])
         for phase, expected in zip(config.phases, PHASES[name], strict=True):
             tokens, mask, rate, warmup, decay, steps = expected
-            assert (phase.tokens, phase.mask_rate, phase.learning_rate) == (tokens, mask, rate)
+            assert (phase.tokens, phase.mlm_probability, phase.learning_rate) == (
+                tokens,
+                mask,
+                rate,
+            )
             assert (phase.warmup_tokens, phase.decay_tokens) == (warmup, decay)
-            assert abs(phase.tokens / (config.rows * config.row_length) - steps) < 1
+            assert (
+                abs(phase.tokens / (config.global_batch_size * config.sequence_length) - steps) < 1
+            )
         first = config.phases[0]
-        assert (first.warmup_rows, first.rows_warmup_tokens) == ROWS_WARMUP.get(name, (0, 0))
-        assert not any(phase.warmup_rows for phase in config.phases[1:])
+        assert (first.batch_size_warmup_start, first.batch_size_warmup_tokens) == ROWS_WARMUP.get(
+            name, (0, 0)
+        )
+        assert not any(phase.batch_size_warmup_start for phase in config.phases[1:])
 
     def test_start(self, name):
         config = config_of(name)
@@ -165,28 +177,39 @@ class TestRowsWarmup:
         steps: dict[int, int] = {}
         tokens = 0
         while tokens < ROWS_WARMUP[name][1]:
-            rows = phase.rows_at(tokens, config.rows, config.micro_rows)
+            rows = phase.batch_size_at(tokens, config.global_batch_size, config.micro_batch_size)
             steps[rows] = steps.get(rows, 0) + 1
-            tokens += rows * config.row_length
+            tokens += rows * config.sequence_length
         sizes = list(steps)
-        assert sizes[0] == ROWS_WARMUP[name][0] and sizes[-1] == config.rows
+        assert sizes[0] == ROWS_WARMUP[name][0] and sizes[-1] == config.global_batch_size
         assert {b - a for a, b in zip(sizes, sizes[1:], strict=False)} == {8 * RUNS[name][1]}
         assert max(steps.values()) - min(steps.values()) <= 2
-        assert phase.rows_at(tokens, config.rows, config.micro_rows) == config.rows
+        assert (
+            phase.batch_size_at(tokens, config.global_batch_size, config.micro_batch_size)
+            == config.global_batch_size
+        )
 
     def test_thresholds(self, name):
         """ceil(W cumsum(sizes) / sum(sizes)), in exact fractions."""
         config = config_of(name)
         phase, (first, by) = config.phases[0], ROWS_WARMUP[name]
-        sizes = list(range(first, config.rows + 1, first))
+        sizes = list(range(first, config.global_batch_size + 1, first))
         for k, size in enumerate(sizes[:-1]):
             threshold = math.ceil(Fraction(by * sum(sizes[: k + 1]), sum(sizes)))
-            assert phase.rows_at(threshold - 1, config.rows, config.micro_rows) == size
-            assert phase.rows_at(threshold, config.rows, config.micro_rows) == sizes[k + 1]
+            assert (
+                phase.batch_size_at(
+                    threshold - 1, config.global_batch_size, config.micro_batch_size
+                )
+                == size
+            )
+            assert (
+                phase.batch_size_at(threshold, config.global_batch_size, config.micro_batch_size)
+                == sizes[k + 1]
+            )
 
 
 def test_rows_without_warmup():
-    assert Phase().rows_at(0, 576, 96) == 576
+    assert Phase().batch_size_at(0, 576, 96) == 576
 
 
 def test_recipe_keeps_the_models_fields():

@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 from convert import check, cli, composer, torch_file
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, model, pretrained
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, model
+from modernbert_jax.checkpoint import pretrained
 
 TINY = {
     "vocab_size": 64,

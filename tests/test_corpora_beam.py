@@ -14,8 +14,9 @@ pytest.importorskip("tensorflow_datasets", reason="needs the extra train")
 
 import tensorflow_datasets as tfds
 
-from train.corpora import beam, builder, pmc, pubmed
+from train.corpora.build import beam, dataset as builder
 from train.corpora.source import Report
+from train.corpora.sources import pmc, pubmed
 
 # 2026-11-22: TFDS 4.9.10 asks protobuf 6 for what protobuf 7 no longer has.
 pytestmark = pytest.mark.filterwarnings("ignore:label.. is deprecated:DeprecationWarning")
@@ -25,7 +26,7 @@ EVAL = 0.3
 
 
 def run(corpus: str, root: pathlib.Path, out: pathlib.Path, *options: str):
-    command = [sys.executable, "-m", "train.corpora.beam", "--corpus", corpus]
+    command = [sys.executable, "-m", "train.corpora.build.beam", "--corpus", corpus]
     command += ["--source", str(root), "--out", str(out), "--eval-fraction", str(EVAL)]
     command += ["--", "--runner=DirectRunner", *options]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)

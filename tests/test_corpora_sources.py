@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from train import corpora
-from train.corpora import aci_bench, brain_mri_stroke, formats, primock57
+from train.corpora import sources as corpora
+from train.corpora.readers import formats
 from train.corpora.source import Example, Report, Source
+from train.corpora.sources import aci_bench, brain_mri_stroke, primock57
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

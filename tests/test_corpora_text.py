@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from train.corpora import text as module
-from train.corpora.text import Document, read_documents, split_of
+from train.corpora.readers import text as module
+from train.corpora.readers.text import Document, read_documents, split_of
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -256,7 +256,7 @@ def test_a_big_file_is_not_read_whole(tmp_path, name):
     line = "1,one two three\n" if name == "x.csv" else '{"text": "one two three"}\n'
     path = write(tmp_path / name, ("id,text\n" if name == "x.csv" else "") + line * 100_000)
     code = (
-        "import sys, tracemalloc; from train.corpora.text import read_documents; "
+        "import sys, tracemalloc; from train.corpora.readers.text import read_documents; "
         "tracemalloc.start(); n = sum(1 for _ in read_documents(sys.argv[1])); "
         "print(n, tracemalloc.get_traced_memory()[1])"
     )

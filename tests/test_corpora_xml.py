@@ -10,8 +10,9 @@ import tracemalloc
 import pytest
 
 from tests.xml_files import article, deletion, jats, package, write
-from train.corpora import archives, markup, pmc, pubmed
+from train.corpora.readers import archives, markup
 from train.corpora.source import Report
+from train.corpora.sources import pmc, pubmed
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real files in shared/data")

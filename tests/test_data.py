@@ -14,16 +14,23 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from modernbert_jax.packing import plan_rows
-from train import tokens
-from train.config import Phase, TrainConfig
-from train.corpora.bpe import train_bpe
+from train.corpora.build.bpe import train_bpe
+from train.corpora.readers.text import read_documents, split_of
 from train.corpora.synthetic import write_corpus
-from train.corpora.text import read_documents, split_of
-from train.data import Batches, Plans, eval_batches
-from train.loss import IGNORE
-from train.masking import Masking
-from train.mds import MdsShards
-from train.tokens import TokenStore, is_store, joined, open_store, prepare_tokens, tokens_folder
+from train.pretrain.config import Phase, TrainConfig
+from train.pretrain.data import Batches, Plans, eval_batches
+from train.pretrain.loss import IGNORE
+from train.pretrain.masking import Masking
+from train.tokens import store as tokens
+from train.tokens.mds import MdsShards
+from train.tokens.store import (
+    TokenStore,
+    is_store,
+    joined,
+    open_store,
+    prepare_tokens,
+    tokens_folder,
+)
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "mds"
 MASKING = Masking(0.3, 4, 500, (0, 1, 2, 3, 4))
@@ -48,7 +55,12 @@ def memory_store(documents=40, seed=0, longest=30):
 
 
 def config_of(**changes):
-    config = TrainConfig(phases=(Phase(), Phase()), row_length=32, rows=4, micro_batches=2)
+    config = TrainConfig(
+        phases=(Phase(), Phase()),
+        sequence_length=32,
+        global_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -68,7 +80,7 @@ def tokenizer(corpus):
 
 
 def prepared(corpus, tokenizer, folder, **changes):
-    config = config_of(row_length=64, eval_fraction=0.1, **changes)
+    config = config_of(sequence_length=64, eval_fraction=0.1, **changes)
     return prepare_tokens(str(corpus), tokenizer, config, folder)
 
 
@@ -147,7 +159,11 @@ class TestTokenFolder:
         name = lambda c, t=tokenizer: tokens_folder(tmp_path, str(corpus), t, c)  # noqa: E731
         config = config_of()
         other = train_bpe(["quite other text than before " * 9], 300)
-        names = [name(config), name(config_of(row_length=33)), name(config_of(eval_fraction=0.2))]
+        names = [
+            name(config),
+            name(config_of(sequence_length=33)),
+            name(config_of(eval_fraction=0.2)),
+        ]
         names += [name(config, other), name(config_of(text_column="x"))]
         assert len(set(names)) == 5 and name(config_of(seed=5)) == names[0]
 
@@ -410,13 +426,19 @@ class TestBatches:
         assert len({tuple(positions) for positions in first}) == 4
 
     @pytest.mark.parametrize(
-        "size, micro_batches", [(8, 2), (10, 4)], ids=["whole", "last micro-batch not full"]
+        "size, gradient_accumulation_steps",
+        [(8, 2), (10, 4)],
+        ids=["whole", "last micro-batch not full"],
     )
-    def test_another_number_of_hosts_loses_and_repeats_nothing(self, size, micro_batches):
+    def test_another_number_of_hosts_loses_and_repeats_nothing(
+        self, size, gradient_accumulation_steps
+    ):
         """Two hosts for some steps, then four, then one, over three epochs; by the pieces read."""
         store = memory_store(331)
-        config = config_of(rows=size, micro_batches=micro_batches)
-        used = config.micro_rows
+        config = config_of(
+            global_batch_size=size, gradient_accumulation_steps=gradient_accumulation_steps
+        )
+        used = config.micro_batch_size
         alone = make(store, config)
         at = {"epoch": 0, "row": 0}
         rows = alone._plans.epoch_rows
@@ -449,7 +471,9 @@ class TestBatches:
     def test_reads_its_own_rows_only(self):
         """What is read ahead included."""
         store, slots = memory_store(3000), np.array([1, 2])
-        batches = make(store, config_of(rows=8, micro_batches=2), slots=slots)
+        batches = make(
+            store, config_of(global_batch_size=8, gradient_accumulation_steps=2), slots=slots
+        )
         first = next(batches).documents
         batches.close()
         plan = plan_rows(store.lengths, 32, (17, 0, 0))
@@ -473,19 +497,19 @@ class TestBatches:
     def test_an_epoch_shows_each_document_once(self):
         store = memory_store()
         rows = len(plan_rows(store.lengths, 32, (17, 0, 0)))
-        batch = next(make(store, config_of(rows=rows, micro_batches=1)))
+        batch = next(make(store, config_of(global_batch_size=rows, gradient_accumulation_steps=1)))
         assert batch.tokens == store.lengths.sum()
         assert sorted(batch.documents) == list(range(40)) and place(batch) == {"epoch": 1, "row": 0}
 
     def test_rows_rise_with_the_phases_clock(self):
         """Batch-size warm-up: as the clock says, also after a restart in the middle of it."""
-        phase = Phase(tokens=10**6, warmup_rows=2, rows_warmup_tokens=1500)
-        config = config_of(rows=8, micro_batches=4, phases=(phase,))
+        phase = Phase(tokens=10**6, batch_size_warmup_start=2, batch_size_warmup_tokens=1500)
+        config = config_of(global_batch_size=8, gradient_accumulation_steps=4, phases=(phase,))
         store = memory_store(331)
         batches, clock, at = make(store, config), 0, []
         for step in range(30):
             batch = next(batches)
-            assert batch.rows == phase.rows_at(clock, 8, 2) == 2 * len(batch.arrays["labels"])
+            assert batch.rows == phase.batch_size_at(clock, 8, 2) == 2 * len(batch.arrays["labels"])
             clock += batch.tokens
             assert batch.tokens == (batch.arrays["segment_ids"] > 0).sum()
             at.append((batch, clock))
@@ -503,7 +527,7 @@ class TestBatches:
         np.testing.assert_array_equal(seen, first.documents[: first.starts[used]])
 
     def test_surplus_picks_keep_their_token_and_are_counted(self, monkeypatch):
-        monkeypatch.setattr("train.data.predicted_positions", lambda length, rate: 8)
+        monkeypatch.setattr("train.pretrain.data.predicted_positions", lambda length, rate: 8)
         batch = next(Batches(memory_store(), Masking(0.9, 4, 500, ()), config_of(), phase=0))
         assert (batch.arrays["dropped"] > 0).all() and batch.dropped == batch.arrays[
             "dropped"
@@ -524,7 +548,7 @@ class TestBatches:
 
     def same(self, corpus, tokenizer, tmp_path, **how):
         store = prepared(corpus, tokenizer, tmp_path / "t")["train"]
-        config = config_of(row_length=64)
+        config = config_of(sequence_length=64)
         one, other = (Batches(store, MASKING, config, phase=0, **h) for h in ({"threads": 1}, how))
         epoch = 0
         while epoch < 2:
@@ -547,10 +571,15 @@ class TestBatches:
         lengths = np.array([70, 64, 65])
         ids = [np.arange(n).astype(np.uint16) for n in lengths]
         store = TokenStore(lengths, "x", Memory(ids))
-        with pytest.raises(ValueError, match="pieces have up to 70 tokens, row_length is 64"):
-            make(store, config_of(row_length=64))
+        with pytest.raises(ValueError, match="pieces have up to 70 tokens, sequence_length is 64"):
+            make(store, config_of(sequence_length=64))
         store = TokenStore(lengths[1:], "x", Memory(ids[1:]))
-        batch = next(make(store, config_of(row_length=64, rows=2, micro_batches=1)))
+        batch = next(
+            make(
+                store,
+                config_of(sequence_length=64, global_batch_size=2, gradient_accumulation_steps=1),
+            )
+        )
         assert batch.tokens == 128 == (batch.arrays["segment_ids"] == 1).sum()
         with pytest.raises(ValueError, match="expected pieces to train on, got none"):
             make(TokenStore(lengths[:0], "x", Memory([])), config_of())
@@ -581,7 +610,7 @@ class TestPlans:
 class TestEvalBatches:
     def test_the_slots_of_all_hosts_make_the_whole(self):
         store = memory_store(60)
-        config = config_of(rows=4, micro_batches=1, eval_rows=10)
+        config = config_of(global_batch_size=4, gradient_accumulation_steps=1, eval_sequences=10)
         whole = eval_batches(store, MASKING, config)
         assert len(whole) == 3 and whole[0]["input_ids"].shape == (4, 32)
         assert [(b["segment_ids"] > 0).any(axis=1).sum() for b in whole] == [4, 4, 2]
@@ -593,7 +622,7 @@ class TestEvalBatches:
             assert not one["segment_ids"][2].any() and (two["labels"][0] == IGNORE).all()
 
     def test_the_mask_is_fixed(self):
-        store, config = memory_store(60), config_of(eval_rows=6)
+        store, config = memory_store(60), config_of(eval_sequences=6)
         one, two = (eval_batches(store, MASKING, config) for _ in range(2))
         for a, b in zip(one, two, strict=True):
             np.testing.assert_array_equal(a["labels"], b["labels"])

@@ -38,12 +38,15 @@ from modernbert_jax import (
     __main__ as library_cli,
 )
 from modernbert_jax.attention import __main__ as self_check
-from modernbert_jax.pretrained import flatten, save_orbax
-from modernbert_jax.serving import use_compile_cache
-from train import absent, cli, finetune, loop, plan, retrieval
-from train.corpora import sources
-from train.corpora.bpe import train_bpe
+from modernbert_jax.checkpoint.pretrained import flatten, save_orbax
+from modernbert_jax.inference.export import use_compile_cache
+from train import cli
+from train.corpora.build.bpe import train_bpe
+from train.corpora.sources import sources
 from train.corpora.synthetic import synthetic_notes
+from train.finetune import retrieval, run as finetune
+from train.plan import search as plan, topologies as absent
+from train.pretrain import run as loop
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT.parent / "shared" / "data" / "tokenizer"
@@ -70,18 +73,18 @@ PROGRAMS = (
 )
 # Flags appended to a command to make it small; of a flag that comes twice, the last one counts.
 SMALL_RUN = (
-    "--row-length 64 --rows 4 --micro-batches 2 --mesh.data 1 --eval-rows 4 --synthetic-notes 200 "
+    "--sequence-length 64 --global-batch-size 4 --gradient-accumulation-steps 2 --mesh.data 1 --eval-sequences 4 --synthetic-notes 200 "
     "--phases.0.tokens 600 --phases.0.warmup-tokens 0 --phases.1.tokens 500 "
     "--phases.1.decay-tokens 300 --eval-fraction 0.2 --attention xla "
-    "--phases.0.mask-rate 0.15 --phases.1.mask-rate 0.15 "  # one step to compile, not two
+    "--phases.0.mlm-probability 0.15 --phases.1.mlm-probability 0.15 "  # one step to compile, not two
     "--fill-mask 'It was [MASK].'"
 )
 SMALLER = {
     "pretrain": SMALL_RUN,
-    "prepare": "--row-length 64 --eval-fraction 0.3 --workers 1",
+    "prepare": "--sequence-length 64 --eval-fraction 0.3 --workers 1",
     "overlap": "--workers 1",
     "finetune": "--epochs 1 --max-length 64",
-    "plan": "--row-length 128 --rows 16 --phases.0.tokens 100000 --phases.1.tokens 100000 "
+    "plan": "--sequence-length 128 --global-batch-size 16 --phases.0.tokens 100000 --phases.1.tokens 100000 "
     "--phases.1.decay-tokens 1000 --model.hidden-size 64 --model.intermediate-size 64 "
     "--model.num-attention-heads 2 --model.num-hidden-layers 2 "
     "--model.layer-types full_attention sliding_attention",

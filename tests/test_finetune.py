@@ -8,10 +8,10 @@ import pytest
 
 from modernbert_jax import ModernBertForSequenceClassification
 from modernbert_jax.packing import row_size
-from train import finetune as module
-from train.corpora.bpe import train_bpe
-from train.finetune import IGNORE, Encoded, FinetuneConfig, answer_of, encode, finetune, pack
-from train.tasks.task import Data, Example, Task
+from train.corpora.build.bpe import train_bpe
+from train.finetune import run as module
+from train.finetune.run import IGNORE, Encoded, FinetuneConfig, answer_of, encode, finetune, pack
+from train.finetune.tasks.task import Data, Example, Task
 
 WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
 KINDS = ("classification", "multilabel", "tokens", "qa")
@@ -218,7 +218,7 @@ class TestQuestions:
         assert answer_of(e, logits, longest=2) in ("a b", "c d", "a")
 
     def test_files(self, tmp_path):
-        from train.tasks import questions
+        from train.finetune.tasks import questions
 
         qas = [
             {"question": "who?", "answers": [{"text": "Mary", "answer_start": 0}]},

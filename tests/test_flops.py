@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, attention
+from modernbert_jax.checkpoint.pretrained import module_of, param_shapes
 from modernbert_jax.config import FULL, SLIDING
-from modernbert_jax.pretrained import module_of, param_shapes
-from train.flops import PEAK, hardware_flops, mfu, model_flops, segment_lengths
+from train.plan.flops import PEAK, hardware_flops, mfu, model_flops, segment_lengths
 
 BASE, LARGE = ModernBertConfig.base(), ModernBertConfig.large()
 
@@ -88,7 +88,7 @@ class TestHardware:
     def flops(self, **how):
         lengths = np.full(self.ROWS, self.LENGTH)
         return hardware_flops(
-            BASE, lengths, rows=self.ROWS, row_length=self.LENGTH, places=self.PLACES, **how
+            BASE, lengths, rows=self.ROWS, sequence_length=self.LENGTH, places=self.PLACES, **how
         )
 
     def test_adds_to_the_model(self):
@@ -102,7 +102,7 @@ class TestHardware:
 
     def test_counts_padding(self):
         half = hardware_flops(
-            BASE, np.full(self.ROWS // 2, self.LENGTH), rows=self.ROWS, row_length=self.LENGTH,
+            BASE, np.full(self.ROWS // 2, self.LENGTH), rows=self.ROWS, sequence_length=self.LENGTH,
             places=self.PLACES,
         )  # fmt: skip
         attention_ = model_flops(BASE, np.full(self.ROWS // 2, self.LENGTH), 0).attention

@@ -15,11 +15,11 @@ import time
 import numpy as np
 import pytest
 
-from modernbert_jax.pretrained import load_orbax
-from train.config import Hosts
+from modernbert_jax.checkpoint.pretrained import load_orbax
+from train.common.hosts import connect
+from train.common.metrics import read_metrics
 from train.corpora.synthetic import write_corpus
-from train.hosts import connect
-from train.metrics import read_metrics
+from train.pretrain.config import Hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 14  # of the run below
@@ -30,8 +30,8 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pathlib
 from test_pretrain import small
 from train import cli, loop
-from train.config import Hosts, MeshShape, Phase
-phase = Phase("one", tokens=14_000, mask_rate=0.30, learning_rate=3e-3, warmup_tokens=2_000)
+from train.pretrain.config import Hosts, MeshShape, Phase
+phase = Phase("one", tokens=14_000, mlm_probability=0.30, learning_rate=3e-3, warmup_tokens=2_000)
 config = small(
     pathlib.Path({corpus!r}), pathlib.Path({workdir!r}), phases=(phase,), mesh=MeshShape(*{mesh}),
     hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=10), eval_every=7,

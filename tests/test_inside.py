@@ -95,7 +95,7 @@ def test_only_what_is_asked_for_is_computed():
     """The compiled program for one state holds no [H, L, M] array, and stops at its layer."""
     from flax import nnx
 
-    from modernbert_jax.inside import _look
+    from modernbert_jax.inference.inspect import _look
 
     model, ids = tiny(), np.zeros((1, 48), np.int32)
     graph, state = nnx.split(model)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.loss import IGNORE, masked_cross_entropy
+from train.pretrain.loss import IGNORE, masked_cross_entropy
 
 
 def case(rows=3, places=7, width=5, vocabulary=11, seed=0):

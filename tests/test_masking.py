@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.masking import (
+from train.pretrain.masking import (
     Masking,
     _mix,
     corrupt,

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig
-from train import cli, loop
-from train.config import MeshShape, Phase, TrainConfig
-from train.corpora.bpe import train_bpe
+from train import cli
+from train.corpora.build.bpe import train_bpe
+from train.corpora.build.prepare import prepare
+from train.corpora.reports.mixture import Part, budget, flags, mixture, picture, table
 from train.corpora.synthetic import synthetic_notes
-from train.loop import _prepare as open_corpora
-from train.mixture import Part, budget, flags, mixture, picture, table
-from train.prepare import prepare
-from train.tokens import open_store
+from train.pretrain import run as loop
+from train.pretrain.config import MeshShape, Phase, TrainConfig
+from train.pretrain.run import _prepare as open_corpora
+from train.tokens.store import open_store
 
 PARTS = [
     Part("pubmed", "biomedical", 10, 700, (3, 0), "o/pubmed"),
@@ -32,7 +33,7 @@ def prepared(tmp_path_factory):
         (root / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in some))
         prepare(
             str(root / f"{name}.jsonl"), str(root / "tokenizer"), str(root / "out" / name),
-            row_length=64, eval_fraction=0.2, workers=1,
+            sequence_length=64, eval_fraction=0.2, workers=1,
         )  # fmt: skip
     manifest = root / "out" / "a" / "tokens" / "manifest.json"
     facts = json.loads(manifest.read_text()) | {"kind": "biomedical", "source": "pubmed"}
@@ -81,7 +82,7 @@ def test_prepared_folders_and_a_run_that_obeys(prepared, tmp_path):
     assert corpus == (str(out / "a"), str(out / "a"), str(out / "b"))
     phase = Phase("p", tokens=10_000, corpus=corpus)
     config = TrainConfig(
-        phases=(phase,), row_length=64, rows=4, workdir=str(tmp_path),
+        phases=(phase,), sequence_length=64, global_batch_size=4, workdir=str(tmp_path),
         tokenizer=str(prepared / "tokenizer"),
     )  # fmt: skip
     _, _, (stores,) = open_corpora(config)
@@ -116,13 +117,13 @@ def test_corpora_without_held_out_documents(prepared, tmp_path):
     """One alone is refused before training; beside another it is only not scored."""
     none = tmp_path / "none"
     prepare(
-        str(prepared / "b.jsonl"), str(prepared / "tokenizer"), str(none), row_length=64,
+        str(prepared / "b.jsonl"), str(prepared / "tokenizer"), str(none), sequence_length=64,
         eval_fraction=0.0, workers=1,
     )  # fmt: skip
 
     def config(*corpus):
         return TrainConfig(
-            phases=(Phase("p", tokens=10_000, corpus=corpus),), row_length=64, rows=4,
+            phases=(Phase("p", tokens=10_000, corpus=corpus),), sequence_length=64, global_batch_size=4,
             workdir=str(tmp_path / "-".join(c[-4:] for c in corpus)),
             tokenizer=str(prepared / "tokenizer"),
         )  # fmt: skip
@@ -137,14 +138,14 @@ def test_corpora_without_held_out_documents(prepared, tmp_path):
 def test_run_beside_a_corpus_that_holds_nothing_out(prepared, tmp_path):
     none = tmp_path / "none"
     prepare(
-        str(prepared / "b.jsonl"), str(prepared / "tokenizer"), str(none), row_length=64,
+        str(prepared / "b.jsonl"), str(prepared / "tokenizer"), str(none), sequence_length=64,
         eval_fraction=0.0, workers=1,
     )  # fmt: skip
     model = ModernBertConfig.tiny(vocab_size=448, num_hidden_layers=3)
     phase = Phase("p", tokens=600, corpus=(str(none), str(prepared / "out" / "a")))
     config = TrainConfig(
-        model=model, phases=(phase,), row_length=64, rows=4, workdir=str(tmp_path / "w"),
-        tokenizer=str(prepared / "tokenizer"), mesh=MeshShape(data=1), eval_rows=8,
+        model=model, phases=(phase,), sequence_length=64, global_batch_size=4, workdir=str(tmp_path / "w"),
+        tokenizer=str(prepared / "tokenizer"), mesh=MeshShape(data=1), eval_sequences=8,
     )  # fmt: skip
     scores = loop.run(config)["phases"][0]
     assert 0 < scores["loss"] < 20 and "none/loss" not in scores

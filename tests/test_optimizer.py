@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import flatten
-from train.config import Phase
-from train.optimizer import decay_mask, schedule, stable_adamw
+from modernbert_jax.checkpoint.pretrained import flatten
+from train.common.optimizer import decay_mask, schedule, stable_adamw
+from train.pretrain.config import Phase
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (5,), "norm.weight": (6,), "b.weight": (3, 4, 2)}
 
@@ -107,7 +107,7 @@ class TestSchedule:
         np.testing.assert_allclose(self.curve(decay_tokens=333_333), want, rtol=1e-12)
 
     def test_decay_over_the_whole_phase_ends_at_its_share(self):
-        curve = self.curve(decay_tokens=1_000_000, final_lr_share=0.01)
+        curve = self.curve(decay_tokens=1_000_000, final_lr_ratio=0.01)
         assert curve[0] == 3e-4 and np.isclose(curve[-1], 3e-6)
         assert (np.diff(curve) < 0).all()
 

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from train import cli, overlap as module
-from train.corpora.bpe import train_bpe
-from train.overlap import Spans, overlap
-from train.prepare import prepare
+from train import cli
+from train.corpora.build.bpe import train_bpe
+from train.corpora.build.prepare import prepare
+from train.corpora.reports import decontaminate as module
+from train.corpora.reports.decontaminate import Spans, overlap
 
 WORDS = "the patient was seen for chest pain and left arm numbness on day two of stay".split()
 
@@ -56,7 +57,7 @@ def folders(tmp_path_factory):
     (root / "corpus.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in corpus))
     train_bpe(iter([*task, *corpus]), 350).save_pretrained(root / "tokenizer")
     prepare(
-        str(root / "corpus.jsonl"), str(root / "tokenizer"), str(root / "out"), row_length=128,
+        str(root / "corpus.jsonl"), str(root / "tokenizer"), str(root / "out"), sequence_length=128,
         eval_fraction=0.3, workers=1,
     )  # fmt: skip
     return root

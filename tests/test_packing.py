@@ -12,7 +12,7 @@ def fills(plan, lengths):
     return np.array([lengths[plan.row(r)].sum() for r in range(len(plan))])
 
 
-def best_fit_decreasing(lengths, row_length):
+def best_fit_decreasing(lengths, sequence_length):
     """The textbook loop: how much each row holds, sorted."""
     room = []
     for length in sorted(lengths, reverse=True):
@@ -20,8 +20,8 @@ def best_fit_decreasing(lengths, row_length):
         if fitting:
             room[min(fitting, key=lambda r: room[r])] -= length
         else:
-            room.append(row_length - length)
-    return sorted(row_length - free for free in room)
+            room.append(sequence_length - length)
+    return sorted(sequence_length - free for free in room)
 
 
 @hypothesis.given(

@@ -11,9 +11,9 @@ from flax import nnx
 import modernbert_jax as mj
 from modernbert_jax import attention as attention_op
 from modernbert_jax.attention import make_bounds
+from modernbert_jax.checkpoint.pretrained import flatten, hf_to_params, module_of, to_hf
 from modernbert_jax.config import FULL, SLIDING
 from modernbert_jax.model import apply_rope, rope_tables
-from modernbert_jax.pretrained import flatten, hf_to_params, module_of, to_hf
 from tests.parity_cases import CASES, QUICK, hf_model, inputs, relative_error
 
 torch = pytest.importorskip("torch")

@@ -13,8 +13,8 @@ from modernbert_jax import (
     ModernBertForMaskedLM,
     pipeline,
 )
+from modernbert_jax.inference.pipelines import _words, split_windows
 from modernbert_jax.packing import batch_rows
-from modernbert_jax.pipelines import _words, split_windows
 
 WORDS = "fever cough pain no denies possible rash edema today left the patient has a disease of"
 

@@ -15,22 +15,29 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig
-from train import absent, hlo, plan
-from train.config import MeshShape, Phase, TrainConfig
-from train.flops import PEAK, Device
-from train.sharding import make_mesh
-from train.step import Trainer
+from train.common.sharding import make_mesh
+from train.plan import hlo, search as plan, topologies as absent
+from train.plan.flops import PEAK, Device
+from train.pretrain.config import MeshShape, Phase, TrainConfig
+from train.pretrain.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = TrainConfig(
-    model=ModernBertConfig.base(dtype="bfloat16"), remat="layers", row_length=8192, rows=576
+    model=ModernBertConfig.base(dtype="bfloat16"),
+    remat="layers",
+    sequence_length=8192,
+    global_batch_size=576,
 )
 
 # Rows
 
 
-def fill_of(rows, shards, micro_batches):
-    return next(f for f in plan.choices(rows, shards) if f.micro_batches == micro_batches)
+def fill_of(rows, shards, gradient_accumulation_steps):
+    return next(
+        f
+        for f in plan.choices(rows, shards)
+        if f.gradient_accumulation_steps == gradient_accumulation_steps
+    )
 
 
 def test_waste_of_a_batch_that_the_devices_do_not_divide():
@@ -43,23 +50,29 @@ def test_waste_of_a_batch_that_the_devices_do_not_divide():
 @pytest.mark.parametrize("rows, shards", [(616, 16), (576, 256), (576, 8), (7, 64)])
 def test_choices_hold_every_row(rows, shards):
     fills = plan.choices(rows, shards)
-    counts = [f.micro_batches for f in fills]
+    counts = [f.gradient_accumulation_steps for f in fills]
     assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == rows
     assert {n for n in range(1, rows + 1) if rows % n == 0} <= set(counts)
     for fill in fills:
         assert fill.slots == fill.device_rows * shards
-        micro_rows = -(-rows // fill.micro_batches)  # as TrainConfig.micro_rows
-        assert 0 <= fill.slots - micro_rows < shards
-        assert (fill.micro_batches - 1) * micro_rows < rows <= fill.micro_batches * micro_rows
+        micro_batch_size = -(
+            -rows // fill.gradient_accumulation_steps
+        )  # as TrainConfig.micro_batch_size
+        assert 0 <= fill.slots - micro_batch_size < shards
+        assert (
+            (fill.gradient_accumulation_steps - 1) * micro_batch_size
+            < rows
+            <= fill.gradient_accumulation_steps * micro_batch_size
+        )
 
 
 def test_micro_batches_chosen():
     """Few empty rows first: 616 rows on 16 devices are 13 x 48, not 11 x 56 on 64 slots."""
     take = lambda rows, shards, given=None: plan._take(plan.choices(rows, shards), given, 8192)  # noqa: E731
-    assert (take(616, 16).micro_batches, take(616, 16).slots) == (13, 48)
+    assert (take(616, 16).gradient_accumulation_steps, take(616, 16).slots) == (13, 48)
     assert take(616, 16).waste == pytest.approx(0.013, abs=5e-4)
-    assert (take(576, 16).micro_batches, take(576, 16).device_rows) == (6, 6)
-    assert take(576, 16, 2).micro_batches == 2  # as told
+    assert (take(576, 16).gradient_accumulation_steps, take(576, 16).device_rows) == (6, 6)
+    assert take(576, 16, 2).gradient_accumulation_steps == 2  # as told
     assert take(576, 1024).device_rows == 1  # more devices than rows
 
 
@@ -98,7 +111,7 @@ def test_state_bytes():
 
 
 def test_floor_and_hours_by_hand():
-    phase = Phase("phase1", tokens=160_453_000_000, mask_rate=0.30)
+    phase = Phase("phase1", tokens=160_453_000_000, mlm_probability=0.30)
     peak = PEAK["TPU v5 lite"]
     fill = fill_of(576, 256, 1)
     found = plan.phase_costs(BASE, phase, fill, peak, 256, 256, 0.4, 8192, sent=4e9)
@@ -195,7 +208,7 @@ def cpu_plan(monkeypatch):
     def run(hbm_bytes, **options):
         monkeypatch.setattr(absent, "devices", lambda topology: jax.devices())
         monkeypatch.setitem(PEAK, "cpu", Device(1e12, hbm_bytes, 1e11, 1e10))
-        config = TrainConfig(rows=24, row_length=64, **options.pop("config", {}))
+        config = TrainConfig(global_batch_size=24, sequence_length=64, **options.pop("config", {}))
         return plan.plan(config, "cpu:8", **options)
 
     return run
@@ -205,7 +218,7 @@ def test_a_config_that_fits(cpu_plan):
     found = cpu_plan(1e9)
     assert found["fits"] and "would_help" not in found
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert (found["micro_batches"], found["device_rows"], found["waste"]) == (1, 3, 0)
+    assert (found["gradient_accumulation_steps"], found["device_rows"], found["waste"]) == (1, 3, 0)
     assert found["used_bytes"] == pytest.approx(sum(found["bytes"].values()))
     assert found["collectives"]["all-gather"]["count"] > 0
     assert json.loads(json.dumps(found)) == found
@@ -226,10 +239,10 @@ def test_a_config_that_does_not_fit(cpu_plan):
 
 def test_advice_names_what_is_left(cpu_plan):
     config = {"remat": "layers", "mesh": MeshShape(fsdp=2), "loss_chunk": 64}
-    found = cpu_plan(1e6, micro_batches=1, config=config)
+    found = cpu_plan(1e6, gradient_accumulation_steps=1, config=config)
     assert found["device_rows"] == 3
     assert found["would_help"] == [
-        "smaller micro-batches: --micro-batches 3",
+        "smaller micro-batches: --gradient-accumulation-steps 3",
         "parameters and moments split more ways: --mesh.fsdp 4",
     ]
 
@@ -262,10 +275,10 @@ def test_every_planned_model_divides_its_mesh():
 
 def test_abstract_arguments_are_what_the_step_takes():
     """The shapes planned are those that the loader makes and the trainer keeps."""
-    config = dataclasses.replace(BASE, micro_batches=6)
+    config = dataclasses.replace(BASE, gradient_accumulation_steps=6)
     mesh = make_mesh(MeshShape(fsdp=8), jax.devices())
     trainer = Trainer(config, config.model, mesh)
-    state, batch, *_ = plan.abstract_arguments(trainer, Phase(mask_rate=0.15))
+    state, batch, *_ = plan.abstract_arguments(trainer, Phase(mlm_probability=0.15))
     assert batch["input_ids"].shape == (6, 96, 8192)
     assert batch["labels"].shape == batch["predict_positions"].shape == (6, 96, 1424)
     assert batch["labels"].sharding == NamedSharding(mesh, P(None, ("data", "fsdp")))
@@ -288,7 +301,7 @@ def run_plan(*arguments, module="libtpu"):
 
 def test_plans_for_an_absent_tpu(tmp_path):
     """The quick one: the tiny model on v5e:2x2, from the command line to JSON."""
-    small = "--row-length 128 --rows 10 --phases.0.tokens 1000000".split()
+    small = "--sequence-length 128 --global-batch-size 10 --phases.0.tokens 1000000".split()
     done = run_plan("--topology", "v5e:2x2", "--json", str(tmp_path / "plan.json"), *small)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "fits" in done.stdout and "hours" in done.stdout
@@ -330,7 +343,9 @@ def test_plans_base_on_a_v5e_16(tmp_path):
 @pytest.mark.slow
 def test_does_not_fit_on_a_v5e():
     """Large, nothing computed again, 24 rows a chip."""
-    arguments = "--config bioclinical_large --topology v5e:2x2 --remat none --micro-batches 7"
+    arguments = (
+        "--config bioclinical_large --topology v5e:2x2 --remat none --gradient-accumulation-steps 7"
+    )
     done = run_plan(*arguments.split())
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout and "--remat layers" in done.stdout

@@ -19,16 +19,24 @@ import tokenizers
 from array_record.python.array_record_module import ArrayRecordReader
 
 from modernbert_jax.tokenizer import AutoTokenizer
-from train import cli, prepare as stages, tokenise
-from train.catalogue import catalogue
-from train.corpora import builder, dedupe, find, generic, parallel, reading, sources
-from train.corpora.bpe import train_bpe
+from train import cli
+from train.common import parallel
+from train.corpora.build import (
+    dataset as builder,
+    dedupe,
+    prepare as stages,
+    reading,
+    tokenize as tokenise,
+)
+from train.corpora.build.bpe import train_bpe
+from train.corpora.build.prepare import prepare
+from train.corpora.readers.text import split_of
+from train.corpora.reports.catalogue import catalogue
 from train.corpora.revisions import Revisions, records_of
 from train.corpora.source import Example, Source
+from train.corpora.sources import find, generic, sources
 from train.corpora.synthetic import synthetic_notes
-from train.corpora.text import split_of
-from train.prepare import prepare
-from train.tokens import open_store
+from train.tokens.store import open_store
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECRET = "Xylographistan"  # stands for a person's text
@@ -70,7 +78,7 @@ def notes(tmp_path_factory):
 
 
 def run(source, tokenizer, out, **changes) -> str:
-    settings = {"row_length": LENGTH, "eval_fraction": FRACTION, "workers": 1} | changes
+    settings = {"sequence_length": LENGTH, "eval_fraction": FRACTION, "workers": 1} | changes
     return prepare(str(source), tokenizer, str(out), **settings)
 
 
@@ -136,7 +144,7 @@ class TestWhatIsMade:
         assert text["dropped"] == {"empty text": 1}
         assert text["places"] == {"empty text": ["29.csv:2"]}
         assert text["train"] + text["eval"] == 85
-        assert tokens["documents"] == 85 and tokens["row_length"] == LENGTH
+        assert tokens["documents"] == 85 and tokens["sequence_length"] == LENGTH
         assert tokens["tokenizer"] and tokens["add_prefix_space"] is True
         assert tokens["text_sha256"] == text["sha256"] and text["code"].startswith("0.")
         for name in ("text_seconds", "read_seconds"):
@@ -298,7 +306,7 @@ class TestRestart:
         )
         command = [
             sys.executable, "-c", code, "prepare", "--source", str(notes[0]), "--tokenizer",
-            tokenizer, "--out", str(out), "--row-length", str(LENGTH), "--eval-fraction",
+            tokenizer, "--out", str(out), "--sequence-length", str(LENGTH), "--eval-fraction",
             str(FRACTION), "--workers", "1",
         ]  # fmt: skip
         killed = 0
@@ -328,12 +336,12 @@ class TestRefusals:
         "changes, problem",
         [
             ({"eval_fraction": 0.2}, "text was made with eval_fraction 0.1, now it is 0.2"),
-            ({"row_length": 32}, "tokens was made with row_length 64, now it is 32"),
+            ({"sequence_length": 32}, "tokens was made with sequence_length 64, now it is 32"),
             ({"add_prefix_space": False}, "add_prefix_space True, now it is False"),
             ({"corpus": "csv"}, "source text, now it is csv"),
             ({"corpus": "mimic"}, "expected all or one of pubmed, pmc, aci_bench"),
             ({"corpus": "mimic3", "text_column": "text"}, "mimic3 has its own"),
-            ({"row_length": 2}, "row_length: expected at least 3"),
+            ({"sequence_length": 2}, "sequence_length: expected at least 3"),
             ({"eval_fraction": 1.0}, "eval_fraction: expected 0 to 1"),
         ],
     )
@@ -435,7 +443,7 @@ class TestBeam:
         )
         command = [
             sys.executable, "-c", code, "prepare", "--source", str(notes[0]), "--tokenizer",
-            tokenizer, "--out", str(tmp_path / "out"), "--row-length", str(LENGTH),
+            tokenizer, "--out", str(tmp_path / "out"), "--sequence-length", str(LENGTH),
             "--eval-fraction", str(FRACTION), "--beam", "runner=DirectRunner",
             "direct_num_workers=2", "direct_running_mode=multi_processing",
         ]  # fmt: skip
@@ -511,7 +519,9 @@ class TestRealCorpora:
         ],
     )
     def test_counts(self, shared, tokenizer, tmp_path, name, folder, read, documents, duplicates):
-        run(shared / "data" / folder, tokenizer, tmp_path / "out", corpus=name, row_length=8192)
+        run(
+            shared / "data" / folder, tokenizer, tmp_path / "out", corpus=name, sequence_length=8192
+        )
         facts = manifest(tmp_path / "out", "text")
         got = facts["read"], facts["documents"], facts["duplicates"]
         assert got == (read, documents, duplicates)
@@ -565,7 +575,7 @@ def test_prefix_space_is_the_tokenizers_own(tokenizer):
 
 
 def test_workers_do_not_wait_for_jax():
-    code = "import sys, train.tokenise, train.corpora.reading; print('jax' in sys.modules)"
+    code = "import sys, train.corpora.build.tokenize, train.corpora.build.reading; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )

@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import load_orbax
+from modernbert_jax.checkpoint.pretrained import load_orbax
 from modernbert_jax.tokenizer import AutoTokenizer
-from train import cli, loop
-from train.config import Hosts, MeshShape, Phase, TrainConfig
+from train import cli
+from train.common.hosts import connect
+from train.common.metrics import MetricsWriter, read_metrics
+from train.common.sharding import make_mesh
 from train.corpora.synthetic import write_corpus
-from train.data import build_row, eval_batches
-from train.hosts import connect
-from train.metrics import MetricsWriter, read_metrics
-from train.setup import masking_of
-from train.sharding import make_mesh
-from train.step import Trainer
-from train.tokens import open_store
+from train.pretrain import run as loop
+from train.pretrain.config import Hosts, MeshShape, Phase, TrainConfig
+from train.pretrain.data import build_row, eval_batches
+from train.pretrain.setup import masking_of
+from train.pretrain.step import Trainer
+from train.tokens.store import open_store
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -44,12 +45,12 @@ def small(corpus, workdir, **changes) -> TrainConfig:
         attention_out_dropout=0.1,
     )  # fmt: skip
     phases = (
-        Phase("one", tokens=9_000, mask_rate=0.30, learning_rate=3e-3, warmup_tokens=2_000),
-        Phase("two", tokens=6_000, mask_rate=0.15, learning_rate=3e-3, decay_tokens=6_000),
+        Phase("one", tokens=9_000, mlm_probability=0.30, learning_rate=3e-3, warmup_tokens=2_000),
+        Phase("two", tokens=6_000, mlm_probability=0.15, learning_rate=3e-3, decay_tokens=6_000),
     )
     config = TrainConfig(
-        model=model, phases=phases, corpus=str(corpus), workdir=str(workdir), row_length=128,
-        rows=8, micro_batches=2, eval_every=5, eval_rows=8, checkpoint_every=3, log_every=1,
+        model=model, phases=phases, corpus=str(corpus), workdir=str(workdir), sequence_length=128,
+        global_batch_size=8, gradient_accumulation_steps=2, eval_every=5, eval_sequences=8, checkpoint_every=3, log_every=1,
         eval_fraction=0.1, mesh=MeshShape(data=1), fill_mask=("The patient was [MASK].",),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
@@ -306,7 +307,7 @@ class TestBadInput:
 
     def test_rows_longer_than_the_model(self, capsys, tmp_path):
         self.refused(
-            capsys, tmp_path, "--row-length", "2048", expect=["max_position_embeddings 1024"]
+            capsys, tmp_path, "--sequence-length", "2048", expect=["max_position_embeddings 1024"]
         )
 
     def test_unwritable_workdir(self, capsys, tmp_path):
@@ -317,8 +318,8 @@ class TestBadInput:
         config = finished[0]
         with pytest.raises(ValueError, match="another configuration: seed was 17, is 18"):
             loop.run(dataclasses.replace(config, seed=18))
-        phases = (dataclasses.replace(config.phases[0], mask_rate=0.2), config.phases[1])
-        with pytest.raises(ValueError, match="phases 0 mask_rate was 0.3, is 0.2"):
+        phases = (dataclasses.replace(config.phases[0], mlm_probability=0.2), config.phases[1])
+        with pytest.raises(ValueError, match="phases 0 mlm_probability was 0.3, is 0.2"):
             loop.run(dataclasses.replace(config, phases=phases))
 
     def test_unknown_config_and_verb(self, capsys):
@@ -339,13 +340,13 @@ def test_prepared_tokens_are_a_corpus_and_scores_are_told_apart(finished, corpus
     for _ in range(2):  # the second time finds all done
         code = cli.main(
             ["prepare", "--source", str(notes), "--tokenizer", str(tokenizer), "--out", str(out),
-             "--row-length", "128", "--eval-fraction", "0.1"]
+             "--sequence-length", "128", "--eval-fraction", "0.1"]
         )  # fmt: skip
         assert code == 0
         assert "150 documents" in capsys.readouterr().out
     phase = Phase("one", tokens=3_000, learning_rate=1e-3)
     config = dataclasses.replace(
-        small(corpus, tmp_path / "w", phases=(phase,), tokenizer=str(tokenizer), eval_rows=64),
+        small(corpus, tmp_path / "w", phases=(phase,), tokenizer=str(tokenizer), eval_sequences=64),
         corpus=(str(corpus), str(out)),
     )
     scores = loop.run(config)["phases"][0]
@@ -364,8 +365,8 @@ def test_packed_evaluation_equals_one_piece_a_row(finished):
     (folder,) = (workdir / "tokens").iterdir()
     store = open_store(folder)["eval"]
     tokenizer = AutoTokenizer.from_pretrained(workdir / "tokenizer")
-    masking = masking_of(config, tokenizer, config.eval_mask_rate)
-    config = dataclasses.replace(config, eval_rows=10_000)
+    masking = masking_of(config, tokenizer, config.eval_mlm_probability)
+    config = dataclasses.replace(config, eval_sequences=10_000)
     model = ModernBertConfig.from_json(workdir / "export" / "config.json")
     trainer = Trainer(config, model, make_mesh(MeshShape(data=1)))
     params = load_orbax(sorted((workdir / "checkpoints").iterdir())[-1])["params"]
@@ -380,7 +381,7 @@ def test_packed_evaluation_equals_one_piece_a_row(finished):
     packed = eval_batches(store, masking, config)
     seed = (config.seed, 0, 2**31)
     rows = [
-        build_row(store, np.array([piece]), masking, config.row_length, seed)
+        build_row(store, np.array([piece]), masking, config.sequence_length, seed)
         for piece in range(len(store.lengths))
     ]
     pad = [{k: np.zeros_like(v) - (k == "labels") for k, v in rows[0].items()}] * (-len(rows) % 4)

@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax import nnx
 
 import modernbert_jax as mj
-from modernbert_jax.pretrained import (
+from modernbert_jax.checkpoint.pretrained import (
     KEY_TABLE,
     flatten,
     from_hf,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertModel
-from modernbert_jax.pretrained import flatten, to_hf
+from modernbert_jax.checkpoint.pretrained import flatten, to_hf
 from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli
-from train.corpora.bpe import train_bpe
-from train.retrieval import Encoder, RetrievalConfig, contrast, retrieval_scores, train
+from train.corpora.build.bpe import train_bpe
+from train.finetune.retrieval import Encoder, RetrievalConfig, contrast, retrieval_scores, train
 
 TOPICS = ("fever cough chills", "fracture cast bone", "rash itch cream", "insulin sugar feet")
 

@@ -9,7 +9,7 @@ import seqeval.metrics
 import sklearn.metrics
 from hypothesis import given, strategies as st
 
-from train.scores import (
+from train.finetune.scores import (
     answer_scores,
     classification_scores,
     entities,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from modernbert_jax import Embedder, ModernBertConfig, ModernBertForMaskedLM, pipeline
 from modernbert_jax.__main__ import main
-from modernbert_jax.serving import FUNCTIONS, load
+from modernbert_jax.inference.export import FUNCTIONS, load
 
 TEXT = "the patient has [MASK] fever"
 
@@ -114,7 +114,7 @@ class TestLoad:
             asked.append((path, revision))
             return model
 
-        monkeypatch.setattr("modernbert_jax.serving.resolve", resolve)
+        monkeypatch.setattr("modernbert_jax.inference.export.resolve", resolve)
         pipeline("fill-mask", "some/model", revision="v1")
         Embedder.from_pretrained("some/model", revision="v2")
         assert asked == [("some/model", "v1"), ("some/model", "v2")]

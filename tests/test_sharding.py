@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import param_shapes
-from train import sharding
-from train.config import MeshShape, Optimizer, TrainConfig
-from train.embedding import look_up
-from train.loss import IGNORE, masked_cross_entropy
-from train.sharding import local_slots, make_mesh, padded_rows, param_shardings, to_devices
-from train.step import Trainer
+from modernbert_jax.checkpoint.pretrained import param_shapes
+from train.common import sharding
+from train.common.sharding import local_slots, make_mesh, padded_rows, param_shardings, to_devices
+from train.pretrain.config import MeshShape, Optimizer, TrainConfig
+from train.pretrain.embedding import look_up
+from train.pretrain.loss import IGNORE, masked_cross_entropy
+from train.pretrain.step import Trainer
 
 STEPS, RATE = 20, 3e-3
 MODEL = ModernBertConfig.tiny(
@@ -24,7 +24,7 @@ MODEL = ModernBertConfig.tiny(
     num_attention_heads=4, attention_out_dropout=0.1,
 )  # fmt: skip
 RECIPE = TrainConfig(
-    model=MODEL, optimizer=Optimizer(weight_decay=1e-2), rows=10, micro_batches=2, loss_chunk=16,
+    model=MODEL, optimizer=Optimizer(weight_decay=1e-2), global_batch_size=10, gradient_accumulation_steps=2, loss_chunk=16,
     scan_layers=True, remat="layers",
 )  # fmt: skip
 A, ROWS, LENGTH, PLACES = 2, 5, 96, 24

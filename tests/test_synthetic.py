@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from train.corpora.readers.text import read_documents
 from train.corpora.synthetic import (
     BACKGROUND,
     DIAGNOSES,
@@ -20,7 +21,6 @@ from train.corpora.synthetic import (
     synthetic_notes,
     write_corpus,
 )
-from train.corpora.text import read_documents
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 import sklearn.model_selection
 from hypothesis import given, strategies as st
 
-from train.tasks import TASKS, cos, deid, social_history, task_named
-from train.tasks.brat import BLANK_WORDS, WORDS, Span, documents, read_spans, tag
-from train.tasks.task import Data, hf_split, sklearn_split, three_ways
+from train.finetune.tasks import TASKS, cos, deid, social_history, task_named
+from train.finetune.tasks.brat import BLANK_WORDS, WORDS, Span, documents, read_spans, tag
+from train.finetune.tasks.task import Data, hf_split, sklearn_split, three_ways
 
 SIZES = [7, 10, 20, 33, 100, 141, 1008]
 

@@ -19,7 +19,7 @@ import tokenizers
 from hypothesis import given, strategies as st
 
 from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
-from train.corpora.bpe import train_bpe
+from train.corpora.build.bpe import train_bpe
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -449,7 +449,7 @@ def test_it_can_be_pickled_and_copied(tiny):
 
 def test_training_is_the_same_every_time(tiny):
     code = (
-        "from train.corpora.bpe import train_bpe; import ast, sys; "
+        "from train.corpora.build.bpe import train_bpe; import ast, sys; "
         "print(train_bpe(ast.literal_eval(sys.argv[1]), 320).fingerprint)"
     )
     root = Path(__file__).resolve().parents[1]

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import hf_to_params
+from modernbert_jax.checkpoint.pretrained import hf_to_params
 from tests.parity_cases import hf_model
-from train.config import Optimizer, Phase, TrainConfig
-from train.loss import IGNORE
-from train.optimizer import decay_mask, schedule
-from train.sharding import make_mesh
-from train.step import Trainer, TrainState
+from train.common.optimizer import decay_mask, schedule
+from train.common.sharding import make_mesh
+from train.pretrain.config import Optimizer, Phase, TrainConfig
+from train.pretrain.loss import IGNORE
+from train.pretrain.step import Trainer, TrainState
 
 torch = pytest.importorskip("torch")
 optimi = pytest.importorskip("optimi")
@@ -79,7 +79,7 @@ def torch_losses():
     return losses
 
 
-def batch_of(step, packed, micro_batches):
+def batch_of(step, packed, gradient_accumulation_steps):
     docs = documents(step)
     per_row = 2 if packed else 1
     rows = [docs[i : i + per_row] for i in range(0, DOCUMENTS, per_row)]
@@ -96,11 +96,11 @@ def batch_of(step, packed, micro_batches):
             arrays["predict_positions"][r, used : used + n] = positions + end
             arrays["labels"][r, used : used + n] = answers
             end, used = end + len(tokens), used + n
-    return {k: v.reshape(micro_batches, -1, v.shape[-1]) for k, v in arrays.items()}
+    return {k: v.reshape(gradient_accumulation_steps, -1, v.shape[-1]) for k, v in arrays.items()}
 
 
 @pytest.mark.parametrize(
-    "packed, micro_batches, scan",
+    "packed, gradient_accumulation_steps, scan",
     [
         (False, 1, False),
         (True, 1, False),
@@ -109,7 +109,7 @@ def batch_of(step, packed, micro_batches):
     ],
     ids=["unpacked", "packed", "packed-accumulated", "unpacked-accumulated-scanned"],
 )
-def test_fifty_steps(packed, micro_batches, scan):
+def test_fifty_steps(packed, gradient_accumulation_steps, scan):
     reference = start()
     config = ModernBertConfig.from_dict(reference.config.to_dict())
     tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
@@ -120,7 +120,7 @@ def test_fifty_steps(packed, micro_batches, scan):
     state = TrainState(params, trainer.tx.init(params))
     ours = []
     for step in range(STEPS):
-        batch = batch_of(step, packed, micro_batches)
+        batch = batch_of(step, packed, gradient_accumulation_steps)
         state, metrics = trainer.train_step(state, batch, RATE(step), PEAK)
         ours.append(float(metrics["loss"]))
     theirs = torch_losses()

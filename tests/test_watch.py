@@ -18,8 +18,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.pretrained import KEY_TABLE, param_shapes
-from train.watch import Goodput, Profile, Spikes, Stall, kind_of, norms_by_kind
+from modernbert_jax.checkpoint.pretrained import KEY_TABLE, param_shapes
+from train.common.watch import Goodput, Profile, Spikes, Stall, kind_of, norms_by_kind
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = {
@@ -323,7 +323,7 @@ class TestGoodput:
         path = tmp_path / "goodput.jsonl"
         code = (
             "import itertools, pathlib, sys\n"
-            "from train.watch import Goodput\n"
+            "from train.common.watch import Goodput\n"
             "g = Goodput(pathlib.Path(sys.argv[1]), 0)\n"
             "for step in itertools.count(1):\n"
             "    with g.doing('steps'): pass\n"

@@ -1,7 +1,7 @@
 import sys
 
 from . import cli
-from .hosts import leave
+from .common.hosts import leave
 
 if __name__ == "__main__":
     code = cli.main()

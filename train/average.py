@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from modernbert_jax import ModernBertConfig
-from modernbert_jax.pretrained import (
+from modernbert_jax.checkpoint.pretrained import (
     CONFIG_FILE,
     class_of,
     hf_to_params,
@@ -27,7 +27,7 @@ from modernbert_jax.pretrained import (
     write_hf,
 )
 
-from .card import start_facts
+from .common.card import start_facts
 
 # What may differ between the checkpoints: none of it changes what the weights mean.
 _FREE = {

@@ -20,7 +20,7 @@ USAGE = """usage: python -m train VERB ...
 
   python -m train pretrain --config demo
   python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
-  python -m train pretrain --config demo --phases.0.learning-rate 1e-3 --rows 16
+  python -m train pretrain --config demo --phases.0.learning-rate 1e-3 --global-batch-size 16
   python -m train VERB --help                 (pretrain: --config NAME --help, with its values)
 
 configs: {configs}
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(args: list[str]) -> int:
-    from . import loop
-    from .config import TrainConfig
+    from .pretrain import run as loop
+    from .pretrain.config import TrainConfig
 
     name, rest = _take(args, "--config")
     default = TrainConfig()
@@ -87,28 +87,28 @@ def _pretrain(args: list[str]) -> int:
 
 
 def _prepare(args: list[str]) -> int:
-    from .prepare import prepare
+    from .corpora.build.prepare import prepare
 
     print(tyro.cli(prepare, prog="python -m train prepare", args=args))
     return 0
 
 
 def _corpora(args: list[str]) -> int:
-    from .catalogue import catalogue
+    from .corpora.reports.catalogue import catalogue
 
     print(tyro.cli(catalogue, prog="python -m train corpora", args=args))
     return 0
 
 
 def _mixture(args: list[str]) -> int:
-    from .mixture import mixture
+    from .corpora.reports.mixture import mixture
 
     print(tyro.cli(mixture, prog="python -m train mixture", args=args))
     return 0
 
 
 def _overlap(args: list[str]) -> int:
-    from .overlap import overlap
+    from .corpora.reports.decontaminate import overlap
 
     print(tyro.cli(overlap, prog="python -m train overlap", args=args))
     return 0
@@ -117,12 +117,12 @@ def _overlap(args: list[str]) -> int:
 def _finetune(args: list[str]) -> int:
     name, rest = _take(args, "--task")
     if name == "retrieval":
-        from . import retrieval
+        from .finetune import retrieval
 
         prog = "python -m train finetune --task retrieval"
         retrieval.train(tyro.cli(retrieval.RetrievalConfig, prog=prog, args=rest))
         return 0
-    from .finetune import FinetuneConfig, finetune
+    from .finetune.run import FinetuneConfig, finetune
 
     finetune(tyro.cli(FinetuneConfig, prog="python -m train finetune", args=args))
     return 0
@@ -135,7 +135,7 @@ def _average(args: list[str]) -> int:
 
 
 def _plan(args: list[str]) -> int:
-    from .plan import main
+    from .plan.search import main
 
     return main(args)
 

@@ -39,8 +39,8 @@ def main() -> None:
     import torch
     import transformers
 
-    from train.finetune import FinetuneConfig, finetune
-    from train.tasks import task_named
+    from train.finetune.run import FinetuneConfig, finetune
+    from train.finetune.tasks import task_named
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder of NegEx's annotations")

@@ -1,6 +1,6 @@
 """Packed and masked tokens a second of the training loader, plan included.
 
-    python tests/benchmarks/loader.py [--json FILE] [--tokens 40_000_000] [--row-length 8192]
+    python tests/benchmarks/loader.py [--json FILE] [--tokens 40_000_000] [--sequence-length 8192]
 
 Writes token folders of random ids (lognormal lengths, sigma 1; of mean 1,000 tokens, as articles
 have, and 200, as notes) and draws one epoch of batches from each, masked at 30 %, in 1 thread, 2
@@ -28,10 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from train.config import Phase, TrainConfig
-from train.data import Batches, Plans
-from train.masking import Masking
-from train.tokens import SplitWriter, TokenStore, open_store, write_manifest
+from train.pretrain.config import Phase, TrainConfig
+from train.pretrain.data import Batches, Plans
+from train.pretrain.masking import Masking
+from train.tokens.store import SplitWriter, TokenStore, open_store, write_manifest
 
 MASKING = Masking(rate=0.30, mask_id=4, vocab_size=50_368, special_ids=(0, 1, 2, 3, 4))
 MODES = {
@@ -79,7 +79,7 @@ def draw(store: TokenStore, config: TrainConfig, how: dict[str, Any]) -> dict[st
         "tokens_per_second": tokens / (end - start),
         "tokens_per_second_after_start": (tokens - first_tokens) / (end - first),
         "tokens_per_cpu_second": tokens / (cpu_seconds() - before),
-        "fill": tokens / (rows * config.row_length),
+        "fill": tokens / (rows * config.sequence_length),
         "masked_share": masked / tokens,
         "dropped": dropped,
         "tokens": tokens,
@@ -91,10 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--tokens", type=int, default=40_000_000)
-    parser.add_argument("--row-length", type=int, default=8192)
+    parser.add_argument("--sequence-length", type=int, default=8192)
     args = parser.parse_args()
     config = TrainConfig(
-        phases=(Phase(tokens=10**12),), row_length=args.row_length, rows=32, micro_batches=4
+        phases=(Phase(tokens=10**12),),
+        sequence_length=args.sequence_length,
+        global_batch_size=32,
+        gradient_accumulation_steps=4,
     )
     report = {
         "command": "python " + " ".join(sys.argv),
@@ -112,9 +115,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for mean in (1000, 200):
             path = pathlib.Path(folder, str(mean))
-            store = write_tokens(path, mean, args.tokens, args.row_length)
+            store = write_tokens(path, mean, args.tokens, args.sequence_length)
             start = time.perf_counter()
-            plans = Plans(store, args.row_length, (17, 0))
+            plans = Plans(store, args.sequence_length, (17, 0))
             plans(0)
             seconds = time.perf_counter() - start
             plans.close()

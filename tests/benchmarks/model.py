@@ -42,7 +42,7 @@ def our_model(reference=None):
     from flax import nnx
 
     import modernbert_jax as mj
-    from modernbert_jax.pretrained import hf_to_params, module_of
+    from modernbert_jax.checkpoint.pretrained import hf_to_params, module_of
 
     config = mj.ModernBertConfig.base()
     if reference is None:

@@ -30,9 +30,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import tokenizers
 
 from modernbert_jax.tokenizer import AutoTokenizer
-from train.corpora import builder, find
+from train.corpora.build import dataset as builder
+from train.corpora.build.tokenize import Recipe, tokenise
+from train.corpora.sources import find
 from train.corpora.synthetic import synthetic_notes
-from train.tokenise import Recipe, tokenise
 
 CHARACTERS = 2_000
 
@@ -71,7 +72,7 @@ def measure(folder: pathlib.Path, tokenizer: str, notes: int, workers: int) -> d
     ends = encoder.cls_token_id, encoder.sep_token_id
     assert ends[0] is not None and ends[1] is not None
     recipe = Recipe(
-        encoder.backend_tokenizer.to_str(), len(encoder), (ends[0], ends[1]), row_length=8192
+        encoder.backend_tokenizer.to_str(), len(encoder), (ends[0], ends[1]), sequence_length=8192
     )
     shards = {"train": [(p, str(p)) for p in sorted(text.glob("*.array_record-*"))]}
     before, start = cpu_seconds(), time.perf_counter()

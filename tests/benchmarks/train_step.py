@@ -3,7 +3,7 @@
     python tests/benchmarks/train_step.py [--json FILE] [--sizes base large] [--lengths 1024 8192]
     python tests/benchmarks/train_step.py --quick        a tiny model in float32, for a CPU
 
-Ours: train.step with bf16 products, float32 weights, dropout 0.1 on the attention's output and
+Ours: train.pretrain.step with bf16 products, float32 weights, dropout 0.1 on the attention's output and
 StableAdamW. torch: transformers' model with sdpa, compiled on GPUs, under bf16 autocast with
 float32 weights, no dropout, fused AdamW. Both predict 30 % of the tokens and send only those
 through the head. Documents: "full", each as long as a row; "packed", of exponential lengths with a
@@ -11,7 +11,7 @@ mean of 1,024 tokens (a quarter of a row where rows are shorter than 4,096), cut
 has the mean of those drawn. We pack those into rows. torch, which has no packed sdpa, gets them
 sorted by length in padded batches of as many places, summed into one update.
 
-Tokens are counted without padding. MFU counts model FLOPs (train/flops.py) against the device's
+Tokens are counted without padding. MFU counts model FLOPs (train/plan/flops.py) against the device's
 peak. Before anything is timed both losses on the same weights and documents must agree. A step
 begins at 98,304 tokens (large: 57,344), the reference's micro-batch on a GPU, and is halved while
 it does not fit.
@@ -37,14 +37,14 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM  # noqa: E402
+from modernbert_jax.checkpoint.pretrained import hf_to_params  # noqa: E402
 from modernbert_jax.packing import plan_rows  # noqa: E402
-from modernbert_jax.pretrained import hf_to_params  # noqa: E402
-from train.config import TrainConfig  # noqa: E402
-from train.flops import PEAK, mfu, model_flops  # noqa: E402
-from train.loss import IGNORE  # noqa: E402
-from train.masking import predicted_positions  # noqa: E402
-from train.sharding import batch_sharding, make_mesh  # noqa: E402
-from train.step import Trainer  # noqa: E402
+from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
+from train.plan.flops import PEAK, mfu, model_flops  # noqa: E402
+from train.pretrain.config import TrainConfig  # noqa: E402
+from train.pretrain.loss import IGNORE  # noqa: E402
+from train.pretrain.masking import predicted_positions  # noqa: E402
+from train.pretrain.step import Trainer  # noqa: E402
 
 MASK_RATE, MEAN_DOCUMENT = 0.30, 1024
 MICRO_TOKENS = {"base": 98_304, "large": 57_344, "tiny": 1024}
@@ -287,7 +287,7 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
         def packed_of(rows, length=length, kind=documents_kind):
             return make_rows(kind, rows, length, model_config.vocab_size)
 
-        row: dict[str, Any] = {"size": size, "row_length": length, "documents": documents_kind}
+        row: dict[str, Any] = {"size": size, "sequence_length": length, "documents": documents_kind}
         for name, side in (("ours", ours), ("torch", theirs)):
             if side is None:
                 continue
@@ -317,7 +317,7 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
 
 def line(row: dict[str, Any]) -> str:
     """A line of the table."""
-    text = f"{row['size']:6} {row['row_length']:5} {row['documents']:7}"
+    text = f"{row['size']:6} {row['sequence_length']:5} {row['documents']:7}"
     for name in ("ours", "torch"):
         if name in row:
             part = row[name]

@@ -26,8 +26,8 @@ from collections.abc import Callable
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).resolve().parents[2]))
 
-from train.corpora import pmc, pubmed
 from train.corpora.source import Report, Source
+from train.corpora.sources import pmc, pubmed
 
 _ARTICLE = re.compile(rb"<PubmedArticle>.*?</PubmedArticle>", re.S)
 _PMID = re.compile(rb"(<MedlineCitation[^>]*>\s*<PMID[^>]*>)\d+")

@@ -4,7 +4,7 @@ from typing import Any
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Optimizer, TrainConfig
+from ..pretrain.config import Optimizer, TrainConfig
 
 
 def recipe(model: ModernBertConfig, weight_decay: float, **fields: Any) -> TrainConfig:
@@ -21,7 +21,7 @@ def recipe(model: ModernBertConfig, weight_decay: float, **fields: Any) -> Train
     optimizer = Optimizer(b1=0.9, b2=0.98, eps=1e-6, weight_decay=weight_decay)
     settings: dict[str, Any] = {
         "tokenizer": "answerdotai/ModernBERT-base",  # large has the same
-        "eval_mask_rate": 0.15,
+        "eval_mlm_probability": 0.15,
         "eval_fraction": 0.005,
         "synthetic_notes": 0,
         "scan_layers": True,

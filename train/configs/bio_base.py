@@ -19,7 +19,7 @@ in phase 1, every 1,000 in phase 2.
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -29,24 +29,24 @@ def get_config() -> TrainConfig:
         ModernBertConfig.base(),
         weight_decay=1e-5,
         phases=(
-            Phase("phase1_all", tokens=160_453_000_000, mask_rate=0.30, learning_rate=3e-4),
+            Phase("phase1_all", tokens=160_453_000_000, mlm_probability=0.30, learning_rate=3e-4),
             Phase(
                 "phase2_bio",
                 tokens=50_735_000_000,
-                mask_rate=0.15,
+                mlm_probability=0.15,
                 learning_rate=3e-4,
                 decay_tokens=50_735_000_000,
                 decay="one_minus_sqrt",
-                final_lr_share=0.001,
+                final_lr_ratio=0.001,
             ),
         ),
         workdir="runs/bio_base",
         init_from="./checkpoints/base_context",
         init_optimizer=True,
         seed=17,
-        row_length=8192,
-        rows=576,
-        micro_batches=6,  # 12 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=576,
+        gradient_accumulation_steps=6,  # 12 rows on each of 8 devices
         eval_every=500,
         checkpoint_every=500,
     )

@@ -20,7 +20,7 @@ in phase 1, every 1,000 in phase 2.
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -30,24 +30,24 @@ def get_config() -> TrainConfig:
         ModernBertConfig.large(),
         weight_decay=1e-6,
         phases=(
-            Phase("phase1_all", tokens=160_453_000_000, mask_rate=0.30, learning_rate=5e-5),
+            Phase("phase1_all", tokens=160_453_000_000, mlm_probability=0.30, learning_rate=5e-5),
             Phase(
                 "phase2_bio",
                 tokens=50_735_000_000,
-                mask_rate=0.15,
+                mlm_probability=0.15,
                 learning_rate=5e-5,
                 decay_tokens=50_735_000_000,
                 decay="one_minus_sqrt",
-                final_lr_share=0.001,
+                final_lr_ratio=0.001,
             ),
         ),
         workdir="runs/bio_large",
         init_from="./checkpoints/large_context",
         init_optimizer=True,
         seed=314,
-        row_length=8192,
-        rows=616,
-        micro_batches=11,  # 7 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=616,
+        gradient_accumulation_steps=11,  # 7 rows on each of 8 devices
         eval_every=500,
         checkpoint_every=500,
     )

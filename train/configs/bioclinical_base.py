@@ -36,7 +36,7 @@ every 40 and saves every 160.
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -46,24 +46,24 @@ def get_config() -> TrainConfig:
         ModernBertConfig.base(),
         weight_decay=1e-5,
         phases=(
-            Phase("phase1_all", tokens=160_453_000_000, mask_rate=0.30, learning_rate=3e-4),
+            Phase("phase1_all", tokens=160_453_000_000, mlm_probability=0.30, learning_rate=3e-4),
             Phase(
                 "phase2_clinical",
                 tokens=8_247_337_000,
-                mask_rate=0.15,
+                mlm_probability=0.15,
                 learning_rate=3e-4,
                 decay_tokens=8_247_337_000,
                 decay="one_minus_sqrt",
-                final_lr_share=0.001,
+                final_lr_ratio=0.001,
             ),
         ),
         workdir="runs/bioclinical_base",
         init_from="./checkpoints/base_context",
         init_optimizer=True,
         seed=17,
-        row_length=8192,
-        rows=576,
-        micro_batches=6,  # 12 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=576,
+        gradient_accumulation_steps=6,  # 12 rows on each of 8 devices
         eval_every=200,
         checkpoint_every=500,
     )

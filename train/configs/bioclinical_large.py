@@ -22,7 +22,7 @@ where here it is 1e-6). It evaluates and saves every 3,000 steps in phase 1, eve
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -32,24 +32,24 @@ def get_config() -> TrainConfig:
         ModernBertConfig.large(),
         weight_decay=1e-6,
         phases=(
-            Phase("phase1_all", tokens=160_453_000_000, mask_rate=0.30, learning_rate=5e-5),
+            Phase("phase1_all", tokens=160_453_000_000, mlm_probability=0.30, learning_rate=5e-5),
             Phase(
                 "phase2_clinical",
                 tokens=8_247_337_000,
-                mask_rate=0.15,
+                mlm_probability=0.15,
                 learning_rate=5e-5,
                 decay_tokens=2_749_112_000,
                 decay="one_minus_sqrt",
-                final_lr_share=0.001,
+                final_lr_ratio=0.001,
             ),
         ),
         workdir="runs/bioclinical_large",
         init_from="./checkpoints/large_context",
         init_optimizer=True,
         seed=314,
-        row_length=8192,
-        rows=616,
-        micro_batches=11,  # 7 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=616,
+        gradient_accumulation_steps=11,  # 7 rows on each of 8 devices
         eval_every=200,
         checkpoint_every=500,
     )

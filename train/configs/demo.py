@@ -6,8 +6,8 @@ python -m train pretrain --config demo --corpus DIR          (your own text)
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Optimizer, Phase, TrainConfig
 from ..corpora.synthetic import FILL_MASK_SENTENCES
+from ..pretrain.config import Optimizer, Phase, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -18,14 +18,14 @@ def get_config() -> TrainConfig:
             Phase(
                 name="phase1",
                 tokens=1_300_000,
-                mask_rate=0.30,
+                mlm_probability=0.30,
                 learning_rate=3e-3,
                 warmup_tokens=80_000,
             ),
             Phase(
                 name="phase2",
                 tokens=500_000,
-                mask_rate=0.15,
+                mlm_probability=0.15,
                 learning_rate=3e-3,
                 decay_tokens=500_000,
             ),
@@ -33,8 +33,8 @@ def get_config() -> TrainConfig:
         # The recipe's 1e-6 is large beside the gradients of so small a model's queries and keys.
         optimizer=Optimizer(eps=1e-8),
         workdir="runs/demo",
-        row_length=512,
-        rows=16,
+        sequence_length=512,
+        global_batch_size=16,
         eval_every=50,
         checkpoint_every=100,
         fill_mask=FILL_MASK_SENTENCES,

@@ -18,7 +18,7 @@ Quirks of the reference, off here (bioclinical_base describes them): --loss-weig
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -31,20 +31,20 @@ def get_config() -> TrainConfig:
             Phase(
                 "decay",
                 tokens=50_000_000_000,
-                mask_rate=0.30,
+                mlm_probability=0.30,
                 learning_rate=3e-4,
                 decay_tokens=50_000_000_000,
                 decay="one_minus_sqrt",
-                final_lr_share=0.001,
+                final_lr_ratio=0.001,
             ),
         ),
         workdir="runs/modernbert_base_decay",
         init_from="./checkpoints/base_context",
         init_optimizer=True,
         seed=17,
-        row_length=8192,
-        rows=576,
-        micro_batches=6,  # 12 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=576,
+        gradient_accumulation_steps=6,  # 12 rows on each of 8 devices
         eval_every=500,
         checkpoint_every=500,
         keep_checkpoints=30,

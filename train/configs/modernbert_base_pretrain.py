@@ -23,7 +23,7 @@ all; neither counts padding.
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -36,20 +36,20 @@ def get_config() -> TrainConfig:
             Phase(
                 "pretrain",
                 tokens=1_719_000_000_000,
-                mask_rate=0.30,
+                mlm_probability=0.30,
                 learning_rate=8e-4,
                 warmup_tokens=3_000_000_000,
-                warmup_rows=768,
-                rows_warmup_tokens=50_000_000_000,
+                batch_size_warmup_start=768,
+                batch_size_warmup_tokens=50_000_000_000,
             ),
         ),
         workdir="runs/modernbert_base_pretrain",
         seed=17,
-        row_length=1024,
-        rows=4608,
-        micro_batches=6,  # 96 rows on each of 8 devices
+        sequence_length=1024,
+        global_batch_size=4608,
+        gradient_accumulation_steps=6,  # 96 rows on each of 8 devices
         eval_fraction=0.0001,
-        eval_rows=1024,
+        eval_sequences=1024,
         eval_every=1000,
         checkpoint_every=2000,
         keep_checkpoints=3,

@@ -17,7 +17,7 @@ Quirks of the reference, off here (bioclinical_base describes them): --loss-weig
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -26,15 +26,17 @@ def get_config() -> TrainConfig:
     return recipe(
         ModernBertConfig.large(global_rope_theta=160_000.0, local_rope_theta=10_000.0),
         weight_decay=1e-6,
-        phases=(Phase("context", tokens=250_000_000_000, mask_rate=0.30, learning_rate=5e-5),),
+        phases=(
+            Phase("context", tokens=250_000_000_000, mlm_probability=0.30, learning_rate=5e-5),
+        ),
         workdir="runs/modernbert_large_context",
         init_from="./checkpoints/large_pretrain",
         init_optimizer=True,
         global_rope_theta=160_000.0,
         seed=314,
-        row_length=8192,
-        rows=616,
-        micro_batches=11,  # 7 rows on each of 8 devices
+        sequence_length=8192,
+        global_batch_size=616,
+        gradient_accumulation_steps=11,  # 7 rows on each of 8 devices
         eval_fraction=0.0005,
         eval_every=1000,
         checkpoint_every=1000,

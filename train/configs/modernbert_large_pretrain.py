@@ -25,7 +25,7 @@ import dataclasses
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Phase, TrainConfig
+from ..pretrain.config import Phase, TrainConfig
 from . import recipe
 
 
@@ -38,21 +38,21 @@ def get_config() -> TrainConfig:
             Phase(
                 "pretrain",
                 tokens=900_000_000_000,
-                mask_rate=0.30,
+                mlm_probability=0.30,
                 learning_rate=5e-4,
                 warmup_tokens=2_000_000_000,
-                warmup_rows=448,
-                rows_warmup_tokens=10_000_000_000,
+                batch_size_warmup_start=448,
+                batch_size_warmup_tokens=10_000_000_000,
             ),
-            Phase("rolled_back", tokens=819_000_000_000, mask_rate=0.30, learning_rate=5e-5),
+            Phase("rolled_back", tokens=819_000_000_000, mlm_probability=0.30, learning_rate=5e-5),
         ),
         workdir="runs/modernbert_large_pretrain",
         seed=314,
-        row_length=1024,
-        rows=4928,
-        micro_batches=11,  # 56 rows on each of 8 devices
+        sequence_length=1024,
+        global_batch_size=4928,
+        gradient_accumulation_steps=11,  # 56 rows on each of 8 devices
         eval_fraction=0.0001,
-        eval_rows=1024,
+        eval_sequences=1024,
         eval_every=1000,
         checkpoint_every=2000,
         keep_checkpoints=3,

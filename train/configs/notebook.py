@@ -8,7 +8,7 @@ and nothing else.
 
 from modernbert_jax import ModernBertConfig
 
-from ..config import Optimizer, Phase, TrainConfig
+from ..pretrain.config import Optimizer, Phase, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -23,8 +23,8 @@ def get_config() -> TrainConfig:
         attention_out_dropout=0.1,
     )
     phases = (
-        Phase("phase1", 300_000, mask_rate=0.30, learning_rate=1e-2, warmup_tokens=30_000),
-        Phase("phase2", 150_000, mask_rate=0.15, learning_rate=1e-2, decay_tokens=150_000),
+        Phase("phase1", 300_000, mlm_probability=0.30, learning_rate=1e-2, warmup_tokens=30_000),
+        Phase("phase2", 150_000, mlm_probability=0.15, learning_rate=1e-2, decay_tokens=150_000),
     )
     return TrainConfig(
         model=model,
@@ -32,9 +32,9 @@ def get_config() -> TrainConfig:
         optimizer=Optimizer(eps=1e-8),  # as demo
         workdir="runs/notebook",
         synthetic_notes=1_500,
-        row_length=256,
-        rows=8,
+        sequence_length=256,
+        global_batch_size=8,
         eval_every=40,
-        eval_rows=16,
+        eval_sequences=16,
         checkpoint_every=1_000,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .parallel import run_all
+from ..common.parallel import run_all
 
 LARGEST_ID = 10**8  # PMIDs and PMCIDs have up to eight digits
 # A record in a file, or one that the file takes away.

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face folders, Orbax directories, hub ids."""

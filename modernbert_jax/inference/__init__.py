@@ -1,0 +1,1 @@
+"""Inference: pipelines, embeddings, exported functions, inspection of activations."""

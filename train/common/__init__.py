@@ -1,0 +1,1 @@
+"""What more than one program uses: hosts, mesh and sharding, optimizer, metrics, watch."""

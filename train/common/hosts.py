@@ -1,0 +1,103 @@
+"""The processes of a run: how they find each other and what they agree on."""
+
+import glob
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..pretrain.config import Hosts
+
+T = TypeVar("T")
+
+
+def connect(hosts: Hosts) -> None:
+    """jax.distributed.initialize() where there is more than one process; before any other jax call.
+
+    Explicit flags come first (coordinator, count and index, all three). Without them Cloud TPU,
+    SLURM (`srun`) and Open MPI say who is who; one process alone needs nothing.
+    Raises ValueError for flags that leave something open.
+    """
+    given = (bool(hosts.coordinator), hosts.count > 0, hosts.index >= 0)
+    heartbeat: dict[str, Any] = {"heartbeat_timeout_seconds": hosts.heartbeat_seconds}
+    if all(given):
+        if hosts.index >= hosts.count:
+            raise ValueError(f"hosts: expected index 0 to {hosts.count - 1}, got {hosts.index}")
+        jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.index, **heartbeat)
+    elif any(given):
+        raise ValueError(
+            "hosts: expected --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index "
+            "together, or none of them"
+        )
+    elif _several():
+        jax.distributed.initialize(**heartbeat)
+
+
+def _several() -> bool:
+    """Whether the environment speaks of more than one process."""
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        return True
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    if env.get("JAX_PLATFORMS") == "cpu":
+        return False
+    # On a Cloud TPU each worker asks the metadata server; that is right for one worker as well.
+    return bool(glob.glob("/dev/accel*") or env.get("TPU_WORKER_HOSTNAMES"))
+
+
+def leave(code: int) -> None:
+    """Ends this process now: after a save that failed, Orbax's threads wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def first_then_others(name: str, make: Callable[[], T]) -> T:
+    """Runs `make` on the first process and then on the others, who find its work done."""
+    if is_first():
+        made = make()
+        barrier(name)
+        return made
+    barrier(name)
+    return make()
+
+
+def from_first(value: int) -> int:
+    """The first process's integer, everywhere."""
+    if jax.process_count() == 1:
+        return value
+    # Two halves: jax's integers have 32 bits.
+    halves = np.asarray([value >> 31, value & 0x7FFFFFFF], np.int32)
+    high, low = multihost_utils.broadcast_one_to_all(halves)
+    return (int(high) << 31) | int(low)
+
+
+def total(values: Any) -> np.ndarray:
+    """The sum over processes of a few numbers of each, float64 as far as float32 carries."""
+    values = np.asarray(values, np.float64)
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values.astype(np.float32)), float).sum(0)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """A global array whole, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

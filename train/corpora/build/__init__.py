@@ -1,0 +1,1 @@
+"""From the files of a corpus to text and token shards."""

@@ -1,0 +1,216 @@
+"""A source as a TFDS data set: read, deduplicated, split by hash, in ArrayRecord shards.
+
+An example is {id, text, source, meta}, all text; meta is a JSON object of short facts, whose names
+differ from source to source. Neither building nor reading needs TensorFlow:
+
+    builder = CorpusBuilder(source, data_dir="text")
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False),
+    )
+    tfds.builder_from_directory("text/mtsamples/1.0.0").as_data_source(split="train")
+
+Each shard is written on its own (tfds.core.ShardBasedBuilder), so that memory stays flat: what
+shuffles through TFDS holds 1 GB and needs TensorFlow beyond that. Documents keep the order of the
+files; training shuffles them. Work in progress, as much again as the text, lies in `work`.
+"""
+
+import functools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import writer
+from tensorflow_datasets.proto import tf_example_pb2
+
+from ..source import Source
+from .dedupe import first_of_each
+from .reading import Job, files_of, plan_jobs, read_all, read_records
+
+SHARD_BYTES = 256 << 20  # of text
+SPLITS = ("train", "eval")
+VERSION = "1.0.0"  # of what documents are like; another one has other reading done again
+Shard = Callable[[], Iterator[tuple[str, dict[str, str]]]]
+
+
+class SameBytes(writer.ExampleWriter):
+    """Writes an example's features in the order of their names; protobuf has another each time."""
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """Writes a shard."""
+        parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+        return super().write(
+            path, ((key, parse(one).SerializeToString(deterministic=True)) for key, one in examples)
+        )
+
+
+def info_of(builder: Any, source: Source, **more: Any) -> tfds.core.DatasetInfo:
+    """What every data set here says of itself: terms, citation and the four texts of an example."""
+    text = tfds.features.Text
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=source.title,
+        homepage=source.homepage,
+        citation=source.citation,
+        license=source.licence,
+        features=tfds.features.FeaturesDict(
+            {"id": text(), "text": text(), "source": text(), "meta": text()}
+        ),
+        **more,
+    )
+
+
+class CorpusBuilder(tfds.core.ShardBasedBuilder):
+    """The TFDS builder of any source. The source's folder is `root`, or else TFDS's manual_dir.
+
+    eval_fraction: share of documents held out, by text.split_of. work: folder that lets a killed
+    run go on. workers, beam: see parallel.run_all. `counts` says afterwards what was read.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    url_infos = None  # nothing is downloaded (and TFDS looks for them by a library it lacks)
+
+    def __init__(
+        self,
+        source: Source,
+        data_dir: str | pathlib.Path,
+        *,
+        root: pathlib.Path | None = None,
+        eval_fraction: float = 0.005,
+        work: pathlib.Path | None = None,
+        workers: int = 1,
+        beam: Sequence[str] = (),
+    ):
+        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]  (TFDS's own way)
+        self.source, self.root, self.work = source, root, work
+        self.eval_fraction, self.workers, self.beam = eval_fraction, workers, tuple(beam)
+        self.counts: dict[str, Any] = {}
+        terms = f", access {source.access}" + f" ({source.agreement})" * bool(source.agreement)
+        self.MANUAL_DOWNLOAD_INSTRUCTIONS = (
+            f"{source.title} is to be had at {source.homepage}{terms}; wanted are "
+            f"{' or '.join(source.files)}"
+        )
+        super().__init__(data_dir=data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return info_of(self, self.source, disable_shuffling=True)
+
+    def _example_writer(self) -> writer.ExampleWriter:
+        assert self.info.file_format
+        return SameBytes(self.info.file_format)
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Shard]]:
+        root = self.root or pathlib.Path(dl_manager.manual_dir)
+        if self.work is None:
+            self.work = pathlib.Path(tempfile.mkdtemp(prefix="work-", dir=self.data_dir_root))
+        parts, newest = self.source.parts(root), None
+        version = VERSION + json.dumps(read_options(self.source))
+        if self.source.revisions:
+            newest = self.source.revisions.resolve(
+                parts, self.work / "revisions", self.workers, self.beam
+            )
+            version += newest.fingerprint
+        jobs = plan_jobs(self.source, root, parts, self.work, version)
+        self.counts = read_all(self.source, root, jobs, newest, self.workers, self.beam)
+        self.counts["read_seconds"] = round(self.counts.pop("seconds"), 2)
+        self.counts["files"] = files_of(parts, root)
+        shards, counts = plan_shards(self.name, jobs, self.eval_fraction)
+        self.counts |= counts
+        if not shards.get("train"):
+            raise ValueError(
+                f"{self.name}: expected documents to train on below {root}, found "
+                f"{counts['documents']} in all; {self.counts['read']} were read, dropped: "
+                f"{self.counts['dropped']}"
+            )
+        return shards
+
+
+def read_options(source: Source) -> dict[str, str]:
+    """What the user chose of how a source is read, such as its text_column."""
+    return {name: str(value) for name, value in getattr(source.read, "keywords", {}).items()}
+
+
+def plan_shards(
+    name: str, jobs: Sequence[Job], eval_fraction: float
+) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
+    """Which documents make which shard, after deduplication: their readers by split, and counts.
+
+    A split without documents is left out. Writes `plan.npy` beside each job's records.
+    """
+    masks = first_of_each([job.keys for job in jobs])
+    starts = dict.fromkeys(SPLITS, 0)  # bytes of text before the job
+    found: dict[str, dict[int, list[Job]]] = {split: {} for split in SPLITS}
+    counts: dict[str, Any] = {"documents": 0, "duplicates": 0, "text_bytes": 0}
+    counts |= dict.fromkeys(SPLITS, 0)
+    for job, first in zip(jobs, masks, strict=True):
+        keys = np.load(job.keys)
+        held_out = keys["high"] / 2**64 < eval_fraction
+        plan = np.full(len(keys), -1, np.int32)
+        for number, split in enumerate(SPLITS):
+            places = np.flatnonzero(first & (held_out == (split == "eval")))
+            sizes = keys["size"][places].astype(np.int64)
+            shard = (starts[split] + np.cumsum(sizes) - sizes) // SHARD_BYTES
+            plan[places] = len(SPLITS) * shard + number
+            for shard_number in np.unique(shard).tolist():
+                found[split].setdefault(shard_number, []).append(job)
+            starts[split] += int(sizes.sum())
+            counts[split] += len(places)
+        np.save(job.folder / "plan.npy", plan)
+        counts["duplicates"] += int((~first).sum())
+    counts["documents"] = sum(counts[split] for split in SPLITS)
+    counts["text_bytes"] = sum(starts.values())
+    shards: dict[str, list[Shard]] = {
+        split: [
+            functools.partial(_examples, name, tuple(of), len(SPLITS) * shard + number)
+            for shard, of in sorted(found[split].items())
+        ]
+        for number, split in enumerate(SPLITS)
+        if found[split]
+    }
+    return shards, counts
+
+
+def _examples(name: str, jobs: tuple[Job, ...], code: int) -> Iterator[tuple[str, dict[str, str]]]:
+    for job in jobs:
+        places = np.flatnonzero(np.load(job.folder / "plan.npy") == code)
+        for key, text, meta in read_records(job.records, places):
+            fields = {"id": key, "text": text, "source": name}
+            example = fields | {"meta": json.dumps(meta, ensure_ascii=False)}
+            yield key, example
+            # TFDS keeps what it was given until the shard is done, and needs it no more.
+            example.clear()
+
+
+def build(
+    source: Source,
+    root: pathlib.Path,
+    out: pathlib.Path,
+    work: pathlib.Path,
+    eval_fraction: float,
+    workers: int = 1,
+    beam: Sequence[str] = (),
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Builds the data set below `out`; returns its folder and counts."""
+    builder = CorpusBuilder(
+        source, out, root=root, eval_fraction=eval_fraction, work=work, workers=workers, beam=beam
+    )  # fmt: skip
+    config: dict[str, Any] = {"manual_dir": root, "try_download_gcs": False}
+    if beam:
+        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+        options = PipelineOptions(list(beam))
+        runner = options.view_as(StandardOptions).runner or "DirectRunner"
+        config |= {"beam_options": options, "beam_runner": runner}
+    builder.download_and_prepare(
+        download_dir=work / "downloads",
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(**config),
+    )
+    folder = pathlib.Path(builder.data_dir)
+    for left in folder.glob("*.shard_infos.json"):  # by Beam
+        left.unlink()
+    return folder, builder.counts

@@ -1,0 +1,190 @@
+"""The token stage of `prepare`: a TFDS data set of text to a token folder, shard by shard.
+
+Each shard of text becomes one of tokens (or more, beyond tokens.SHARD_BYTES) in a folder of its own
+below `work`, which gets its name when it is whole. At the end the shards move to the token folder,
+under their numbers; the manifest comes last. The bytes depend on the text shards alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
+)
+
+from ...common.parallel import run_all
+from ...tokens.store import SPLITS, SplitWriter, cut, encode, write_manifest
+
+_RECORDS = 256  # read at once
+_CHARACTERS = 4 << 20  # tokenised at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How text becomes ids. tokenizer: its JSON, with all settings. ends: ids of [CLS], [SEP]."""
+
+    tokenizer: str
+    vocabulary: int  # tokens
+    ends: tuple[int, int]
+    sequence_length: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the ids on disk."""
+        return np.dtype("<u2" if self.vocabulary <= 65_536 else "<u4")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of it all."""
+        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenJob:
+    """A shard of text, and the folder for its tokens."""
+
+    text: pathlib.Path
+    split: str
+    folder: pathlib.Path
+    fingerprint: str  # of the text shard and the recipe
+
+    def facts(self) -> dict[str, Any]:
+        """What SplitWriter.close returned, with documents and seconds; {} until it is whole."""
+        try:
+            facts = json.loads((self.folder / "facts.json").read_text())
+        except FileNotFoundError:
+            return {}
+        whole = facts["fingerprint"] == self.fingerprint and all(
+            (self.folder / shard["name"]).is_file() for shard in facts["shards"]
+        )
+        return facts if whole else {}
+
+
+def tokenise(
+    shards: dict[str, list[tuple[pathlib.Path, str]]],
+    recipe: Recipe,
+    work: pathlib.Path,
+    folder: pathlib.Path,
+    tokenizer: str,
+    more: dict[str, Any],
+    workers: int = 1,
+    beam: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Makes the token folder from shards of text and their sha256, by split; returns its manifest.
+
+    tokenizer: fingerprint to keep in the manifest, and more: what else it shall say.
+    """
+    jobs = [
+        TokenJob(
+            path,
+            split,
+            work / f"{split}-{number:05d}",
+            hashlib.sha256(f"{sha256} {recipe.fingerprint}".encode()).hexdigest(),
+        )
+        for split in SPLITS
+        for number, (path, sha256) in enumerate(shards.get(split, []))
+    ]
+    todo = [job for job in jobs if not job.facts()]
+    run_all(functools.partial(tokenise_shard, recipe), todo, "tokenise", workers, beam)
+    whole = work / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir(parents=True)
+    splits, documents, seconds = {}, 0, 0.0
+    for split in SPLITS:
+        facts = [(job.folder, job.facts()) for job in jobs if job.split == split]
+        splits[split] = _gather(facts, split, whole, recipe.dtype)
+        documents += sum(f["documents"] for _, f in facts)
+        seconds += sum(f["seconds"] for _, f in facts)
+    more = more | {"sequence_length": recipe.sequence_length, "tokenise_seconds": round(seconds, 2)}
+    write_manifest(whole, documents, tokenizer, recipe.dtype, splits, more)
+    shutil.rmtree(folder, ignore_errors=True)
+    whole.rename(folder)
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def tokenise_shard(recipe: Recipe, job: TokenJob) -> None:
+    """One shard of text to tokens."""
+    start = time.perf_counter()
+    temporary = job.folder.with_name(f"{job.folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    backend = tokenizers.Tokenizer.from_str(recipe.tokenizer)
+    dtype = recipe.dtype
+    writer = SplitWriter(temporary, job.split, dtype)
+    documents = 0
+    for texts in _batches(text for _, text in read_shard(job.text)):
+        documents += len(texts)
+        for ids in encode(backend, texts):
+            for piece in cut(ids, recipe.ends, recipe.sequence_length, dtype):
+                writer.add(piece)
+    facts = writer.close() | {"documents": documents, "fingerprint": job.fingerprint}
+    facts["seconds"] = time.perf_counter() - start
+    (temporary / "facts.json").write_text(json.dumps(facts))
+    shutil.rmtree(job.folder, ignore_errors=True)
+    temporary.rename(job.folder)
+
+
+def read_shard(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents of a TFDS shard."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    reader = array_record_module.ArrayRecordReader(
+        os.fspath(path), options="readahead_buffer_size:0,max_parallelism:0"
+    )
+    count = reader.num_records()
+    for first in range(0, count, _RECORDS):
+        for record in reader.read(first, min(first + _RECORDS, count)):
+            feature = parse(record).features.feature
+            yield tuple(feature[name].bytes_list.value[0].decode() for name in ("id", "text"))
+    reader.close()
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _CHARACTERS or len(batch) == _RECORDS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _gather(
+    jobs: list[tuple[pathlib.Path, dict[str, Any]]],
+    split: str,
+    folder: pathlib.Path,
+    dtype: np.dtype,
+) -> dict[str, Any]:
+    """Moves the shards of a split to `folder`; the split's part of the manifest."""
+    if not jobs:
+        return SplitWriter(folder, split, dtype).close()
+    count = sum(len(facts["shards"]) for _, facts in jobs)
+    digest, lengths, shards = hashlib.sha256(), [], []
+    for at, facts in jobs:
+        digest.update(facts["sha256"].encode())
+        lengths.append(np.load(at / f"{split}.lengths.npy"))
+        for shard in facts["shards"]:
+            name = f"{split}-{len(shards):05d}-of-{count:05d}.array_record"
+            (at / shard["name"]).rename(folder / name)
+            shards.append(shard | {"name": name})
+    joined = np.concatenate(lengths)
+    np.save(folder / f"{split}.lengths.npy", joined)
+    return {
+        "pieces": len(joined),
+        "tokens": int(joined.sum(dtype=np.int64)),
+        "sha256": digest.hexdigest(),
+        "shards": shards,
+    }

@@ -1,0 +1,1 @@
+"""File formats: plain text and tables, XML markup, archives."""

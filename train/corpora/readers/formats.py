@@ -1,0 +1,134 @@
+"""What the corpus modules share: tables, JSON, text files, TextGrids, on top of text.py's readers.
+
+A document's id is its place, "path in the corpus:record", as in text.py: it is unique, the same in
+every run, and shows nothing of a person. Official ids go to meta.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..source import Example, Report
+from .text import (
+    find_column,
+    listed,
+    parse_object,
+    read_lines,
+    read_rows,
+    without_lone_surrogates,
+)
+
+EMPTY = "empty text"
+# What PhysioNet asks for before a credentialed download, and the licence of most of these sets.
+CREDENTIALED = "a credentialed PhysioNet account and the set's data use agreement"
+HEALTH_DATA_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
+
+
+def place(part: pathlib.Path, root: pathlib.Path, record: int) -> str:
+    """Where a record is: path relative to `root`, and its number from 1."""
+    return f"{part.relative_to(root).as_posix()}:{record}"
+
+
+def clean(text: str) -> str:
+    """Line ends become "\\n", blanks before them and at the end go; nothing else is touched."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "\n".join([line.rstrip(" \t") for line in text.split("\n")]).rstrip()
+
+
+def example(at: str, text: str, report: Report, **meta: str) -> Iterator[Example]:
+    """One document of that place, cleaned; none, and a drop, if it is empty. Empty meta goes."""
+    text = clean(text)
+    if text:
+        yield Example(at, text, {name: value for name, value in meta.items() if value})
+    else:
+        report.drop(EMPTY, at)
+
+
+def whole_text(part: pathlib.Path) -> str:
+    """A text file as one string: UTF-8, UTF-16 with a BOM, cp1252 in lines that are not UTF-8."""
+    return "".join(read_lines(part))
+
+
+def rows(
+    part: pathlib.Path,
+    root: pathlib.Path,
+    report: Report,
+    columns: tuple[str | tuple[str, ...], ...],
+    delimiter: str = ",",
+    hint: str = "is this the file that the distribution has?",
+) -> Iterator[tuple[str, list[str]]]:
+    """(place, values of these columns) for each row of a table with a header.
+
+    A column may have several names, of which the first found counts; upper and lower case are one.
+    A field that is missing at the end of a row is empty; a row longer than the header is dropped.
+    Raises ValueError where a column is missing (hint: what to do then), and for a broken file.
+    """
+    table = read_rows(part, delimiter)
+    _, header = next(table, (0, []))
+    indices = []
+    for column in columns:
+        names = column if isinstance(column, tuple) else (column,)
+        found = find_column(header, names)
+        if found is None:
+            raise ValueError(
+                f"{part}: expected a column {' or '.join(names)}; {listed(header)}; {hint}"
+            )
+        indices.append(header.index(found))
+    for number, row in table:
+        at = place(part, root, number)
+        if any(row[len(header) :]):
+            report.drop("more fields than columns", at)
+            continue
+        row += [""] * (len(header) - len(row))
+        yield at, [row[index] for index in indices]
+
+
+def objects(
+    part: pathlib.Path, root: pathlib.Path, report: Report
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) for each line of a .jsonl file; a broken line is dropped.
+
+    Raises ValueError where every line is broken, and for a file that is not text.
+    """
+    good = bad = 0
+    for number, line in enumerate(read_lines(part), start=1):
+        if not line.strip():
+            continue
+        at = place(part, root, number)
+        try:
+            record = parse_object(line, at)
+        except ValueError:
+            report.drop("broken JSON", at)
+            bad += 1
+        else:
+            good += 1
+            yield at, record
+    if bad and not good:
+        raise ValueError(f"{part}: expected a JSON object on each line, found none")
+
+
+def whole_object(part: pathlib.Path) -> dict[str, Any]:
+    """The object that a .json file holds. Raises ValueError with one line."""
+    return parse_object(whole_text(part), str(part))
+
+
+def string(record: dict[str, Any], field: str) -> str:
+    """A field of a JSON object, "" where it is missing or no string."""
+    value = record.get(field)
+    return without_lone_surrogates(value) if isinstance(value, str) else ""
+
+
+def intervals(part: pathlib.Path) -> list[tuple[float, str]]:
+    """(start in seconds, text) of the intervals with text in a Praat TextGrid, all tiers.
+
+    Raises ValueError with one line for a file that is no TextGrid.
+    """
+    from praatio.utilities.textgrid_io import parseTextgridStr
+
+    grid = whole_text(part)
+    try:
+        tiers = parseTextgridStr(grid)["tiers"]
+        return [(float(start), text) for tier in tiers for start, _, text in tier["entries"]]
+    except Exception:  # the library raises whatever it meets, with the text in it
+        raise ValueError(f"{part}: expected a Praat TextGrid with intervals") from None

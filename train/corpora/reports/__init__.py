@@ -1,0 +1,1 @@
+"""Reports on corpora: the catalogue, the mixture, contamination of evaluation sets."""

@@ -1,0 +1,35 @@
+"""INSPECT: the impressions of CT reports on pulmonary embolism; no other section is public.
+
+Layout: `Final_Impressions.csv` with impression_id and impressions, de-identified with tags such as
+`<date>` and `<time>`; other tables have labels, splits and images.
+
+A document is an impression.
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+from ..readers.formats import example, rows
+from ..source import Example, Report, Source
+
+
+def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
+    """A document a row: the impression."""
+    for at, (number, text) in rows(part, root, report, ("impression_id", "impressions")):
+        yield from example(at, text, report, impression=number)
+
+
+SOURCE = Source(
+    name="inspect",
+    title="INSPECT",
+    homepage="https://inspect.stanford.edu",
+    access="login",
+    licence="not stated; non-commercial use under a data use agreement",
+    agreement="an account there and Stanford's data use agreement",
+    citation="Huang et al., INSPECT: a multimodal dataset for pulmonary embolism diagnosis and "
+    "prognosis, arXiv 2311.10798, 2023",
+    files=("Final_Impressions.csv", "Final_Impressions.csv.gz"),
+    read=read,
+    documents=22_259,
+    tokens=2_800_000,
+)

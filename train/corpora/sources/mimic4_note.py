@@ -1,0 +1,38 @@
+"""MIMIC-IV-Note 2.2: discharge summaries and radiology reports of one hospital.
+
+Layout: `note/discharge.csv.gz` and `note/radiology.csv.gz` (or unpacked): note_id, subject_id,
+hadm_id, note_type, note_seq, charttime, storetime, text; newlines in quoted fields; `___` stands
+for what identified a person. The `*_detail.csv.gz` are not read.
+
+A document is a note, masks and all.
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENCE, example, rows
+from ..source import Example, Report, Source
+
+
+def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
+    """A document a note. meta: its note_id and type (DS, RR, ...)."""
+    for at, (note, kind, text) in rows(part, root, report, ("note_id", "note_type", "text")):
+        yield from example(at, text, report, note=note, type=kind)
+
+
+SOURCE = Source(
+    name="mimic4_note",
+    title="MIMIC-IV-Note",
+    homepage="https://physionet.org/content/mimic-iv-note/2.2/",
+    access="credentialed",
+    licence=HEALTH_DATA_LICENCE,
+    agreement=CREDENTIALED,
+    citation="Johnson et al., MIMIC-IV-Note: deidentified free-text clinical notes, PhysioNet, "
+    "2023",
+    files=tuple(
+        f"{kind}.csv{packed}" for kind in ("discharge", "radiology") for packed in ("", ".gz")
+    ),
+    read=read,
+    documents=2_631_243,
+    tokens=1_765_700_000,
+)

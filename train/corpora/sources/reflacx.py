@@ -1,0 +1,49 @@
+"""REFLACX: what five radiologists dictated on chest X-rays of MIMIC-CXR, with their gaze.
+
+Layout: `main_data/metadata_phase_{1,2,3}.csv` (id, eye_tracking_data_discarded, dicom_id, ...) and
+for each case `main_data/<id>/transcription.txt` beside its other files; a discarded case has no
+transcription.
+
+A document is a transcription. The tables are read and lead to the files, so that each missing one
+is counted.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+from ..readers.formats import example, rows, whole_text
+from ..source import Example, Report, Source
+
+
+def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
+    """A document a row of the metadata: the transcription of that case."""
+    for at, (case,) in rows(part, root, report, ("id",)):
+        case = case.strip()
+        # It becomes a path: nothing but a name may.
+        path = part.parent / case / "transcription.txt"
+        if not re.fullmatch(r"\w+", case) or not path.is_file():
+            report.drop("no transcription", at)
+            continue
+        try:
+            text = whole_text(path)
+        except ValueError:
+            report.drop("broken transcription", at)
+            continue
+        yield from example(at, text, report, case=case)
+
+
+SOURCE = Source(
+    name="reflacx",
+    title="REFLACX",
+    homepage="https://physionet.org/content/reflacx-xray-localization/1.0.0/",
+    access="restricted",
+    licence="not stated",
+    agreement="a PhysioNet account and the signed data use agreement",
+    citation="Bigolin Lanfredi et al., REFLACX, a dataset of reports and eye-tracking data for "
+    "localization of abnormalities in chest x-rays, Scientific Data, 2022",
+    files=tuple(f"metadata_phase_{phase}.csv" for phase in (1, 2, 3)),
+    read=read,
+    documents=2_543,
+    tokens=100_000,
+)

@@ -1,0 +1,1 @@
+"""Fine-tuning on labeled tasks, and embedding models by contrastive training."""

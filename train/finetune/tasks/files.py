@@ -1,0 +1,402 @@
+"""Tasks from your own files: classification (also of pairs), multi-label, and tokens.
+
+A folder holds train, validation (or valid, val, dev) and test; without validation, 15 % of train
+become it. A single file, or a brat folder without these subfolders, is split 70/15/15.
+
+- classification: .csv, .tsv or .jsonl, with a column of text and one named label; with a second
+  column of text (text_pair, text2, sentence2, hypothesis) each example is a pair.
+- multilabel: the same; labels are a JSON list or stand between "|" or ";". Without such a column,
+  every column that holds only 0 and 1 is a label.
+- tokens: .conll, .bio, .iob, .txt or .tsv with a word and its tag a line, a blank line after each
+  sentence; .jsonl with words and labels; or a folder of brat's .txt and .ann.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...corpora.readers.text import (
+    TEXT_COLUMNS,
+    find_column,
+    listed,
+    read_lines,
+    read_objects,
+    read_rows,
+    without_lone_surrogates,
+)
+from .brat import WORDS, documents, tag
+from .task import Data, Example, Task, hf_split, make_data, three_ways
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+TABLES = (".csv", ".tsv", ".jsonl")
+TAGGED = (".conll", ".bio", ".iob", ".iob2", ".txt", ".tsv", ".jsonl")
+FIRST = ("text", "sentence", "sentence1", "premise", *TEXT_COLUMNS[1:])
+SECOND = ("text_pair", "text2", "sentence2", "hypothesis")
+LABEL = ("label", "labels", "gold_label", "class", "category")
+
+# Words and their tags.
+Tagged = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+# What the tasks of official files share.
+
+
+def find_file(
+    folder: pathlib.Path, names: tuple[str, ...], what: str, homepage: str
+) -> pathlib.Path:
+    """The file of one of these names in a folder or below it, the first and nearest.
+
+    Raises FileNotFoundError that says where it is to be had.
+    """
+    for name in names:
+        found = [path for path in folder.rglob(name) if path.is_file()]
+        if found:
+            return min(found, key=lambda path: (len(path.parts), path.as_posix()))
+    raise FileNotFoundError(
+        f"expected {' or '.join(names)} in {folder}, found none; {what}: {homepage}"
+    )
+
+
+def read_table(
+    path: pathlib.Path, columns: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(record number from 1, these columns) of a .csv or .tsv table with a header.
+
+    Upper and lower case of a column's name are one. Raises ValueError for a missing column, and for
+    a row that is not as long as the header.
+    """
+    rows = _rows(path)
+    _, header = next(rows, (0, []))
+    found = {column: find_column(header, (column,)) for column in columns}
+    for column, name in found.items():
+        if name is None:
+            raise ValueError(f"{path}: expected a column {column!r}; {listed(header)}")
+    index = {column: header.index(name) for column, name in found.items() if name is not None}
+    for number, row in rows:
+        _same_length(path, number, row, header)
+        yield number, {column: row[i] for column, i in index.items()}
+
+
+def token_data(
+    tagged: Sequence[Tagged | None],
+    rows: Sequence[np.ndarray],
+    skipped: Counter[str],
+    where: pathlib.Path,
+    labels: tuple[str, ...],
+) -> Data:
+    """Data of texts that are words and tags; rows: which are train, validation and test.
+
+    None, and texts without a word, are left out after the split, so that no other changes place.
+    """
+    ids = {label: i for i, label in enumerate(labels)}
+    splits: list[list[Example]] = [[], [], []]
+    for part, split in zip(rows, splits, strict=True):
+        for one in (tagged[i] for i in part):
+            if one is not None and one[0]:
+                split.append(Example(words=one[0], label=tuple(ids[name] for name in one[1])))
+            elif one is not None:
+                skipped["texts without a word"] += 1
+    return make_data(labels, splits, skipped, where)
+
+
+# Your own files.
+
+
+def load_classification(path: pathlib.Path) -> Data:
+    """One label an example; see the module."""
+    skipped: Counter[str] = Counter()
+    splits = _splits(path, TABLES, lambda file: _classified(file, skipped))
+    labels = _sorted({name for split in splits for _, name in split})
+    ids = {label: i for i, label in enumerate(labels)}
+    examples = (
+        [dataclasses.replace(example, label=ids[name]) for example, name in split]
+        for split in splits
+    )
+    return make_data(labels, examples, skipped, path)
+
+
+def load_multilabel(path: pathlib.Path) -> Data:
+    """Any number of labels an example; see the module."""
+    skipped: Counter[str] = Counter()
+    splits = _splits(path, TABLES, lambda file: _labelled(file, skipped))
+    flags = [names for split in splits for _, names in split if isinstance(names, dict)]
+    # Without a column of labels: the columns that hold 0 or 1 in every record.
+    common = set.intersection(*(set(names) for names in flags)) if flags else set()
+    chosen = [[(example, _names(names, common)) for example, names in split] for split in splits]
+    labels = _sorted({name for split in chosen for _, names in split for name in names})
+    labels = _sorted(common | set(labels)) if flags else labels
+    if not labels:
+        raise ValueError(
+            f"{path}: expected a column {' or '.join(LABEL)}, or columns of 0 and 1; found neither"
+        )
+    examples = (
+        [
+            dataclasses.replace(example, label=tuple(int(name in names) for name in labels))
+            for example, names in split
+        ]
+        for split in chosen
+    )
+    return make_data(labels, examples, skipped, path)
+
+
+def load_tokens(path: pathlib.Path) -> Data:
+    """A tag a word; see the module."""
+    skipped: Counter[str] = Counter()
+    if path.is_dir() and next(path.rglob("*.ann"), None) is not None:
+        splits = _splits(path, None, lambda folder: _brat(folder, skipped))
+    else:
+        splits = _splits(path, TAGGED, _tagged)
+    tagged = [one for split in splits for one in split]
+    labels = tuple(sorted({name for _, tags in tagged for name in tags}))
+    ends = np.cumsum([len(split) for split in splits])
+    rows = np.split(np.arange(len(tagged)), ends[:-1])
+    return token_data(tagged, rows, skipped, path, labels)
+
+
+def _splits(
+    path: pathlib.Path,
+    suffixes: tuple[str, ...] | None,
+    read: Callable[[pathlib.Path], list[Any]],
+) -> list[list[Any]]:
+    """What `read` gives of train, validation and test; suffixes None: these are subfolders."""
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    found = _parts(path, suffixes) if path.is_dir() else {}
+    if not found:
+        if path.is_dir() and suffixes:
+            files = [file for file in sorted(path.iterdir()) if _suffix(file) in suffixes]
+            if len(files) != 1:
+                raise ValueError(
+                    f"{path}: expected train, validation and test, or one file to split, each "
+                    f"{', '.join(suffixes)}; found {len(files)} such files and no train"
+                )
+            path = files[0]
+        elif suffixes and _suffix(path) not in suffixes:
+            raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}")
+        return _take(read(path), three_ways)
+    if "train" not in found or "test" not in found:
+        raise ValueError(
+            f"{path}: expected train and test, and maybe validation; found {', '.join(found)}"
+        )
+    train, test = read(found["train"]), read(found["test"])
+    if "validation" in found:
+        return [train, read(found["validation"]), test]
+    return [*_take(train, lambda n: hf_split(n, 0.15)), test]
+
+
+def _take(examples: list[Any], split: Callable[[int], Sequence[np.ndarray]]) -> list[list[Any]]:
+    return [[examples[i] for i in part] for part in split(len(examples))]
+
+
+def _parts(folder: pathlib.Path, suffixes: tuple[str, ...] | None) -> dict[str, pathlib.Path]:
+    """The files or subfolders that are named for a split."""
+    found = {}
+    for split, names in SPLITS.items():
+        paths = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.name.split(".")[0].lower() in names
+            and (path.is_dir() if suffixes is None else _suffix(path) in suffixes)
+        ]
+        if len(paths) > 1:
+            listing = ", ".join(path.name for path in paths)
+            raise ValueError(f"{folder}: expected one {split}, found {listing}")
+        if paths:
+            found[split] = paths[0]
+    return found
+
+
+def _suffix(path: pathlib.Path) -> str:
+    return pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+    return read_rows(path, "\t" if _suffix(path) == ".tsv" else ",")
+
+
+def _same_length(path: pathlib.Path, number: int, row: list[str], header: list[str]) -> None:
+    if len(row) != len(header):
+        raise ValueError(
+            f"{path}, record {number}: expected {len(header)} fields, as in the header, got "
+            f"{len(row)}; quote the fields that hold a separator"
+        )
+
+
+def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, fields) of a table or a .jsonl file."""
+    if _suffix(path) == ".jsonl":
+        for number, record in read_objects(path):
+            yield f"{path}, line {number}", record
+        return
+    rows = _rows(path)
+    _, header = next(rows, (0, []))
+    for number, row in rows:
+        _same_length(path, number, row, header)
+        yield f"{path}, record {number}", dict(zip(header, row, strict=True))
+
+
+def _texts(path: pathlib.Path, skipped: Counter[str]) -> Iterator[tuple[str, Example, dict]]:
+    """(place, example without its label, the other fields); empty texts are left out."""
+    for at, record in _records(path):
+        columns = list(record)
+        first = find_column(columns, FIRST)
+        second = find_column(columns, SECOND)
+        if first is None:
+            raise ValueError(f"{at}: expected a column {' or '.join(FIRST)}; {listed(columns)}")
+        text, pair = _text(record.pop(first), at), None
+        if second is not None:
+            pair = _text(record.pop(second), at)
+        if not text.strip() or (pair is not None and not pair.strip()):
+            skipped["empty texts"] += 1
+        else:
+            yield at, Example(text, pair), record
+
+
+def _text(value: Any, at: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{at}: expected text, got {type(value).__name__}")
+    return without_lone_surrogates(value or "")
+
+
+def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example, str]]:
+    found = []
+    for at, example, record in _texts(path, skipped):
+        column = find_column(list(record), LABEL)
+        if column is None:
+            raise ValueError(
+                f"{at}: expected a column {' or '.join(LABEL)}; {listed(list(record))}"
+            )
+        value = record[column]
+        if isinstance(value, list | dict | float):
+            raise ValueError(f"{at}: expected one label, got {type(value).__name__}")
+        name = "" if value is None else str(value).strip()
+        # NaN is how pandas writes a label that is not there; "-" is SNLI's and MedNLI's.
+        if not name or name.lower() in ("nan", "-"):
+            skipped["examples without a label"] += 1
+        else:
+            found.append((example, name))
+    return found
+
+
+def _labelled(
+    path: pathlib.Path, skipped: Counter[str]
+) -> list[tuple[Example, set[str] | dict[str, bool]]]:
+    """(example, its labels, or {column: whether it is 1} of the columns that hold 0 or 1)."""
+    found = []
+    for at, example, record in _texts(path, skipped):
+        column = find_column(list(record), LABEL)
+        if column is None:
+            flags = {k: str(v).strip() for k, v in record.items()}
+            ones = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True}
+            found.append((example, {k: ones[v] for k, v in flags.items() if v in ones}))
+            continue
+        value = record[column]
+        names = re.split(r"[|;]", value) if isinstance(value, str) else value or []
+        if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+            raise ValueError(f"{at}: expected labels between '|', or a list of them")
+        found.append((example, {str(name).strip() for name in names} - {""}))
+    return found
+
+
+def _names(names: set[str] | dict[str, bool], common: set[str]) -> set[str]:
+    if isinstance(names, dict):
+        return {name for name in common if names[name]}
+    return names
+
+
+def _sorted(names: set[str]) -> tuple[str, ...]:
+    """By name, or as numbers where all are."""
+    numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def _brat(folder: pathlib.Path, skipped: Counter[str]) -> list[Tagged]:
+    return [
+        tag(text, spans, WORDS, skipped, whole=False)
+        for _, text, spans in documents(folder, skipped)
+    ]
+
+
+def _tagged(path: pathlib.Path) -> list[Tagged]:
+    sentences = _tagged_objects(path) if _suffix(path) == ".jsonl" else _conll(path)
+    found = []
+    for at, words, tags in sentences:
+        if any(not re.fullmatch(r"O|[BIES]-\S+", one) for one in tags):
+            raise ValueError(
+                f"{at}: expected the tags O, B-type and I-type (or E-, S-), got another"
+            )
+        found.append((tuple(words), tuple(tags)))
+    return found
+
+
+def _conll(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(place, words, tags) of each sentence: the word comes first, its tag last."""
+    words: list[str] = []
+    tags: list[str] = []
+    number = 0
+    for number, line in enumerate(read_lines(path), start=1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        fields = [field.strip() for field in fields]
+        if not any(fields):
+            if words:
+                yield f"{path}, the sentence before line {number}", words, tags
+            words, tags = [], []
+        elif fields[0] != "-DOCSTART-":
+            if len(fields) < 2 or not (fields[0] and fields[-1]):
+                raise ValueError(
+                    f"{path}, line {number}: expected a word and its tag, got one field"
+                )
+            words.append(fields[0])
+            tags.append(fields[-1])
+    if words:
+        yield f"{path}, the sentence up to line {number}", words, tags
+
+
+def _tagged_objects(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for number, record in read_objects(path):
+        at = f"{path}, line {number}"
+        columns = list(record)
+        words = record.get(find_column(columns, ("words", "tokens")) or "")
+        tags = record.get(find_column(columns, ("labels", "tags", "ner_tags")) or "")
+        for name, values in (("words", words), ("labels", tags)):
+            if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+                raise ValueError(f"{at}: {name}: expected a list of strings")
+        assert isinstance(words, list) and isinstance(tags, list)
+        if len(words) != len(tags):
+            raise ValueError(f"{at}: expected a label a word, got {len(words)} and {len(tags)}")
+        yield at, [without_lone_surrogates(word) for word in words], tags
+
+
+CLASSIFICATION = Task(
+    name="classification",
+    title="Classification of your own texts or pairs",
+    kind="classification",
+    metric="weighted_f1",
+    homepage="",
+    load=load_classification,
+)
+MULTILABEL = Task(
+    name="multilabel",
+    title="Multi-label classification of your own texts or pairs",
+    kind="multilabel",
+    metric="weighted_f1",
+    homepage="",
+    load=load_multilabel,
+)
+TOKENS = Task(
+    name="tokens",
+    title="Token classification of your own texts",
+    kind="tokens",
+    metric="f1",
+    homepage="",
+    load=load_tokens,
+)

@@ -1,0 +1,1 @@
+"""The token store: shards of token ids on disk, ours or MDS."""
