@@ -11,7 +11,12 @@ from modernbert_jax.checkpoint.pretrained import flatten
 from train.common.optimizer import decay_mask, schedule, stable_adamw
 from train.pretrain.config import Phase
 
-SHAPES = {"a.weight": (7, 5), "a.bias": (5,), "norm.weight": (6,), "b.weight": (3, 4, 2)}
+SHAPES = {
+    "head.dense.weight": (7, 5),
+    "head.dense.bias": (5,),
+    "head.norm.weight": (6,),
+    "model.layers.0.mlp.Wi.weight": (3, 4, 2),
+}
 
 
 @pytest.mark.parametrize("rate_of", [lambda i: 1e-2, lambda i: 1e-2 * (1 - i / 200)])
@@ -28,7 +33,12 @@ def test_stable_adamw_equals_optimi(weight_decay, rate_of):
     start = {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
     theirs = {k: torch.nn.Parameter(torch.tensor(v).double()) for k, v in start.items()}
     decays = decay_mask(start)
-    assert decays == {"a.weight": True, "a.bias": False, "norm.weight": False, "b.weight": True}
+    assert decays == {
+        "head.dense.weight": True,
+        "head.dense.bias": False,
+        "head.norm.weight": False,
+        "model.layers.0.mlp.Wi.weight": True,
+    }
     optimizer = optimi.StableAdamW(
         [
             {"params": [theirs[k] for k in SHAPES if decays[k]], "weight_decay": weight_decay},
@@ -53,8 +63,8 @@ def test_stable_adamw_equals_optimi(weight_decay, rate_of):
             grads, state, params, learning_rate=rate_of(i), max_learning_rate=1e-2
         )
         params = optax.apply_updates(params, updates)
-        v = np.asarray(state.nu["a.weight"])
-        clipped += np.sqrt(np.mean(grads["a.weight"] ** 2 / np.maximum(v, 1e-12))) > 1
+        v = np.asarray(state.nu["head.dense.weight"])
+        clipped += np.sqrt(np.mean(grads["head.dense.weight"] ** 2 / np.maximum(v, 1e-12))) > 1
         for k in SHAPES:
             np.testing.assert_allclose(
                 params[k], theirs[k].detach().numpy(), rtol=1e-6, atol=1e-6, err_msg=f"{k} at {i}"

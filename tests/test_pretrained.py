@@ -14,15 +14,13 @@ from flax import nnx
 
 import modernbert_jax as mj
 from modernbert_jax.checkpoint.pretrained import (
-    KEY_TABLE,
     flatten,
-    from_hf,
     load_orbax,
     param_shapes,
     read_safetensors,
     save_orbax,
-    to_hf,
 )
+from modernbert_jax.weights import WEIGHTS, from_hf, to_hf, weight_of
 from tests.parity_cases import BIASES, hf_model, inputs, relative_error
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "tiny"
@@ -301,8 +299,27 @@ class TestKeyTable:
 
         used = {re.sub(r"layers\.\d+", "layers.N", p) for p in paths if p.startswith("model.")}
         used |= {p for p in paths if p.split(".")[0] in ("head", "decoder", "classifier")}
-        assert used == {key for key, _ in KEY_TABLE}
-        assert len(dict(KEY_TABLE)) == len(KEY_TABLE)
+        assert used == {row.name for row in WEIGHTS}
+        assert len({row.name for row in WEIGHTS}) == len(WEIGHTS)
+
+    def test_axes_name_every_size(self):
+        """The letters of a row are the sizes of the parameter, for every class and option."""
+        every = CONFIG.replace(tie_word_embeddings=False)
+        sizes = {"V": 40, "D": 16, "F": 12, "H": every.num_attention_heads, "K": every.head_dim}
+        for cls in CLASSES:
+            for path, leaf in param_shapes(cls, every).items():
+                row = weight_of(path)
+                assert len(row.axes) == len(leaf.shape), path
+                for letter, size in zip(row.axes, leaf.shape, strict=True):
+                    assert size == sizes.get(letter, size), (path, letter)
+
+    def test_matrices_decay_and_nothing_else(self):
+        decaying = {row.name.removesuffix(".weight") for row in WEIGHTS if row.decays}
+        layer = "model.layers.N."
+        assert decaying == {
+            *(layer + name for name in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")),
+            *("model.embeddings.tok_embeddings", "head.dense", "decoder", "classifier"),
+        }
 
     @pytest.mark.parametrize(
         "key, hf, ours, index",

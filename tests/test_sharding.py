@@ -174,11 +174,25 @@ class TestRules:
         assert found["model.layers.0.attn.Wqkv.bias"].spec == P(None, "tensor", None)
         assert found["model.layers.2.mlp_norm.weight"].spec == P()
 
-    def test_collisions_and_strangers_are_refused(self):
-        twice = (*sharding.RULES, ("*.mlp.Wo.weight", P()))
-        with pytest.raises(ValueError, match=r"one rule to match, got \*\.mlp\.Wo\.weight, "):
-            sharding.spec_of("model.layers.0.mlp.Wo.weight", twice)
-        with pytest.raises(ValueError, match="one rule to match, got none"):
+    @pytest.mark.parametrize(
+        "path, spec",
+        [
+            ("model.embeddings.tok_embeddings.weight", P("tensor", "fsdp")),  # V D
+            ("model.layers.3.attn.Wqkv.weight", P("fsdp", None, "tensor", None)),  # D 3 H K
+            ("model.layers.3.attn.Wo.weight", P("tensor", None, "fsdp")),  # H K D
+            ("model.layers.3.mlp.Wi.weight", P("fsdp", None, "tensor")),  # D 2 F
+            ("model.layers.3.mlp.Wo.weight", P("tensor", "fsdp")),  # F D
+            ("model.layers.3.mlp.Wi.bias", P(None, "tensor")),  # 2 F
+            ("model.layers.3.mlp.Wo.bias", P()),
+            ("decoder.bias", P("tensor")),  # V
+            ("head.norm.weight", P()),
+        ],
+    )
+    def test_specs(self, path, spec):
+        assert sharding.spec_of(path) == spec
+
+    def test_strangers_are_refused(self):
+        with pytest.raises(ValueError, match="attn.rotary: expected a parameter of ModernBERT"):
             sharding.spec_of("model.layers.0.attn.rotary")
 
     def test_sizes_that_an_axis_does_not_divide(self):

@@ -18,8 +18,9 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import KEY_TABLE, param_shapes
-from train.common.watch import Goodput, Profile, Spikes, Stall, kind_of, norms_by_kind
+from modernbert_jax.checkpoint.pretrained import param_shapes
+from modernbert_jax.weights import WEIGHTS, weight_of
+from train.common.watch import Goodput, Profile, Spikes, Stall, norms_by_kind
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = {
@@ -76,11 +77,11 @@ class TestNorms:
         assert float(norms_by_kind(bias)["decoder"]) == 64.5
 
     def test_every_key_has_a_kind(self):
-        kinds = {key: kind_of(key) for key, _ in KEY_TABLE}
+        kinds = {row.name: row.kind for row in WEIGHTS}
         assert set(kinds.values()) == KINDS | {"classifier"}
         assert kinds["head.norm.weight"] == kinds["model.embeddings.norm.bias"] == "norms"
         with pytest.raises(ValueError, match="extra.weight"):
-            kind_of("extra.weight")
+            weight_of("extra.weight")
 
 
 class TestSpikes:

@@ -12,7 +12,6 @@ Nothing that is read is executed: there is no pickle here.
 import json
 import os
 import pathlib
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,83 +28,12 @@ from orbax.checkpoint import v1 as ocp
 
 from modernbert_jax.card import CARD_FILE, MARK, model_card
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.weights import BACKBONE, DECODER, EMBEDDING, HEADS, from_hf, to_hf, weight_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-# The key table. HF keeps linear weights as [out, in]; ours are [in..., out...] by axis letter, so a
-# "linear" row is transposed and reshaped, a "same" row only reshaped. N is a layer's number; the
-# encoder's rows carry the prefix "model." in every class but ModernBertModel.
-KEY_TABLE: tuple[tuple[str, str], ...] = (
-    ("model.embeddings.tok_embeddings.weight", "same"),  # V D
-    ("model.embeddings.norm.weight", "same"),  # D
-    ("model.layers.N.attn_norm.weight", "same"),
-    ("model.layers.N.attn.Wqkv.weight", "linear"),  # (3 H K) D -> D 3 H K
-    ("model.layers.N.attn.Wo.weight", "linear"),  # D (H K) -> H K D
-    ("model.layers.N.mlp_norm.weight", "same"),
-    ("model.layers.N.mlp.Wi.weight", "linear"),  # (2 F) D -> D 2 F
-    ("model.layers.N.mlp.Wo.weight", "linear"),  # D F -> F D
-    ("model.final_norm.weight", "same"),
-    ("head.dense.weight", "linear"),
-    ("head.norm.weight", "same"),
-    ("decoder.weight", "same"),  # V D, absent when tied
-    ("classifier.weight", "linear"),
-    # Biases: the attention's and the MLP's where the config turns them on, and so on.
-    ("model.embeddings.norm.bias", "same"),
-    ("model.layers.N.attn_norm.bias", "same"),
-    ("model.layers.N.attn.Wqkv.bias", "same"),  # (3 H K) -> 3 H K
-    ("model.layers.N.attn.Wo.bias", "same"),
-    ("model.layers.N.mlp_norm.bias", "same"),
-    ("model.layers.N.mlp.Wi.bias", "same"),  # (2 F) -> 2 F
-    ("model.layers.N.mlp.Wo.bias", "same"),
-    ("model.final_norm.bias", "same"),
-    ("head.dense.bias", "same"),
-    ("head.norm.bias", "same"),
-    ("decoder.bias", "same"),
-    ("classifier.bias", "same"),
-)
-_LAYOUT: dict[str, str] = dict(KEY_TABLE)
-_BACKBONE = ("embeddings.", "layers.", "final_norm.")
-_HEADS = ("head.", "decoder.", "classifier.")
-
-
-def layout_of(key: str) -> str | None:
-    """How HF stores `key` ("same" or "linear"); None for a key that no ModernBERT has."""
-    if key.startswith(_BACKBONE):
-        key = "model." + key
-    return _LAYOUT.get(re.sub(r"\.layers\.(0|[1-9]\d*)\.", ".layers.N.", key))
-
-
-def hf_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in HF's file of a parameter whose shape here is `shape`."""
-    if key.endswith("bias") or len(shape) == 1:
-        return (int(np.prod(shape)),)
-    if layout_of(key) == "same":
-        return shape
-    if key.endswith("attn.Wo.weight"):  # H K D
-        return shape[-1], int(np.prod(shape[:-1]))
-    return int(np.prod(shape[1:])), shape[0]
-
-
-def to_hf(key: str, array: Any) -> np.ndarray:
-    """One parameter as HF stores it: contiguous, the dtype kept."""
-    array = np.asarray(array)
-    rows = hf_shape(key, array.shape)
-    if layout_of(key) == "linear":
-        return np.ascontiguousarray(array.reshape(rows[::-1]).T)
-    return np.ascontiguousarray(array.reshape(rows))
-
-
-def from_hf(key: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of HF's as a parameter of `shape`. Raises ValueError for another shape."""
-    expected = hf_shape(key, shape)
-    if tuple(array.shape) != expected:
-        raise ValueError(f"{key}: expected shape {expected}, got {tuple(array.shape)}")
-    if layout_of(key) == "linear":
-        array = array.T
-    return np.ascontiguousarray(array.reshape(shape))
 
 
 def param_shapes(cls: type, config: ModernBertConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -199,15 +127,14 @@ def _checked(config, tensors, cls) -> dict[str, tuple[int, ...]]:
 
 def _tied_copy(config: ModernBertConfig, tensors: Mapping[str, np.ndarray]) -> set[str]:
     """{"decoder.weight"} where the file repeats the tied embedding."""
-    embedding = "model.embeddings.tok_embeddings.weight"
-    if not config.tie_word_embeddings or not {"decoder.weight", embedding} <= set(tensors):
+    if not config.tie_word_embeddings or not {DECODER, EMBEDDING} <= set(tensors):
         return set()
-    if not np.array_equal(tensors["decoder.weight"], tensors[embedding], equal_nan=False):
+    if not np.array_equal(tensors[DECODER], tensors[EMBEDDING], equal_nan=False):
         raise ValueError(
             "decoder.weight: expected the same values as the embedding (tie_word_embeddings is "
             "true), got others; set tie_word_embeddings to false in config.json to keep both"
         )
-    return {"decoder.weight"}
+    return {DECODER}
 
 
 def _refuse(what: str, unknown: set[str], missing: set[str]) -> None:
@@ -224,7 +151,7 @@ def class_of(keys: Mapping[str, Any], config: ModernBertConfig) -> type:
     """The module class that a set of keys belongs to, helped by config.json's `architectures`."""
     from modernbert_jax import heads, model
 
-    if any(k.startswith(_BACKBONE) for k in keys):
+    if any(k.startswith(BACKBONE) for k in keys):
         return model.ModernBertModel
     if any(k.startswith("classifier.") for k in keys):
         names = json.loads(config.hf_extra).get("architectures") or []
@@ -729,7 +656,7 @@ def _float_dtype(tensors: Mapping[str, Any]) -> np.dtype:
 
 def _fill(cls, config, tensors, hf, seed, ignore_mismatched_sizes, source) -> Any:
     bare_class = all(not k.startswith("model.") for k in param_shapes(cls, config))
-    bare_file = any(k.startswith(_BACKBONE) for k in tensors)
+    bare_file = any(k.startswith(BACKBONE) for k in tensors)
 
     def key_in_file(path: str) -> str:
         if bare_class:
@@ -738,18 +665,18 @@ def _fill(cls, config, tensors, hf, seed, ignore_mismatched_sizes, source) -> An
 
     shapes = param_shapes(cls, config)
     wanted = {key_in_file(path): path for path in shapes}
-    unknown = {k for k in tensors if k not in wanted and not k.startswith(_HEADS)}
+    unknown = {k for k in tensors if k not in wanted and not k.startswith(HEADS)}
     _tied_copy(config, tensors)
     missing = [path for key, path in wanted.items() if key not in tensors]
-    _refuse(source, unknown, {path for path in missing if not path.startswith(_HEADS)})
+    _refuse(source, unknown, {path for path in missing if not path.startswith(HEADS)})
     mismatched = [
         path
         for key, path in wanted.items()
-        if path.startswith(_HEADS)
+        if path.startswith(HEADS)
         and key in tensors
         and ignore_mismatched_sizes
         and _shape(tensors, key)
-        != (hf_shape(path, shapes[path].shape) if hf else shapes[path].shape)
+        != (weight_of(path).hf_shape(shapes[path].shape) if hf else shapes[path].shape)
     ]
     fresh = missing + mismatched
     if fresh:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from modernbert_jax.weights import decays
+
 from ..pretrain.config import Phase
 
 
@@ -83,8 +85,8 @@ def _unbiased(beta: float, t: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Path -> whether weight decay applies: no norm and no bias, as the reference filters them."""
-    return {path: not (path.endswith(".bias") or "norm.weight" in path) for path in params}
+    """Path -> whether weight decay applies, see `modernbert_jax.weights`."""
+    return {path: decays(path) for path in params}
 
 
 def schedule(phase: Phase) -> Callable[[int], float]:

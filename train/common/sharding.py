@@ -5,7 +5,6 @@ over `fsdp`, and gathered over it once a step; heads, MLP and vocabulary over `t
 is a mesh of 1 x 1 x 1: there is no other path.
 """
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,29 +15,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from modernbert_jax.weights import weight_of
+
 from ..pretrain.config import MeshShape
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)
 
-# Pattern of a parameter's path -> its axes. Each path matches one row, no more and no less.
-RULES: tuple[tuple[str, P], ...] = (
-    ("*.tok_embeddings.weight", P(TENSOR, FSDP)),  # V D
-    ("*.attn.Wqkv.weight", P(FSDP, None, TENSOR, None)),  # D 3 H K
-    ("*.attn.Wqkv.bias", P(None, TENSOR, None)),  # 3 H K
-    ("*.attn.Wo.weight", P(TENSOR, None, FSDP)),  # H K D
-    ("*.mlp.Wi.weight", P(FSDP, None, TENSOR)),  # D 2 F
-    ("*.mlp.Wi.bias", P(None, TENSOR)),  # 2 F
-    ("*.mlp.Wo.weight", P(TENSOR, FSDP)),  # F D
-    ("*.Wo.bias", P()),
-    ("*norm.weight", P()),
-    ("*norm.bias", P()),
-    ("head.dense.weight", P(FSDP, None)),  # D D
-    ("head.dense.bias", P()),
-    ("decoder.weight", P(TENSOR, FSDP)),  # V D
-    ("decoder.bias", P(TENSOR)),  # V
-    ("classifier.*", P()),
-)
+# The mesh axis of an axis letter; the first D of a matrix is split over fsdp.
+_TENSOR_AXES = "VHF"
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -73,13 +58,15 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
     )
 
 
-def spec_of(path: str, rules: Sequence[tuple[str, P]] = RULES) -> P:
-    """The partition spec of a parameter. Raises ValueError where not one rule matches."""
-    found = [(pattern, spec) for pattern, spec in rules if fnmatch.fnmatchcase(path, pattern)]
-    if len(found) != 1:
-        names = ", ".join(pattern for pattern, _ in found) or "none"
-        raise ValueError(f"sharding of {path}: expected one rule to match, got {names}")
-    return found[0][1]
+def spec_of(path: str) -> P:
+    """The partition spec of a parameter. Raises ValueError for a path that no ModernBERT has."""
+    axes = weight_of(path).axes
+    if axes == "D":
+        return P()
+    spec = [TENSOR if axis in _TENSOR_AXES else None for axis in axes]
+    if "D" in axes:
+        spec[axes.index("D")] = FSDP
+    return P(*spec)
 
 
 def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -110,7 +97,7 @@ def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any) -> dict[str,
 
     def one(path: str, value: jax.Array) -> jax.Array:
         spec = P(*(None if axis == FSDP else axis for axis in spec_of(path)))
-        if value.ndim > 1 and not path.endswith(("tok_embeddings.weight", "decoder.weight")):
+        if weight_of(path).inputs:
             value = value.astype(dtype)
         return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
 

@@ -18,27 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.checkpoint.pretrained import write_text
-
-# Part of a parameter's path -> its kind; the first that fits.
-_KINDS = (
-    ("norm.", "norms"),
-    ("tok_embeddings.", "embeddings"),
-    ("attn.Wqkv.", "attn.Wqkv"),
-    ("attn.Wo.", "attn.Wo"),
-    ("mlp.Wi.", "mlp.Wi"),
-    ("mlp.Wo.", "mlp.Wo"),
-    ("head.", "head"),
-    ("decoder.", "decoder"),
-    ("classifier.", "classifier"),
-)
-
-
-def kind_of(path: str) -> str:
-    """The kind of weight that a parameter is. Raises ValueError for a path of no ModernBERT."""
-    for part, kind in _KINDS:
-        if part in path:
-            return kind
-    raise ValueError(f"{path}: expected a parameter of ModernBERT")
+from modernbert_jax.weights import weight_of
 
 
 def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -48,7 +28,7 @@ def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """
     squares: dict[str, Any] = collections.defaultdict(lambda: jnp.zeros((), jnp.float32))
     for path, leaf in tree.items():
-        squares[kind_of(path)] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        squares[weight_of(path).kind] += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
     return {kind: jnp.sqrt(square) for kind, square in squares.items()}
 
 
