@@ -1,4 +1,4 @@
-"""Both phases at the size of a laptop: four layers of width 128 on notes made for this.
+"""Both phases on a laptop: four layers of width 128, trained on synthetic notes.
 
 python -m train pretrain --config demo
 python -m train pretrain --config demo --corpus DIR          (your own text)
@@ -11,7 +11,7 @@ from ..pretrain.config import Optimizer, Phase, TrainConfig
 
 
 def get_config() -> TrainConfig:
-    """The configuration that `make demo` runs."""
+    """The configuration of `make demo`."""
     return TrainConfig(
         model=ModernBertConfig.tiny(vocab_size=2048, attention_out_dropout=0.1),
         phases=(
@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
                 decay_tokens=500_000,
             ),
         ),
-        # The recipe's 1e-6 is large beside the gradients of so small a model's queries and keys.
+        # The recipe's 1e-6 is large compared with the query and key gradients of so small a model.
         optimizer=Optimizer(eps=1e-8),
         workdir="runs/demo",
         sequence_length=512,

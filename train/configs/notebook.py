@@ -1,9 +1,9 @@
-"""Both phases in half a minute: three layers of width 64 on 1,500 notes made for this.
+"""Both phases in half a minute: three layers of width 64, trained on 1,500 synthetic notes.
 
-python -m train pretrain --config notebook
+    python -m train pretrain --config notebook
 
-What the notebooks train where no released checkpoint is asked for. It learns its notes' phrases
-and nothing else.
+The notebooks train this model when no released checkpoint is requested. It learns the phrases of
+the synthetic notes and nothing else.
 """
 
 from modernbert_jax import ModernBertConfig
@@ -18,7 +18,7 @@ def get_config() -> TrainConfig:
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
-        local_attention=32,  # a radius of 16 tokens: the window shows in a note of 200
+        local_attention=32,  # a radius of 16 tokens, visible in a note of 200
         max_position_embeddings=512,
         attention_out_dropout=0.1,
     )
@@ -29,7 +29,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=model,
         phases=phases,
-        optimizer=Optimizer(eps=1e-8),  # as demo
+        optimizer=Optimizer(eps=1e-8),  # as in demo
         workdir="runs/notebook",
         synthetic_notes=1_500,
         sequence_length=256,
