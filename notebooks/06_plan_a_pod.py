@@ -60,7 +60,7 @@ print(f"a step: {config.global_batch_size} rows of {config.sequence_length:,} to
 # %%
 import numpy as np
 
-from train.plan.flops import PEAK, model_flops
+from train.common.flops import PEAK, model_flops
 
 tokens = config.global_batch_size * config.sequence_length
 documents = np.full(

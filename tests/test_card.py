@@ -12,11 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 import modernbert_jax as mj
 from modernbert_jax.card import MARK, model_card
 from modernbert_jax.checkpoint.pretrained import write_card
-from train.common import card
+from train.common.card import start_facts
 from train.corpora.build.bpe import train_bpe
 from train.finetune import retrieval
+from train.finetune.card import finetuning_facts
 from train.finetune.run import FinetuneConfig
 from train.finetune.tasks.task import Data, Task
+from train.pretrain.card import pretraining_facts
 from train.pretrain.config import Phase, TrainConfig
 from train.tokens.store import TokenStore
 
@@ -175,7 +177,7 @@ def test_facts_of_pretraining(tmp_path):
         "total_tokens": 9_512,
     }
     stores = [{"mimic3": store(80), "notes": store(30)}, {"notes": store(30)}]
-    facts = card.pretraining_facts(config, result, stores, recipe="demo", hardware="a TPU")
+    facts = pretraining_facts(config, result, stores, recipe="demo", hardware="a TPU")
     text = model_card({"architectures": ["ModernBertForMaskedLM"]}, 1, facts)
     assert ModelCard(text).data.base_model == "answerdotai/ModernBERT-base"
     for line in (
@@ -204,7 +206,7 @@ def test_facts_of_pretraining(tmp_path):
 )
 def test_a_folder_is_called_by_its_name(start, name, tmp_path):
     (tmp_path / start).mkdir(parents=True)
-    assert card.start_facts(str(tmp_path / start)) == {"name": name}
+    assert start_facts(str(tmp_path / start)) == {"name": name}
 
 
 def test_facts_of_fine_tuning_and_retrieval(tmp_path):
@@ -216,7 +218,7 @@ def test_facts_of_fine_tuning_and_retrieval(tmp_path):
     saved |= {"test": {"weighted_f1": 0.875, "per_label": {}, "confusion": []}}
     ways = {"mean": 0.85, "median": 0.85, "std": 0.01, "min": 0.8, "max": 0.875}
     summary = {"points": [{"point": "default", "test": {"weighted_f1": ways}}]}
-    facts = card.finetuning_facts(config, task, {"train": 1_000, "test": 7}, summary, saved)
+    facts = finetuning_facts(config, task, {"train": 1_000, "test": 7}, summary, saved)
     text = model_card({"architectures": ["ModernBertForSequenceClassification"]}, 1, facts)
     assert ModelCard(text).data.metrics == ["f1"]
     assert f"# {tmp_path.name}, fine-tuned: My task\n" in text
@@ -227,7 +229,7 @@ def test_facts_of_fine_tuning_and_retrieval(tmp_path):
     assert "secret" not in text and str(tmp_path) not in text
 
     config = retrieval.RetrievalConfig(data="secret", model="a/b")
-    facts = card.retrieval_facts(config, 9, 3, {"ndcg@10": 0.1}, {"ndcg@10": 0.2})
+    facts = retrieval.retrieval_facts(config, 9, 3, {"ndcg@10": 0.1}, {"ndcg@10": 0.2})
     found = ModelCard(model_card({"architectures": ["ModernBertModel"]}, 1, facts))
     assert found.data.library_name == "sentence-transformers"
     assert found.data.pipeline_tag == "sentence-similarity"

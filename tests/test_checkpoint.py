@@ -15,9 +15,10 @@ from etils import epath
 
 from modernbert_jax import ModernBertConfig
 from train.common.optimizer import StableAdamWState
-from train.common.sharding import make_mesh
-from train.pretrain.checkpoint import Checkpoints, committed, fingerprints
-from train.pretrain.config import MeshShape, TrainConfig
+from train.common.sharding import MeshShape, make_mesh
+from train.common.workdir import committed
+from train.pretrain.checkpoint import Checkpoints, fingerprints
+from train.pretrain.config import TrainConfig
 from train.pretrain.step import Trainer, TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

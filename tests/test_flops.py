@@ -10,7 +10,7 @@ import pytest
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, attention
 from modernbert_jax.checkpoint.pretrained import module_of, param_shapes
 from modernbert_jax.config import FULL, SLIDING
-from train.plan.flops import PEAK, hardware_flops, mfu, model_flops, segment_lengths
+from train.common.flops import PEAK, hardware_flops, mfu, model_flops, segment_lengths
 
 BASE, LARGE = ModernBertConfig.base(), ModernBertConfig.large()
 

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from modernbert_jax.checkpoint.pretrained import load_orbax
-from train.common.hosts import connect
+from train.common.hosts import Hosts, connect
 from train.common.metrics import read_metrics
 from train.corpora.synthetic import write_corpus
-from train.pretrain.config import Hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 14  # of the run below
@@ -29,8 +28,10 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pathlib
 from test_pretrain import small
-from train import cli, loop
-from train.pretrain.config import Hosts, MeshShape, Phase
+from train.common.hosts import Hosts
+from train.common.sharding import MeshShape
+from train.pretrain import run as loop
+from train.pretrain.config import Phase
 phase = Phase("one", tokens=14_000, mlm_probability=0.30, learning_rate=3e-3, warmup_tokens=2_000)
 config = small(
     pathlib.Path({corpus!r}), pathlib.Path({workdir!r}), phases=(phase,), mesh=MeshShape(*{mesh}),

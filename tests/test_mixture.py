@@ -7,12 +7,13 @@ import pytest
 
 from modernbert_jax import ModernBertConfig
 from train import cli
+from train.common.sharding import MeshShape
 from train.corpora.build.bpe import train_bpe
 from train.corpora.build.prepare import prepare
 from train.corpora.reports.mixture import Part, budget, flags, mixture, picture, table
 from train.corpora.synthetic import synthetic_notes
 from train.pretrain import run as loop
-from train.pretrain.config import MeshShape, Phase, TrainConfig
+from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.run import _prepare as open_corpora
 from train.tokens.store import open_store
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import flatten
-from train.common.optimizer import decay_mask, schedule, stable_adamw
+from train.common.optimizer import decay_mask, stable_adamw
 from train.pretrain.config import Phase
 
 SHAPES = {
@@ -105,7 +105,7 @@ class TestSchedule:
     tokens = np.linspace(0, 1_000_000, 4001).astype(int)
 
     def curve(self, **changes):
-        rate = schedule(Phase(tokens=1_000_000, learning_rate=3e-4, **changes))
+        rate = Phase(tokens=1_000_000, learning_rate=3e-4, **changes).learning_rate_at
         return np.array([rate(int(t)) for t in self.tokens])
 
     def test_constant(self):
@@ -127,8 +127,7 @@ class TestSchedule:
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-18)
 
     def test_clock_beyond_int32(self):
-        rate = schedule(
-            Phase(tokens=160_453_000_000, learning_rate=1.0, decay_tokens=80_226_500_000)
-        )
+        phase = Phase(tokens=160_453_000_000, learning_rate=1.0, decay_tokens=80_226_500_000)
+        rate = phase.learning_rate_at
         assert rate(80_226_500_000) == 1.0
         assert np.isclose(rate(100_283_125_000), 0.001 + 0.999 * 0.5)

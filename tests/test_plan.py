@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig
-from train.common.sharding import make_mesh
+from train.common.flops import PEAK, Device
+from train.common.sharding import MeshShape, make_mesh
 from train.plan import hlo, search as plan, topologies as absent
-from train.plan.flops import PEAK, Device
-from train.pretrain.config import MeshShape, Phase, TrainConfig
+from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

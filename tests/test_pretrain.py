@@ -18,12 +18,12 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import load_orbax
 from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli
-from train.common.hosts import connect
+from train.common.hosts import Hosts, connect
 from train.common.metrics import MetricsWriter, read_metrics
-from train.common.sharding import make_mesh
+from train.common.sharding import MeshShape, make_mesh
 from train.corpora.synthetic import write_corpus
 from train.pretrain import run as loop
-from train.pretrain.config import Hosts, MeshShape, Phase, TrainConfig
+from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import build_row, eval_batches
 from train.pretrain.setup import masking_of
 from train.pretrain.step import Trainer
@@ -151,7 +151,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import json, pathlib
 from test_pretrain import small
-from train import loop
+from train.pretrain import run as loop
 loop.run(small(pathlib.Path({corpus!r}), pathlib.Path({workdir!r})))
 """
 

@@ -12,8 +12,15 @@ from jax.sharding import PartitionSpec as P
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import param_shapes
 from train.common import sharding
-from train.common.sharding import local_slots, make_mesh, padded_rows, param_shardings, to_devices
-from train.pretrain.config import MeshShape, Optimizer, TrainConfig
+from train.common.sharding import (
+    MeshShape,
+    local_slots,
+    make_mesh,
+    padded_rows,
+    param_shardings,
+    to_devices,
+)
+from train.pretrain.config import Optimizer, TrainConfig
 from train.pretrain.embedding import look_up
 from train.pretrain.loss import IGNORE, masked_cross_entropy
 from train.pretrain.step import Trainer

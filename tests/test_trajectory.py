@@ -9,7 +9,7 @@ import pytest
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import hf_to_params
 from tests.parity_cases import hf_model
-from train.common.optimizer import decay_mask, schedule
+from train.common.optimizer import decay_mask
 from train.common.sharding import make_mesh
 from train.pretrain.config import Optimizer, Phase, TrainConfig
 from train.pretrain.loss import IGNORE
@@ -20,7 +20,7 @@ optimi = pytest.importorskip("optimi")
 
 STEPS, LENGTH, PLACES, DOCUMENTS = 50, 24, 10, 6
 PEAK = 3e-3
-RATE = schedule(Phase(tokens=STEPS, learning_rate=PEAK, warmup_tokens=5, decay_tokens=20))
+PHASE = Phase(tokens=STEPS, learning_rate=PEAK, warmup_tokens=5, decay_tokens=20)
 
 
 def start():
@@ -72,7 +72,7 @@ def torch_losses():
         loss = reference(ids, mask, labels=labels).loss
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = RATE(step)
+            group["lr"] = PHASE.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -121,7 +121,7 @@ def test_fifty_steps(packed, gradient_accumulation_steps, scan):
     ours = []
     for step in range(STEPS):
         batch = batch_of(step, packed, gradient_accumulation_steps)
-        state, metrics = trainer.train_step(state, batch, RATE(step), PEAK)
+        state, metrics = trainer.train_step(state, batch, PHASE.learning_rate_at(step), PEAK)
         ours.append(float(metrics["loss"]))
     theirs = torch_losses()
     assert theirs[0] - theirs[-1] > 0.2  # it did learn

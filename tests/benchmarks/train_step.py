@@ -11,7 +11,7 @@ mean of 1,024 tokens (a quarter of a row where rows are shorter than 4,096), cut
 has the mean of those drawn. We pack those into rows. torch, which has no packed sdpa, gets them
 sorted by length in padded batches of as many places, summed into one update.
 
-Tokens are counted without padding. MFU counts model FLOPs (train/plan/flops.py) against the device's
+Tokens are counted without padding. MFU counts model FLOPs (train/common/flops.py) against the device's
 peak. Before anything is timed both losses on the same weights and documents must agree. A step
 begins at 98,304 tokens (large: 57,344), the reference's micro-batch on a GPU, and is halved while
 it does not fit.
@@ -39,8 +39,8 @@ import numpy as np  # noqa: E402
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM  # noqa: E402
 from modernbert_jax.checkpoint.pretrained import hf_to_params  # noqa: E402
 from modernbert_jax.packing import plan_rows  # noqa: E402
+from train.common.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
-from train.plan.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.pretrain.config import TrainConfig  # noqa: E402
 from train.pretrain.loss import IGNORE  # noqa: E402
 from train.pretrain.masking import predicted_positions  # noqa: E402

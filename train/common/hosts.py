@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other and what they agree on."""
 
+import dataclasses
 import glob
 import os
 import sys
@@ -10,9 +11,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ..pretrain.config import Hosts
-
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """How the processes of a run find each other (jax.distributed.initialize)."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0; empty detects it from Cloud TPU, SLURM or Open MPI."""
+    count: int = 0
+    """Number of processes; 0 detects it from the launcher."""
+    index: int = -1
+    """Index of this process, from 0; -1 detects it from the launcher."""
+    heartbeat_seconds: int = 100
+    """The run ends on all processes when one has been silent for this many seconds."""
 
 
 def connect(hosts: Hosts) -> None:

@@ -1,7 +1,7 @@
-"""StableAdamW as an optax transformation, its decay mask, and the schedules in tokens."""
+"""StableAdamW as an optax transformation, and its decay mask."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from modernbert_jax.weights import decays
-
-from ..pretrain.config import Phase
 
 
 class StableAdamWState(NamedTuple):
@@ -87,27 +85,3 @@ def _unbiased(beta: float, t: jax.Array) -> jax.Array:
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     """Path -> whether weight decay applies, see `modernbert_jax.weights`."""
     return {path: decays(path) for path in params}
-
-
-def schedule(phase: Phase) -> Callable[[int], float]:
-    """The learning rate at a token of the phase's clock (a Python integer: 160e9 overflows int32).
-
-    Linear warm-up from 0, constant, then over the last decay_tokens one of
-
-        one_minus_sqrt: share + (1 - share) (1 - sqrt(x))      linear: share + (1 - share) (1 - x)
-
-    where x runs from 0 to 1. Source: ModernBERT's scheduler (arXiv 2412.13663, section 2.2).
-    """
-
-    def rate(tokens: int) -> float:
-        factor = 1.0
-        start = phase.tokens - phase.decay_tokens
-        if tokens < phase.warmup_tokens:
-            factor = tokens / phase.warmup_tokens
-        elif phase.decay_tokens and tokens > start:
-            x = min(1.0, (tokens - start) / phase.decay_tokens)
-            x = math.sqrt(x) if phase.decay == "one_minus_sqrt" else x
-            factor = phase.final_lr_ratio + (1.0 - phase.final_lr_ratio) * (1.0 - x)
-        return phase.learning_rate * factor
-
-    return rate

@@ -5,6 +5,7 @@ over `fsdp`, and gathered over it once a step; heads, MLP and vocabulary over `t
 is a mesh of 1 x 1 x 1: there is no other path.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,13 +18,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from modernbert_jax.weights import weight_of
 
-from ..pretrain.config import MeshShape
-
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)
 
 # The mesh axis of an axis letter; the first D of a matrix is split over fsdp.
 _TENSOR_AXES = "VHF"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Number of devices along each axis of the mesh."""
+
+    data: int = -1
+    """Copies of the model; -1 uses the devices that fsdp and tensor leave."""
+    fsdp: int = 1
+    """Number of ways parameters and moments are split; sequences are split over data and fsdp."""
+    tensor: int = 1
+    """Number of ways attention heads, MLP and vocabulary are split."""
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:

@@ -17,7 +17,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,10 +35,9 @@ from modernbert_jax.inference.embedder import unit
 from modernbert_jax.packing import fill_rows
 from modernbert_jax.tokenizer import AutoTokenizer
 
-from ..common.card import retrieval_facts
-from ..common.sharding import DATA, make_mesh
-from ..pretrain.config import MeshShape
-from ..pretrain.setup import start_folder
+from ..common.card import NOT_FOR_CARE, start_facts, versions
+from ..common.sharding import DATA, MeshShape, make_mesh
+from ..common.workdir import start_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,3 +332,41 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         print(f"{name}: {before[name]:.4f} before, {result['after'][name]:.4f} after")
     print(f"model, for transformers and sentence-transformers: {out / 'model'}")
     return result
+
+
+def retrieval_facts(
+    config: RetrievalConfig,
+    pairs: int,
+    steps: int,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> dict[str, Any]:
+    """Facts of a bi-encoder. before and after: its scores, empty without judgements."""
+    start = start_facts(config.model)
+    return {
+        "title": f"{start['name']}, trained for retrieval",
+        "base_model": start.get("base_model"),
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction"],
+        "training": {
+            "Task": "retrieval: each query picks its document among all of a step",
+            "Start": start["name"],
+            "Pairs": pairs,
+            "Steps": steps,
+            "Pairs of a step": config.batch,
+            "Learning rate": f"{config.lr:g}",
+            "Temperature": config.temperature,
+            "Pooling": f"{config.pooling}, then length 1",
+            "Longest text": f"{config.max_length:,} tokens",
+            "Seed": config.seed,
+            "Versions": versions(),
+        },
+        "tables": {
+            "Scores": [
+                {"score": name, "before": f"{before[name]:.4f}", "after": f"{after[name]:.4f}"}
+                for name in after
+            ]
+        },
+        "limits": [NOT_FOR_CARE],
+    }

@@ -34,8 +34,8 @@ from modernbert_jax.checkpoint.pretrained import flatten, module_of, write_card,
 from modernbert_jax.packing import plan_rows
 from modernbert_jax.tokenizer import AutoTokenizer
 
-from ..common.card import finetuning_facts
-from ..pretrain.setup import start_folder
+from ..common.workdir import start_folder
+from .card import finetuning_facts
 from .scores import (
     answer_scores,
     classification_scores,

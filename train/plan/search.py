@@ -3,7 +3,7 @@
     python -m train plan --config bioclinical_base --topology v5e:4x4
     python -m train plan --config bioclinical_large --topology h100:1x1x8 --json plan.json
 
-Bytes, collectives and whether it fits are the compiler's; FLOPs are counted (train/plan/flops.py); times
+Bytes, collectives and whether it fits are the compiler's; FLOPs are counted (train/common/flops.py); times
 are floors, from peaks and bandwidths, and hours are at a model FLOPs utilisation (MFU) that is
 stated, not measured.
 
@@ -34,7 +34,8 @@ from . import topologies as absent
 if TYPE_CHECKING:  # at run time only after the environment is set
     from jax.sharding import Mesh
 
-    from ..pretrain.config import MeshShape, Phase, TrainConfig
+    from ..common.sharding import MeshShape
+    from ..pretrain.config import Phase, TrainConfig
     from ..pretrain.step import Trainer
 
 ENOUGH_TOKENS = 65_536  # of a micro-batch, a device
@@ -132,9 +133,8 @@ def plan(
     `absent.environment(topology)` must be set. Raises ValueError for bad values, a mesh that the
     model does not divide and a topology that nobody knows.
     """
-    from ..common.sharding import make_mesh, row_shards
-    from ..pretrain.config import MeshShape
-    from .flops import PEAK
+    from ..common.flops import PEAK
+    from ..common.sharding import MeshShape, make_mesh, row_shards
 
     config.validate()
     if not 0 < mfu <= 1:
@@ -142,7 +142,7 @@ def plan(
     devices = absent.devices(topology)
     if devices[0].device_kind not in PEAK:
         raise ValueError(
-            f"device {devices[0].device_kind!r}: add its peak to PEAK in train/plan/flops.py"
+            f"device {devices[0].device_kind!r}: add its peak to PEAK in train/common/flops.py"
         )
     if config.mesh == MeshShape():
         config = dataclasses.replace(config, mesh=default_mesh(config.model.hidden_size, devices))
@@ -173,7 +173,7 @@ def plan(
 
 def default_mesh(width: int, devices: Sequence[Any]) -> "MeshShape":
     """fsdp over as many devices as divide `width` and the devices, at most 16; data the rest."""
-    from ..pretrain.config import MeshShape
+    from ..common.sharding import MeshShape
 
     ways = range(1, min(MOST_FSDP, len(devices)) + 1)
     return MeshShape(fsdp=max(n for n in ways if len(devices) % n == width % n == 0))
@@ -351,7 +351,7 @@ def _available(device: Any) -> float:
     import jax
     import jax.numpy as jnp
 
-    from .flops import PEAK
+    from ..common.flops import PEAK
 
     if device.platform != "tpu":
         return PEAK[device.device_kind].hbm_bytes * GPU_SHARE
@@ -396,7 +396,7 @@ def _report(
     mfu: float,
     document_tokens: int,
 ) -> dict[str, Any]:
-    from .flops import PEAK
+    from ..common.flops import PEAK
 
     devices = list(mesh.devices.flat)
     peak = PEAK[devices[0].device_kind]
@@ -464,8 +464,8 @@ def phase_costs(
     """
     import numpy as np
 
+    from ..common.flops import hardware_flops, model_flops
     from ..pretrain.masking import predicted_positions
-    from .flops import hardware_flops, model_flops
 
     tokens = config.global_batch_size * config.sequence_length
     lengths = np.full(max(1, tokens // document), document)

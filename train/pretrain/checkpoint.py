@@ -25,6 +25,7 @@ from modernbert_jax.checkpoint.pretrained import (
 
 from ..common.hosts import from_first, is_first
 from ..common.optimizer import StableAdamWState
+from ..common.workdir import committed
 from .step import Trainer, TrainState
 
 _ARCHITECTURE = (
@@ -35,13 +36,6 @@ _ARCHITECTURE = (
 
 class Damaged(Exception):
     """A checkpoint that is not what was written."""
-
-
-def committed(workdir: Any) -> list[Any]:
-    """The whole checkpoints, oldest first; config.json is written last and makes one whole."""
-    return sorted(
-        p.parent for p in workdir.glob(f"checkpoints/*/{CONFIG_FILE}") if p.parent.name.isdigit()
-    )
 
 
 class Checkpoints:

@@ -6,6 +6,9 @@ from typing import Literal
 
 from modernbert_jax import ModernBertConfig
 
+from ..common.hosts import Hosts
+from ..common.sharding import MeshShape
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -26,6 +29,26 @@ class Phase:
     def __post_init__(self) -> None:
         if isinstance(self.corpus, str):
             object.__setattr__(self, "corpus", (self.corpus,) if self.corpus else ())
+
+    def learning_rate_at(self, tokens: int) -> float:
+        """Returns the learning rate of the step that starts at `tokens` on the phase's clock.
+
+        Linear warm-up from 0, constant, then over the last decay_tokens, where x runs from 0 to 1:
+
+            one_minus_sqrt: r + (1 - r) (1 - sqrt(x))      linear: r + (1 - r) (1 - x)
+
+        times the peak, with r = final_lr_ratio. tokens is a Python integer: 160e9 overflows int32.
+        Source: ModernBERT's scheduler (arXiv 2412.13663, section 2.2).
+        """
+        factor = 1.0
+        start = self.tokens - self.decay_tokens
+        if tokens < self.warmup_tokens:
+            factor = tokens / self.warmup_tokens
+        elif self.decay_tokens and tokens > start:
+            x = min(1.0, (tokens - start) / self.decay_tokens)
+            x = math.sqrt(x) if self.decay == "one_minus_sqrt" else x
+            factor = self.final_lr_ratio + (1.0 - self.final_lr_ratio) * (1.0 - x)
+        return self.learning_rate * factor
 
     def batch_size_at(self, tokens: int, rows: int, micro_batch_size: int) -> int:
         """The rows of the step that starts at `tokens` of the phase's clock.
@@ -55,25 +78,6 @@ class Optimizer:
     max_learning_rate: float = (
         0.0  # the rate at which weight_decay applies whole; 0: the phase's peak
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshShape:
-    """Devices by axis. Rows are split over data and fsdp, weights over fsdp and tensor."""
-
-    data: int = -1  # copies of the model; -1: the devices that fsdp and tensor leave
-    fsdp: int = 1  # parameters and moments are split this many ways
-    tensor: int = 1  # heads, MLP and vocabulary are split this many ways
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """How the processes of a run find each other: jax.distributed.initialize()."""
-
-    coordinator: str = ""  # host:port of process 0; empty: as Cloud TPU, SLURM or Open MPI tell it
-    count: int = 0  # processes; 0: as they tell it, else 1
-    index: int = -1  # this one's number
-    heartbeat_seconds: int = 100  # a host silent for that long ends the run everywhere
 
 
 @dataclasses.dataclass(frozen=True)

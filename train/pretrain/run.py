@@ -28,12 +28,11 @@ from modernbert_jax import FillMask, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import module_of, write_bytes, write_text
 from modernbert_jax.tokenizer import Tokenizer
 
-from ..common import card, watch
+from ..common import flops, watch
 from ..common.hosts import barrier, connect, first_then_others, is_first, to_host, total
 from ..common.metrics import MetricsWriter, plot
-from ..common.optimizer import schedule
 from ..common.sharding import local_slots, make_mesh, padded_rows, to_devices
-from ..plan import flops
+from ..common.workdir import committed, is_remote
 from ..tokens.store import (
     SPLITS,
     TokenStore,
@@ -43,12 +42,12 @@ from ..tokens.store import (
     prepare_tokens,
     tokens_folder,
 )
-from .checkpoint import Checkpoints, committed
+from . import card
+from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import Batch, Batches, Masking, eval_batches
 from .loss import IGNORE
 from .setup import (
-    is_remote,
     masking_of,
     open_workdir,
     run_model_config,
@@ -250,7 +249,6 @@ class _Session:
             desc=f"{phase.name} (mask {phase.mlm_probability:.0%})", dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 20.0, disable=not is_first(),
         )  # fmt: skip
-        rate_at = schedule(phase)
         peak = np.float32(config.optimizer.max_learning_rate or phase.learning_rate)
         step = int(state.optimizer.step)
         clock = _Clock()
@@ -262,7 +260,7 @@ class _Session:
                     batch = next(batches)
                 self.where = f"phase {phase.name}, step {step + 1}: in the step"
                 self.profile.before(step + 1, state)
-                rate = rate_at(position.phase_tokens)
+                rate = phase.learning_rate_at(position.phase_tokens)
                 with self.goodput.doing("steps" if clock.laps else "compiling"):
                     state, metrics = self.trainer.train_step(
                         state, self._on_devices(batch), np.float32(rate), peak

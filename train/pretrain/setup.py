@@ -21,7 +21,6 @@ from modernbert_jax.checkpoint.pretrained import (
     flatten,
     is_orbax,
     load_orbax,
-    resolve,
     write_text,
 )
 from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
@@ -29,11 +28,11 @@ from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
 from ..common.hosts import is_first
 from ..common.optimizer import StableAdamWState
 from ..common.sharding import place
+from ..common.workdir import committed, is_remote, start_folder
 from ..corpora.build.bpe import train_bpe
 from ..corpora.readers.text import read_documents
 from ..corpora.synthetic import write_corpus
 from ..tokens.store import is_store
-from .checkpoint import committed
 from .config import TrainConfig
 from .data import Masking
 from .step import Trainer, TrainState
@@ -47,11 +46,6 @@ _FREE = {
     "mesh", "hosts", "gradient_accumulation_steps", "scan_layers", "remat", "loss_chunk", "attention",
     "stall_minutes", "profile_step", "profile_steps", "wandb",
 }  # fmt: skip
-
-
-def is_remote(workdir: Any) -> bool:
-    """Whether a workdir is in a bucket."""
-    return "://" in os.fspath(workdir)
 
 
 def open_workdir(config: TrainConfig, say: Say) -> Any:
@@ -135,17 +129,6 @@ def with_corpora(config: TrainConfig, workdir: Any, say: Say) -> TrainConfig:
                 "`python -m train prepare` and give its folder"
             )
     return dataclasses.replace(config, phases=phases)
-
-
-def start_folder(init_from: str) -> Any:
-    """The folder of a checkpoint; of a run's workdir, its newest one; of a hub id, its copy."""
-    folder = pathlib.Path(init_from).expanduser()
-    if (folder / "checkpoints").is_dir():
-        whole = committed(folder)
-        if not whole:
-            raise ValueError(f"init_from {init_from}: a workdir without a whole checkpoint")
-        return whole[-1]
-    return resolve(init_from)
 
 
 def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> Tokenizer:

@@ -133,7 +133,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str) -> f
     if device_kind not in PEAK:
         raise ValueError(
             f"device {device_kind!r}: expected one of {', '.join(PEAK)}; add its peak to PEAK in "
-            "train/plan/flops.py"
+            "train/common/flops.py"
         )
     return tokens_per_second * flops_per_token / PEAK[device_kind].flops
 

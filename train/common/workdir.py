@@ -1,0 +1,32 @@
+"""A run's working directory: its committed checkpoints, and which one to start from."""
+
+import os
+import pathlib
+from typing import Any
+
+from modernbert_jax.checkpoint.pretrained import CONFIG_FILE, resolve
+
+
+def is_remote(workdir: Any) -> bool:
+    """Returns whether a working directory is in a bucket (gs://...)."""
+    return "://" in os.fspath(workdir)
+
+
+def committed(workdir: Any) -> list[Any]:
+    """Returns the committed checkpoints, oldest first; config.json is written last of all files."""
+    return sorted(
+        p.parent for p in workdir.glob(f"checkpoints/*/{CONFIG_FILE}") if p.parent.name.isdigit()
+    )
+
+
+def start_folder(source: str) -> Any:
+    """Returns the folder of a checkpoint: the newest one of a run's workdir, a hub id's copy."""
+    folder = pathlib.Path(source).expanduser()
+    if (folder / "checkpoints").is_dir():
+        found = committed(folder)
+        if not found:
+            raise ValueError(
+                f"{source}: expected a committed checkpoint in this workdir, found none"
+            )
+        return found[-1]
+    return resolve(source)

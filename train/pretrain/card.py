@@ -1,0 +1,133 @@
+"""Facts about a pretraining run for its model card (`modernbert_jax.card`).
+
+No text of a document is among the facts. What a run does not know, such as its license, is left out.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..common.card import NOT_FOR_CARE, start_facts, versions
+from ..corpora.sources import GENERIC, find
+from ..tokens.store import TokenStore, manifest_of
+from .config import Phase, TrainConfig
+
+
+def pretraining_facts(
+    config: TrainConfig,
+    result: Mapping[str, Any],
+    stores: Sequence[Mapping[str, Mapping[str, TokenStore]]],
+    *,
+    recipe: str,
+    hardware: str,
+) -> dict[str, Any]:
+    """Facts of a finished run. result: as result.json has it. stores: each phase's, by corpus.
+
+    recipe: the name of its experiment in train/configs, or empty. hardware: devices and mesh.
+    """
+    start = start_facts(config.init_from) if config.init_from else {"name": "random weights"}
+    optimizer, model = config.optimizer, config.model
+    paths = {
+        pathlib.PurePath(path).name: path
+        for phase in config.phases
+        for path in phase.corpus or config.corpus
+    }
+    sources = {name: _source(paths.get(_last(name), "")) for parts in stores for name in parts}
+    return {
+        "base_model": start.get("base_model"),
+        "metrics": ["accuracy"],
+        "training": {
+            "Task": "masked language modelling on packed rows",
+            **({"Recipe": recipe} if recipe else {}),
+            "Start": start["name"] + " with its moments" * config.init_optimizer,
+            "Tokens seen": result["total_tokens"],
+            "Steps": result["steps"],
+            "Rows of a step": f"{config.global_batch_size} of {config.sequence_length:,} tokens",
+            "Optimizer": (
+                f"StableAdamW, betas {optimizer.b1:g} and {optimizer.b2:g}, eps {optimizer.eps:g}, "
+                f"weight decay {optimizer.weight_decay:g}"
+            ),
+            "Computed in": model.dtype,
+            "Dropout of the attention's output": model.attention_out_dropout,
+            "Seed": config.seed,
+            "Hardware": hardware,
+            "Versions": versions(),
+        },
+        "tables": {
+            "Phases": [
+                {
+                    "phase": phase.name,
+                    "tokens": phase.tokens,
+                    "mask rate": f"{phase.mlm_probability:.0%}",
+                    "peak learning rate": phase.learning_rate,
+                    "schedule": schedule_of(phase),
+                    "corpora": [_last(name) for name in parts],
+                }
+                for phase, parts in zip(config.phases, stores, strict=True)
+            ],
+            "Corpora": [
+                {"corpus": _last(name), **about, "tokens to train on": tokens}
+                for name, about in sources.items()
+                for tokens in [next(_tokens(p[name]) for p in stores if name in p)]
+            ],
+            f"Held-out text, masked at {config.eval_mlm_probability:.0%}": _held_out(
+                result["phases"]
+            ),
+        },
+        "limits": [*_agreements(sources), NOT_FOR_CARE],
+    }
+
+
+def _last(name: str) -> str:
+    return pathlib.PurePath(name).name
+
+
+def _tokens(store: Mapping[str, TokenStore]) -> int:
+    return int(store["train"].lengths.sum(dtype="int64"))
+
+
+def _source(path: str) -> dict[str, Any]:
+    """What the manifest of a corpus says of its source, where `prepare` made it from one."""
+    manifest = manifest_of(path) if path else {}
+    if not manifest.get("source") or manifest["source"] in GENERIC:
+        return {}
+    return {name: manifest[name] for name in ("source", "title", "licence", "documents")}
+
+
+def _agreements(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What one must have signed for the corpora, which may hold for the weights as well."""
+    found = [find(about["source"]) for about in sources.values() if about]
+    return [
+        f"Trained on {source.title} (access: {source.access}): its terms may hold for the weights."
+        for source in found
+        if source.access != "open"
+    ]
+
+
+def schedule_of(phase: Phase) -> str:
+    """The learning rate of a phase in words."""
+    parts = [f"warm-up over {phase.warmup_tokens:,} tokens"] if phase.warmup_tokens else []
+    if phase.warmup_tokens + phase.decay_tokens < phase.tokens:
+        parts.append("constant")
+    if phase.decay_tokens:
+        shape = {"one_minus_sqrt": "1 - sqrt", "linear": "linear"}[phase.decay]
+        parts.append(f"{shape} decay over the last {phase.decay_tokens:,} tokens")
+    return ", then ".join(parts)
+
+
+def _held_out(phases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each phase, and for each of its corpora where there are several."""
+    rows = []
+    for scores in phases:
+        names = [key.removesuffix("loss") for key in scores if key.endswith("/loss")]
+        for prefix in ["", *names]:
+            row = {
+                "phase": scores["phase"],
+                "corpus": _last(prefix) or "all",
+                "loss, nats": f"{scores[f'{prefix}loss']:.3f}",
+                "accuracy": f"{scores[f'{prefix}accuracy']:.1%}",
+            }
+            if not prefix:
+                row["commonest token"] = f"{scores['unigram_accuracy']:.1%}"
+            rows.append(row)
+    return rows
