@@ -1,4 +1,4 @@
-"""What a user installs: sdist and wheel, the wheel at work without the checkout, CITATION.cff."""
+"""What a user installs: the sdist, the wheel at work without the checkout, and CITATION.cff."""
 
 import email
 import os
@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 
 import build
@@ -13,13 +14,16 @@ import pytest
 import yaml
 
 import modernbert_jax
+from convert import cli as convert_cli
+from modernbert_jax import cli
+from train import cli as train_cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "goldens" / "tiny"
 
-# Run with the wheel's folder first on the path and a JAX platform that does not exist: the import
-# would fail where it touched a device.
-INSTALLED = """
+# Run with the wheel's folder first on the path and a JAX platform that does not exist, so that an
+# import that touches a device fails.
+LIBRARY = """
 import pathlib, sys
 folder, golden, version = sys.argv[1:]
 import modernbert_jax
@@ -28,7 +32,7 @@ package = pathlib.Path(modernbert_jax.__file__).parent
 assert package == pathlib.Path(folder) / "modernbert_jax", f"imported {package}"
 assert modernbert_jax.__version__ == version, modernbert_jax.__version__
 assert (package / "py.typed").is_file()
-# What belongs to training, conversion and the reference. (flax itself brings optax.)
+# What belongs to training, conversion and the reference. (flax itself imports optax.)
 strangers = {"grain", "matplotlib", "tensorflow", "torch", "transformers", "tyro"}
 assert not strangers & set(sys.modules), strangers & set(sys.modules)
 
@@ -45,6 +49,28 @@ logits = model(expected["input_ids"], expected["attention_mask"]).logits
 used = expected["attention_mask"].astype(bool)
 error = np.abs(np.asarray(logits) - expected["logits"])[used].max()
 assert error < 1e-5 * np.abs(expected["logits"][used]).max(), error
+"""
+
+# Every command prints its help, and a checkpoint is converted, with the wheel first on the path.
+COMMANDS = """
+import contextlib, io, pathlib, sys
+folder, golden = sys.argv[1:]
+from modernbert_jax import cli
+
+for command, (package, _) in cli.COMMANDS.items():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            code = cli.main([command, "--help"])
+        except SystemExit as exit:
+            code = exit.code
+    assert code in (0, None) and "usage" in out.getvalue(), (command, code, out.getvalue())
+for package in ("train", "convert"):
+    assert package not in sys.modules, f"{package} was imported from the checkout"
+    found = pathlib.Path(sys.modules[f"modernbert_jax.{package}.cli"].__file__)
+    assert found == pathlib.Path(folder) / "modernbert_jax" / package / "cli.py", found
+assert cli.main(["convert", "from-hf", golden, "orbax"]) == 0
+assert pathlib.Path("orbax/params").is_dir()
 """
 
 
@@ -66,15 +92,24 @@ def contents(wheel: pathlib.Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_the_wheel_is_the_library_and_its_licence(built):
+def test_the_wheel_holds_every_package_and_the_license(built):
     files = contents(built[1])
     info = f"modernbert_jax-{modernbert_jax.__version__}.dist-info"
-    package = [p for p in (ROOT / "modernbert_jax").rglob("*") if "__pycache__" not in p.parts]
-    wanted = {p.relative_to(ROOT).as_posix() for p in package if p.is_file()}
-    wanted |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    names = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
+    wanted = {f"{info}/{name}" for name in names}
+    for package, inside in [
+        ("modernbert_jax", "modernbert_jax"),
+        ("train", "modernbert_jax/train"),
+        ("convert", "modernbert_jax/convert"),
+    ]:
+        found = [path for path in (ROOT / package).rglob("*") if "__pycache__" not in path.parts]
+        wanted |= {
+            f"{inside}/{p.relative_to(ROOT / package).as_posix()}" for p in found if p.is_file()
+        }
     assert set(files) == wanted
     assert files["modernbert_jax/py.typed"] == b""
     assert files[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
+    assert b"modernbert-jax = modernbert_jax.cli:program" in files[f"{info}/entry_points.txt"]
 
 
 def test_the_sdist_makes_the_same_wheel(built):
@@ -96,29 +131,111 @@ def test_metadata(built):
     assert any("Python :: 3" in line for line in metadata.get_all("Classifier", []))
 
 
-def test_installed_from_another_directory(built, tmp_path):
-    folder = tmp_path / "installed"
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> pathlib.Path:
+    """A folder that holds the unpacked wheel. Its dependencies come from this environment."""
+    folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--no-deps", "--no-index", "--no-compile", "--target", str(folder), str(built[1])]
-    subprocess.run(pip, check=True, cwd=tmp_path, timeout=120)
+    subprocess.run(pip, check=True, cwd=folder, timeout=120)
+    return folder
+
+
+def run_installed(folder: pathlib.Path, cwd: pathlib.Path, code: str, *args: str, platform: str):
     # PYTHONPATH comes before the checkout that an editable install adds.
     environment = os.environ | {
         "PYTHONPATH": str(folder),
-        "JAX_PLATFORMS": "no_such_platform",
+        "JAX_PLATFORMS": platform,
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-P", "-W", "error", "-c", INSTALLED]
     done = subprocess.run(
-        [*command, str(folder), str(GOLDEN), modernbert_jax.__version__],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-P", "-W", "error", "-c", code, str(folder), str(GOLDEN), *args],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_library(installed, tmp_path):
+    version = modernbert_jax.__version__
+    run_installed(installed, tmp_path, LIBRARY, version, platform="no_such_platform")
+
+
+def test_the_installed_commands(installed, tmp_path):
+    run_installed(installed, tmp_path, COMMANDS, platform="cpu")
+
+
+@pytest.mark.slow
+def test_the_training_extra_in_an_empty_environment(built, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin = tmp_path / "venv" / "bin"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(*command: str) -> str:
+        return subprocess.run(
+            command, cwd=work, env=environment, check=True, text=True, timeout=1200,
+            stdout=subprocess.PIPE,
+        ).stdout  # fmt: skip
+
+    run(str(bin / "pip"), "install", "--quiet", f"modernbert_jax[train] @ {built[1].as_uri()}")
+    command = str(bin / "modernbert-jax")
+    run(
+        command, *"pretrain --config demo --sequence-length 64 --global-batch-size 8".split(),
+        *"--synthetic-notes 200 --phases.0.tokens 3000 --phases.1.tokens 3000".split(),
+        *"--phases.0.warmup-tokens 0 --phases.1.decay-tokens 3000 --eval-sequences 4".split(),
+    )  # fmt: skip
+    assert (work / "runs/demo/export/model.safetensors").is_file()
+    assert "pubmed" in run(command, "corpora")
+
+
+@pytest.mark.parametrize(
+    "command, module, extra",
+    [
+        (["pretrain", "--config", "demo"], "tyro", "train"),
+        (["prepare", "--corpus", "pubmed"], "apache_beam", "beam"),
+        (["convert", "from-hf", "a", "b"], "orbax", "convert"),
+    ],
+)
+def test_a_missing_extra_is_one_line(command, module, extra, monkeypatch, capsys):
+    def imports_it(args):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setitem(sys.modules, module, None)  # the import raises
+    if module == "tyro":
+        monkeypatch.delitem(sys.modules, "train.cli")
+    else:
+        monkeypatch.setattr(convert_cli, "main", imports_it)
+        monkeypatch.setattr(train_cli, "main", imports_it)
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f'modernbert-jax {command[0]} needs the extra "{extra}" (found no module {module}): '
+        f'pip install "modernbert_jax[{extra}]"'
+    )
+
+
+def test_a_broken_module_of_ours_is_not_called_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "train.cli", None)
+    with pytest.raises(ModuleNotFoundError, match="train.cli"):
+        cli.main(["pretrain"])
+
+
+def test_the_command_line(capsys):
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{modernbert_jax.__version__}\n"
+    assert cli.main(["pretain"]) == 2
+    assert "got 'pretain'" in capsys.readouterr().err
 
 
 def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors"} <= set(citation)  # what the format asks for
+    assert {"message", "title", "authors"} <= set(citation)  # required by the format
     assert citation["version"] == modernbert_jax.__version__
     assert citation["license"] == "Apache-2.0"
     papers = {

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
     arguments, rest = _parser().parse_known_args(list(argv))
     settings = absent.environment(arguments.topology)
     if any(os.environ.get(name) != value for name, value in settings.items()):
-        command = [sys.executable, "-m", "train", "plan", *argv]
+        package = (__package__ or "").removesuffix(".plan")  # modernbert_jax.train in a wheel
+        command = [sys.executable, "-m", package, "plan", *argv]
         return subprocess.run(command, env=os.environ | settings).returncode
     config, given = _config(arguments.config, rest)
     found = plan(
