@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "--platforms", nargs="+", choices=["cpu", "cuda", "tpu"],
         help="by default the one at hand",
     )  # fmt: skip
-    timed = verbs.add_parser("time", help="cold start and first answer, in two new processes")
+    timed = verbs.add_parser("benchmark", help="cold start and first answer, in two new processes")
     answer = verbs.add_parser("answer", help="one text, with the times")
     for verb in (timed, answer):
         verb.add_argument("model", help="folder or hub id")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `export`, `time` or `answer`; returns the exit code: 0, or 2 with one line."""
     args = parser().parse_args(argv)
     try:
-        return {"export": _export, "time": _time, "answer": _answer}[args.verb](args)
+        return {"export": _export, "benchmark": _benchmark, "answer": _answer}[args.verb](args)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +63,7 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _time(args: argparse.Namespace) -> int:
+def _benchmark(args: argparse.Namespace) -> int:
     given = [args.model, "--task", args.task, "--text", args.text]
     given += ["--compile-cache", args.compile_cache] if args.compile_cache else []
     given += ["--dtype", args.dtype] if args.dtype else []

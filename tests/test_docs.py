@@ -82,7 +82,7 @@ SMALL_RUN = (
 SMALLER = {
     "pretrain": SMALL_RUN,
     "prepare": "--sequence-length 64 --eval-fraction 0.3 --workers 1",
-    "overlap": "--workers 1",
+    "decontaminate": "--workers 1",
     "finetune": "--epochs 1 --max-length 64",
     "plan": "--sequence-length 128 --global-batch-size 16 --phases.0.tokens 100000 --phases.1.tokens 100000 "
     "--phases.1.decay-tokens 1000 --model.hidden-size 64 --model.intermediate-size 64 "

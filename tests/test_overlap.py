@@ -66,7 +66,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("corpus", ["corpus.jsonl", "out", "out/text", "out/tokens"])
 def test_every_kind_of_corpus(folders, corpus, tmp_path, capsys):
     report = tmp_path / "report.jsonl"
-    command = ["overlap", "--corpus", str(folders / corpus), "--task", str(folders / "task.tsv")]
+    command = ["decontaminate", "--corpus", str(folders / corpus), "--task", str(folders / "task.tsv")]
     command += ["--task-column", "sentence", "--out", str(report), "--workers", "1"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out

@@ -9,14 +9,14 @@ import tyro
 
 USAGE = """usage: python -m train VERB ...
 
-  corpora    what there is to train on: access, licence, size, what is on disk
-  prepare    a corpus to text and shards of tokens, once
-  mixture    tokens and shares of prepared corpora, and the flags that train on them
-  overlap    documents of a corpus that share word spans with an evaluation set
-  pretrain   masked-LM pretraining in phases; takes up a run that was interrupted
-  plan       compile a run for devices that are not here: memory, exchanges, hours
-  average    the mean of several checkpoints
-  finetune   a task over seeds and a grid, with its table of scores; or retrieval
+  corpora        what there is to train on: access, licence, size, what is on disk
+  prepare        a corpus to text and shards of tokens, once
+  mixture        tokens and shares of prepared corpora, and the flags that train on them
+  decontaminate  documents of a corpus that share word spans with an evaluation set
+  pretrain       masked-LM pretraining in phases; takes up a run that was interrupted
+  plan           compile a run for devices that are not here: memory, exchanges, hours
+  average        the mean of several checkpoints
+  finetune       a task over seeds and a grid, with its table of scores; or retrieval
 
   python -m train pretrain --config demo
   python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "average": _average,
         "corpora": _corpora,
         "mixture": _mixture,
-        "overlap": _overlap,
+        "decontaminate": _decontaminate,
     }
     if args[0] not in verbs:
         print(
@@ -107,10 +107,10 @@ def _mixture(args: list[str]) -> int:
     return 0
 
 
-def _overlap(args: list[str]) -> int:
+def _decontaminate(args: list[str]) -> int:
     from .corpora.reports.decontaminate import overlap
 
-    print(tyro.cli(overlap, prog="python -m train overlap", args=args))
+    print(tyro.cli(overlap, prog="python -m train decontaminate", args=args))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Compile once: functions exported beside a model, a cache of compiled programs, cold starts timed.
 
     python -m modernbert_jax export MODEL OUT --tokens 64 512
-    python -m modernbert_jax time OUT --compile-cache CACHE
+    python -m modernbert_jax benchmark OUT --compile-cache CACHE
 
 OUT is a checkpoint as any other with a folder functions/, one jax.export file a shape: StableHLO
 without weights. Where a file fits what is called (model, dtype, shape, platform) neither tracing

@@ -1,4 +1,4 @@
-"""python -m train overlap: documents of a corpus that share word spans with an evaluation set.
+"""python -m train decontaminate: documents of a corpus that share word spans with an evaluation set.
 
 A span is 13 words in a row: runs of letters, digits and "_", in lower case, whatever stands
 between. The set's spans are kept as 64-bit hashes. Only where 13 words in a row all occur somewhere
