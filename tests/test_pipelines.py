@@ -123,16 +123,19 @@ class TestFillMask:
             pipeline("fill-mask", model=ModernBertForMaskedLM.from_pretrained(folder))
 
 
-def saved(cls_name, folder, tokenizer, names, **changes):
-    """A seeded classifier of transformers with named labels, and its tokenizer."""
+def saved(cls_name, folder, tokenizer, names, seed=1, scale=30, **changes):
+    """Saves a seeded transformers classifier with named labels, and its tokenizer.
+
+    scale: factor of the classifier's weights, so that labels differ from token to token.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     config = config_for(tokenizer, **labels, **changes)
     model = getattr(transformers, cls_name)(config)
     with torch.no_grad():
-        model.classifier.weight.mul_(30)  # labels that differ from token to token
+        model.classifier.weight.mul_(scale)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -149,7 +152,8 @@ def classifier(tmp_path_factory, tokenizer):
 def tagger(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("tagger")
     names = ["O", "B-NAME", "I-NAME", "B-DATE", "I-DATE"]
-    return saved("ModernBertForTokenClassification", folder, tokenizer, names)
+    # At a larger scale the softmax saturates, and the mean of two one-hot tokens is an exact tie.
+    return saved("ModernBertForTokenClassification", folder, tokenizer, names, seed=16, scale=3)
 
 
 class TestTextClassification:
@@ -213,6 +217,8 @@ class TestTokenClassification:
 
         ours = pipeline("token-classification", tagger, aggregation_strategy=strategy)
         theirs = transformers.pipeline("ner", str(tagger), aggregation_strategy=strategy)
+        for text in (SEEN, "Fever.", "fever"):
+            assert smallest_margin(theirs, text) > 0.005, "rounding would decide the labels"
         for inputs in (SEEN, [SEEN, "Fever."], "fever"):
             same_entities(ours(inputs), theirs(inputs))
         kinds = {e.get("entity", e.get("entity_group")) for e in ours(SEEN)}
@@ -284,6 +290,31 @@ class TestTokenClassification:
             pipeline("ner", tagger, aggregation_strategy="longest")
         with pytest.raises(ValueError, match="max_length, stride: expected more than 2"):
             pipeline("ner", tagger, max_length=2)
+
+
+def smallest_margin(theirs, text):
+    """Smallest gap between the two best labels of a token, or of a word under any aggregation.
+
+    A word's label is that of its first token, of its most confident token, or of the mean over its
+    tokens; the gap between its two most confident tokens counts too. theirs: a transformers
+    pipeline.
+    """
+    import torch
+
+    encoded = theirs.tokenizer(text, return_offsets_mapping=True)
+    with torch.no_grad():
+        logits = theirs.model(torch.tensor([encoded["input_ids"]])).logits[0, 1:-1]
+    offsets = encoded["offset_mapping"][1:-1]
+    spans = [
+        {"p": p, "start": start, "end": end}
+        for p, (start, end) in zip(torch.softmax(logits, -1).numpy(), offsets, strict=True)
+    ]
+    gaps = []
+    for word in _words(text, spans):
+        p = np.stack([span["p"] for span in word])
+        gaps += [np.diff(np.sort(values)[-2:])[0] for values in (*p, p.mean(0))]
+        gaps += list(np.diff(np.sort(p.max(-1))[-2:]))  # empty for a word of one token
+    return min(gaps)
 
 
 def same_entities(ours, theirs):
