@@ -102,7 +102,7 @@ class _OneByOne(dict[str, np.ndarray]):
 
     def __getitem__(self, key: str) -> np.ndarray:
         array = super().__getitem__(key)
-        torch_file.let_go(array)
+        torch_file.release_pages(array)
         return array
 
 

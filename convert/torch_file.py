@@ -1,508 +1,287 @@
-"""PyTorch's zip checkpoints (`.pt`, `.bin`), read and written without PyTorch.
+"""Reads and writes PyTorch's zip checkpoints (`.pt`, `.bin`) as NumPy arrays, through torch.
 
-Such a file is a zip archive, stored without compression: `NAME/data.pkl` is a pickle, and
-`NAME/data/0`, `NAME/data/1`, ... are the bytes of the tensors' storages. Nothing in the pickle
-runs: a name in it is looked up in the tables of this file, and the outcome is a plain container, a
-tensor, or an inert `Stub`. Every other name is refused.
-
-Source: torch/serialization.py and torch/_utils.py (PyTorch 1.6 to 2.13).
+`torch.load(weights_only=True)` does the reading. Before it runs, the pickle inside the file is
+listed with inert placeholders: a name outside ADMITTED is refused by name, and a storage whose
+size is not the one that the archive holds is refused, which torch does not check. The harmless
+names that Composer adds (clocks, random states, enumerations) become inert `Stub` objects.
 """
 
+import ctypes
 import io
 import mmap
-import os
 import pickle
-import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-# The plain dtypes: torch's name, its storage class (None: saved as an untyped storage), NumPy's.
-_DTYPES = (
-    ("float32", "FloatStorage", np.float32),
-    ("float64", "DoubleStorage", np.float64),
-    ("float16", "HalfStorage", np.float16),
-    ("bfloat16", "BFloat16Storage", ml_dtypes.bfloat16),
-    ("int64", "LongStorage", np.int64),
-    ("int32", "IntStorage", np.int32),
-    ("int16", "ShortStorage", np.int16),
-    ("int8", "CharStorage", np.int8),
-    ("uint8", "ByteStorage", np.uint8),
-    ("bool", "BoolStorage", np.bool_),
-    ("complex64", "ComplexFloatStorage", np.complex64),
-    ("complex128", "ComplexDoubleStorage", np.complex128),
-    ("uint16", None, np.uint16),
-    ("uint32", None, np.uint32),
-    ("uint64", None, np.uint64),
-    ("float8_e4m3fn", None, ml_dtypes.float8_e4m3fn),
-    ("float8_e4m3fnuz", None, ml_dtypes.float8_e4m3fnuz),
-    ("float8_e5m2", None, ml_dtypes.float8_e5m2),
-    ("float8_e5m2fnuz", None, ml_dtypes.float8_e5m2fnuz),
-)
+OLDEST_TORCH = (2, 6)  # Before 2.6, weights_only=True could be tricked into running code.
 
-# Names that stay inert: a `Stub` holds their arguments. They are what Composer's training
-# checkpoints hold beside tensors: clocks, random states, versions, enumerations.
-STUBS = frozenset(
-    {
-        ("datetime", "timedelta"),
-        ("datetime", "datetime"),
-        ("datetime", "timezone"),
-        ("_codecs", "encode"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("torch", "device"),
-        ("torch.torch_version", "TorchVersion"),
-        ("composer.core.precision", "Precision"),
-        ("composer.core.time", "Time"),
-        ("composer.core.time", "TimeUnit"),
-        ("composer.core.time", "Timestamp"),
-        # The default of a defaultdict.
-        ("builtins", "dict"),
-        ("builtins", "list"),
-        ("builtins", "int"),
-        ("builtins", "float"),
-    }
+# Bytes per element of the storage classes; an untyped storage counts bytes.
+STORAGES = {
+    **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
+    **dict.fromkeys(("FloatStorage", "IntStorage"), 4),
+    **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
+    **dict.fromkeys(("CharStorage", "ByteStorage", "BoolStorage", "UntypedStorage"), 1),
+    "ComplexDoubleStorage": 16,
+}
+# torch's names of the dtypes that NumPy does not have, and the integers that carry their bits.
+EXTENSION_DTYPES = {
+    "bfloat16": np.uint16,
+    "float8_e4m3fn": np.uint8,
+    "float8_e4m3fnuz": np.uint8,
+    "float8_e5m2": np.uint8,
+    "float8_e5m2fnuz": np.uint8,
+}
+DTYPES = (
+    """float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64
+complex128""".split()
+    + list(EXTENSION_DTYPES)
 )
-
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # PyTorch before 1.6
-_ZIP_MAGIC = b"PK\x03\x04"
-_ALIGNMENT = 64  # bytes; torch places each storage so
+# Names that only hold other values in Composer's checkpoints, beside the tensors.
+STUBS = """builtins.dict builtins.float builtins.int builtins.list
+composer.core.precision.Precision composer.core.time.Time composer.core.time.TimeUnit
+composer.core.time.Timestamp datetime.datetime datetime.timedelta datetime.timezone numpy.dtype
+numpy.ndarray numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar
+numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar
+torch.torch_version.TorchVersion""".split()
+# Containers that torch does not admit by itself.
+CONTAINERS: dict[str, Callable[..., Any]] = {
+    "builtins.frozenset": frozenset,
+    "builtins.slice": slice,
+    "collections.defaultdict": lambda factory=None, items=(): dict(items),
+}
+ADMITTED = frozenset(
+    [
+        *STUBS,
+        *CONTAINERS,
+        *(f"torch.{name}" for name in (*STORAGES, *DTYPES, "Size", "device")),
+        *(f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter")),
+        "torch._utils._rebuild_parameter_with_state",
+        "torch.storage.UntypedStorage",
+        "collections.OrderedDict",
+        "builtins.set",
+        "builtins.complex",
+        "_codecs.encode",  # how protocol 2 stores bytes
+    ]
+)
 
 
 class Stub:
-    """An admitted name that this reader does not act on: `name`, `args` and, if any, `state`."""
+    """Stands for an object that the converter does not need; drops everything it is given."""
 
-    __slots__ = ("args", "state")
-    name = ""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
-        self = object.__new__(cls)
-        self.args = (*args, kwargs) if kwargs else args
-        self.state = None
-        return self
+    def __init__(self, *args: Any):
+        pass
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
+        pass
 
 
-def read(path: str | os.PathLike) -> Any:
-    """The object saved in `path`. Tensors are read-only NumPy arrays mapped from the file.
+class Refused(pickle.UnpicklingError):
+    """The file is refused; the message completes a sentence that starts with its path."""
+
+
+def read(path: Path) -> Any:
+    """Returns the object saved in `path`, with read-only NumPy arrays mapped from the file.
 
     Strides, offsets and shared storages are kept; bfloat16 and float8 use ml_dtypes. Parameters
     become arrays, OrderedDict and defaultdict become dict, torch.Size becomes tuple.
-    Raises ValueError (one line) for a name outside the tables above, a key set twice in an
-    OrderedDict, a legacy (before 1.6) or TorchScript file, a truncated or damaged one.
+    Raises ImportError if torch is missing or too old, ValueError (one line) for a name outside
+    ADMITTED and for a legacy, truncated or damaged file.
     """
-    return _read(Path(path))
+    torch = require_torch("reading")
+    stubs = [(Stub, name) for name in STUBS] + [(make, name) for name, make in CONTAINERS.items()]
+    try:
+        _check(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stubs):
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return _arrays(loaded, torch)
+    except Refused as error:
+        raise ValueError(f"{path} {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # A crafted or broken file can raise anything.
+        # torch wraps the cause in advice to set weights_only=False, which would run the file.
+        cause = str(error.__context__ or error).strip() or repr(error)
+        cause = cause.splitlines()[0].partition(" Please use")[0]
+        raise ValueError(f"{path} is damaged: {cause}") from error
 
 
-def write(path: str | os.PathLike, obj: Any) -> None:
-    """Saves `obj` so that `torch.load(path, weights_only=True)` reads it, bit for bit.
+def write(path: Path, obj: Any) -> None:
+    """Saves `obj` so that `torch.load(path, weights_only=True)` reads it bit for bit.
 
     obj: nested dict, list, tuple, str, int, float, bool, None and NumPy arrays (also bfloat16);
-    arrays over the same memory share one storage. The file appears under `path` when it is whole.
-    Raises TypeError for anything else.
+    arrays over the same memory share one storage. Raises ImportError if torch is missing,
+    TypeError for anything else in `obj`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch = require_torch("writing")
+    tensors = _tensors(obj, torch, {})
+    with path.open("wb") as file:  # torch reports a full disk as OSError only for a file object
+        torch.save(tensors, file)
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Returns the memory that reading an array of `read` took; it can be read again.
+
+    Without this, a conversion keeps the complete file in memory beside its result.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED") or not array.flags.c_contiguous:
+        return
+    assert not array.flags.writeable, "would lose what was written to the private mapping"
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = array.ctypes.data + array.nbytes - start
+    if size > 0:
+        args = ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED
+        ctypes.CDLL(None).madvise(*args)
+
+
+def require_torch(action: str) -> Any:
+    """Returns the module torch. Raises ImportError if it is missing or too old for `action`."""
     try:
-        with temporary.open("wb") as file:
-            _write(file, obj)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def let_go(array: np.ndarray) -> None:
-    """Returns the memory of the file pages that reading took; `array` can be read again."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
+        import torch
+    except ImportError:
+        raise ImportError(f"{action} .pt files needs torch: pip install torch") from None
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ImportError(f"expected torch 2.6 or newer, got {torch.__version__}: upgrade torch")
+    return torch
 
 
 # Reading.
 
 
-class _Refused(pickle.UnpicklingError):
-    """The message is for the user."""
+def _check(path: Path) -> None:
+    """Raises Refused unless torch can safely read what the file claims to hold."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise Refused(
+                "is not a checkpoint: expected a zip file written by torch.save. A legacy file "
+                "(PyTorch before 1.6) must be saved again: torch.save(torch.load(old), new)"
+            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+            if len(infos) != len(archive.infolist()):
+                raise Refused("is a damaged zip file: it holds an entry twice")
+            packed = [i.filename for i in infos.values() if i.compress_type or i.flag_bits & 1]
+            if packed:
+                raise Refused(f"has a compressed or encrypted entry {packed[0]!r}: expected none")
+            roots = [n.removesuffix("data.pkl") for n in infos if n.count("/") == 1]
+            roots = [root for root in roots if root.endswith("/")]
+            if len(roots) != 1:
+                raise Refused("is a zip file, but no PyTorch checkpoint: it has no data.pkl")
+            if f"{roots[0]}constants.pkl" in infos:
+                raise Refused("is a TorchScript archive: save the model's state_dict() instead")
+            if (
+                infos.get(f"{roots[0]}byteorder")
+                and archive.read(f"{roots[0]}byteorder") != b"little"
+            ):
+                raise Refused("was written on a big-endian machine: save it on a usual one")
+            sizes = {name: info.file_size for name, info in infos.items()}
+            data = archive.read(f"{roots[0]}data.pkl")
+    except zipfile.BadZipFile as error:
+        raise Refused(f"is a truncated or damaged zip file ({error})") from error
+    _Checker(data, lambda key: sizes.get(f"{roots[0]}data/{key}")).load()
 
 
-class _Fixed:
-    """A value that a pickle can name but not alter."""
+class _Checker(pickle.Unpickler):
+    """Walks through a pickle in which every name is a placeholder, and checks names and sizes."""
 
-    __slots__ = ()
+    def __init__(self, data: bytes, size_of: Callable[[str], int | None]):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._size_of = size_of
 
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise _Refused(f"sets the state of {self!r}")
+    def find_class(self, module: str, name: str, /) -> type:
+        name = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        if name not in ADMITTED:
+            raise Refused(
+                f"names {name!r}, which is not on the list of names that tensors and plain "
+                "containers need: refused, nothing of it was run"
+            )
+        return type("Placeholder", (_Placeholder,), {"name": name})
 
-
-class _Function(_Fixed):
-    """One of the functions below, callable from the pickle and nothing more."""
-
-    __slots__ = ("_call", "_name")
-
-    def __init__(self, name: str, call: Callable[..., Any]):
-        self._name, self._call = name, call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-class _Dtype(_Fixed):
-    """A torch dtype or typed storage class; `dtype` None is torch's UntypedStorage (bytes)."""
-
-    __slots__ = ("dtype", "_name")
-
-    def __init__(self, name: str, dtype: Any):
-        self._name, self.dtype = name, None if dtype is None else np.dtype(dtype)
-
-    def __repr__(self) -> str:
-        return self._name
+    def persistent_load(self, pid: Any, /) -> None:
+        match pid:
+            case ("storage", type() as kind, str(key), _, int(count)) if (
+                issubclass(kind, _Placeholder)
+                and (width := STORAGES.get(kind.name.rpartition(".")[2])) is not None
+            ):
+                size = self._size_of(key)
+                if size is None:
+                    raise Refused(f"is damaged: it has no entry 'data/{key}'")
+                if size != count * width:
+                    expected = f"expected {count * width} bytes, got {size}"
+                    raise Refused(f"is damaged: storage {key} {expected}")
+            case _:
+                raise Refused("names an external object that is not a storage")
 
 
-class _Storage(_Fixed):
-    """`size` elements of `dtype` at `start` bytes in the file; dtype None counts bytes."""
+class _Placeholder(Stub):
+    """Stands for any admitted name while a file is checked; acts as a container of anything."""
 
-    __slots__ = ("key", "dtype", "size", "start", "mapped")
+    name = ""
 
-    def __init__(self, key: str, dtype: Any, size: int, start: int, mapped: mmap.mmap):
-        self.key, self.dtype, self.size, self.start, self.mapped = key, dtype, size, start, mapped
-
-    def __repr__(self) -> str:
-        return f"storage {self.key}"
-
-
-class _Dict(dict):
-    """OrderedDict, without attributes and without a second value for a key."""
-
-    __slots__ = ()
-
-    def __init__(self, items: Any = ()):
-        super().__init__()
-        for key, value in items:
-            self[key] = value
+    def __init__(self, *args: Any):
+        self.keys = set()
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key in self:
-            raise _Refused(f"sets the key {key!r} twice")
-        super().__setitem__(key, value)
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # state_dict() hangs `_metadata` (module versions) on it
+        if key in self.keys:
+            raise Refused(f"sets the key {key!r} twice")
+        self.keys.add(key)
 
 
-class _DefaultDict(_Dict):
-    __slots__ = ()
-
-    def __init__(self, factory: Any = None, items: Any = ()):
-        super().__init__(items)
-
-
-def _is_size(*values: Any) -> bool:
-    return all(type(v) is int and v >= 0 for v in values)
-
-
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = None) -> np.ndarray:
-    """The array over a storage; offset, size and stride in elements."""
-    if not isinstance(storage, _Storage) or type(size) is not tuple or type(stride) is not tuple:
-        raise _Refused("holds a tensor without a storage, a size or a stride")
-    dtype = storage.dtype if dtype is None else dtype
-    if dtype is None or len(size) != len(stride) or not _is_size(offset, *size, *stride):
-        raise _Refused(
-            f"holds a tensor of offset {offset!r}, size {size!r}, stride {stride!r}: "
-            "expected sizes of zero and more, one stride for each"
-        )
-    limit = storage.size if storage.dtype is not None else storage.size // dtype.itemsize
-    if 0 in size:
-        array = np.zeros(size, dtype)
-        array.flags.writeable = False
-        return array
-    end = offset + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if end > limit:
-        raise _Refused(
-            f"holds a tensor of offset {offset}, size {size}, stride {stride}, which reaches "
-            f"element {end} of storage {storage.key}: expected at most {limit}"
-        )
-    width = dtype.itemsize
-    return np.ndarray(
-        size,
-        dtype,
-        buffer=storage.mapped,
-        offset=storage.start + offset * width,
-        strides=[s * width for s in stride],
-    )
+def _arrays(obj: Any, torch: Any) -> Any:
+    """Replaces tensors by arrays over the same memory, and subclasses of dict and tuple."""
+    if isinstance(obj, torch.Tensor):
+        return _array(obj, torch)
+    if isinstance(obj, dict):
+        return {_arrays(key, torch): _arrays(value, torch) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        values = [_arrays(value, torch) for value in obj]
+        return values if isinstance(obj, list) else tuple(values)
+    return obj
 
 
-def _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata=None):
-    return _tensor(storage, offset, size, stride)
-
-
-def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None):
-    if not isinstance(dtype, _Dtype):
-        raise _Refused(f"holds a tensor of dtype {dtype!r}")
-    return _tensor(storage, offset, size, stride, dtype.dtype)
-
-
-def _rebuild_parameter(data, requires_grad, hooks, state=None):
-    if not isinstance(data, np.ndarray):
-        raise _Refused("holds a parameter that is no tensor")
-    return data
-
-
-def _names() -> dict[tuple[str, str], Any]:
-    """Every name a pickle may use, to what it becomes. Built anew for each file."""
-    names: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _Dict,
-        ("collections", "defaultdict"): _DefaultDict,
-        ("torch", "Size"): tuple,
-        ("builtins", "set"): set,
-        ("builtins", "frozenset"): frozenset,
-        ("builtins", "slice"): slice,
-        ("builtins", "complex"): complex,
-        ("torch.storage", "UntypedStorage"): _Dtype("torch.storage.UntypedStorage", None),
-        ("torch", "UntypedStorage"): _Dtype("torch.UntypedStorage", None),
-    }
-    for name, function in (
-        ("_rebuild_tensor_v2", _rebuild_tensor_v2),
-        ("_rebuild_tensor_v3", _rebuild_tensor_v3),
-        ("_rebuild_parameter", _rebuild_parameter),
-        ("_rebuild_parameter_with_state", _rebuild_parameter),
-    ):
-        names["torch._utils", name] = _Function(f"torch._utils.{name}", function)
-    for name, storage, dtype in _DTYPES:
-        names["torch", name] = _Dtype(f"torch.{name}", dtype)
-        if storage:
-            names["torch", storage] = _Dtype(f"torch.{storage}", dtype)
-    for module, name in STUBS:
-        body = {"__slots__": (), "name": f"{module}.{name}"}
-        names[module, name] = type("Stub", (Stub,), body)
-    for (module, name), value in list(names.items()):  # protocol 2 speaks Python 2
-        if module == "builtins":
-            names["__builtin__", name] = value
-    return names
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, storage: Callable[[str, Any, int], _Storage]):
-        super().__init__(file, encoding="utf-8")
-        self._names = _names()
-        self._storage = storage
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        try:
-            return self._names[module, name]
-        except KeyError:
-            raise _Refused(
-                f"names {f'{module}.{name}'!r}, which is not on the list of names that tensors and "
-                "plain containers need: refused, nothing of it was run"
-            ) from None
-
-    def persistent_load(self, pid: Any, /) -> _Storage:
-        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
-            raise _Refused("names an external object that is no storage")
-        _, kind, key, _, size = pid
-        if not isinstance(kind, _Dtype) or type(key) is not str or not _is_size(size):
-            raise _Refused("names a storage without a type, a key or a size")
-        return self._storage(key, kind.dtype, size)
-
-
-class _Entries:
-    """Where each file of the archive lies: name (without the archive's own) to (start, size)."""
-
-    def __init__(self, path: Path, mapped: mmap.mmap):
-        self.mapped = mapped
-        try:
-            with zipfile.ZipFile(path) as archive:
-                infos = archive.infolist()
-        except Exception as error:
-            raise _Refused(f"is a truncated or damaged zip file ({error})") from error
-        roots = {i.filename[: -len("/data.pkl")] for i in infos if i.filename.endswith("/data.pkl")}
-        roots = {r for r in roots if "/" not in r}
-        if len(roots) != 1:
-            raise _Refused("is a zip file, but no PyTorch checkpoint: it has no data.pkl")
-        root = f"{roots.pop()}/"
-        names = [i.filename.removeprefix(root) for i in infos]
-        if "constants.pkl" in names or any(n.startswith("code/") for n in names):
-            raise _Refused(
-                "is a TorchScript archive: save the model's state_dict() with torch.save"
-            )
-        if len(set(names)) != len(names):
-            raise _Refused("is a damaged zip file: it holds an entry twice")
-        self._infos = dict(zip(names, infos, strict=True))
-        if "byteorder" in self._infos and self.bytes("byteorder") != b"little":
-            raise _Refused("was written on a big-endian machine: save it again on a usual one")
-
-    def bytes(self, name: str) -> bytes:
-        start, size = self.locate(name)
-        return self.mapped[start : start + size]
-
-    def locate(self, name: str) -> tuple[int, int]:
-        info = self._infos.get(name)
-        if info is None:
-            raise _Refused(f"is damaged: it has no entry {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise _Refused(
-                f"has a compressed or encrypted entry {name!r}, which torch never writes"
-            )
-        header = self.mapped[info.header_offset : info.header_offset + 30]
-        if len(header) < 30 or header[:4] != _ZIP_MAGIC:
-            raise _Refused(f"is damaged: the entry {name!r} is not where the zip file says")
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
-        start = info.header_offset + 30 + name_length + extra_length
-        if start + info.file_size > len(self.mapped):
-            raise _Refused(
-                f"is truncated: {name!r} ends at byte {start + info.file_size}, "
-                f"the file at {len(self.mapped)}"
-            )
-        return start, info.file_size
-
-
-def _read(path: Path) -> Any:
-    try:
-        mapped = _map(path)
-        entries = _Entries(path, mapped)
-
-        def storage(key: str, dtype: Any, size: int) -> _Storage:
-            start, length = entries.locate(f"data/{key}")
-            expected = size * (1 if dtype is None else dtype.itemsize)
-            if length != expected:
-                raise _Refused(f"is damaged: storage {key} expected {expected} bytes, got {length}")
-            return _Storage(key, dtype, size, start, mapped)
-
-        return _Unpickler(io.BytesIO(entries.bytes("data.pkl")), storage).load()
-    except _Refused as error:
-        raise ValueError(f"{path} {error}") from error
-    except OSError:
-        raise
-    except Exception as error:
-        # Whatever a crafted or broken pickle provokes in the unpickler itself.
-        kind = type(error).__name__
-        raise ValueError(f"{path} is damaged: its pickle cannot be read ({kind})") from error
-
-
-def _map(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        start = file.read(len(_LEGACY_MAGIC))
-        if start == _LEGACY_MAGIC:
-            raise _Refused(
-                "is a legacy PyTorch file (before 1.6): open it with torch.load in PyTorch "
-                "and save it again with torch.save"
-            )
-        if not start.startswith(_ZIP_MAGIC):
-            raise _Refused("is no PyTorch checkpoint: expected a zip file written by torch.save")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _array(tensor: Any, torch: Any) -> np.ndarray:
+    name = str(tensor.dtype).removeprefix("torch.")
+    bits = EXTENSION_DTYPES.get(name)
+    if bits is None:
+        array = tensor.detach().numpy()
+    else:
+        carrier = getattr(torch, np.dtype(bits).name)
+        array = tensor.detach().view(carrier).numpy().view(getattr(ml_dtypes, name))
+    array.flags.writeable = False
+    return array
 
 
 # Writing.
 
-_STORAGES = {np.dtype(dtype): storage for _, storage, dtype in _DTYPES if storage}
+
+def _tensors(obj: Any, torch: Any, seen: dict[tuple, Any]) -> Any:
+    """Replaces arrays by tensors; arrays over the same memory become the same tensor."""
+    if isinstance(obj, np.ndarray):
+        key = (obj.ctypes.data, obj.shape, obj.strides, obj.dtype)
+        if key not in seen:
+            seen[key] = _tensor(obj, torch)
+        return seen[key]
+    if isinstance(obj, dict):
+        return {key: _tensors(value, torch, seen) for key, value in obj.items()}
+    if type(obj) in (list, tuple):
+        return type(obj)(_tensors(value, torch, seen) for value in obj)
+    if obj is None or type(obj) in (bool, int, float, str):
+        return obj
+    raise TypeError(f"a PyTorch file cannot hold a {type(obj).__name__} here")
 
 
-class _Emitter:
-    """Pickle protocol 2 by hand, because pickle would import torch to name its functions."""
-
-    def __init__(self) -> None:
-        self.out = bytearray(b"\x80\x02")
-        self.storages: list[np.ndarray] = []  # in the order of their keys
-        self._keys: dict[tuple, int] = {}  # where an array lies in memory, to its key
-
-    def emit(self, obj: Any) -> None:
-        out = self.out
-        kind = type(obj)
-        if obj is None:
-            out += b"N"
-        elif kind is bool:
-            out += b"\x88" if obj else b"\x89"
-        elif kind is int:
-            self._int(obj)
-        elif kind is float:
-            out += b"G" + struct.pack(">d", obj)
-        elif kind is str:
-            data = obj.encode("utf-8", "surrogatepass")
-            out += b"X" + struct.pack("<I", len(data)) + data
-        elif kind is tuple or kind is list:
-            out += b"(" if kind is tuple else b"]("
-            for item in obj:
-                self.emit(item)
-            out += b"t" if kind is tuple else b"e"
-        elif isinstance(obj, dict):
-            out += b"}("
-            for key, value in obj.items():
-                self.emit(key)
-                self.emit(value)
-            out += b"u"
-        elif isinstance(obj, np.ndarray):
-            self._array(obj)
-        else:
-            raise TypeError(f"a PyTorch file cannot hold a {kind.__name__} here")
-
-    def _int(self, value: int) -> None:
-        if -(2**31) <= value < 2**31:
-            self.out += b"J" + struct.pack("<i", value)
-            return
-        data = pickle.encode_long(value)
-        if len(data) > 255:
-            raise TypeError("a PyTorch file cannot hold an integer of more than 255 bytes here")
-        self.out += b"\x8a" + bytes([len(data)]) + data
-
-    def _array(self, array: np.ndarray) -> None:
-        storage = _STORAGES.get(array.dtype)
-        if storage is None:
-            raise TypeError(f"a PyTorch file cannot hold an array of {array.dtype} here")
-        where = (array.ctypes.data, array.shape, array.strides, array.dtype)
-        key = self._keys.setdefault(where, len(self.storages))
-        if key == len(self.storages):
-            self.storages.append(array)
-        strides, step = [], 1
-        for n in reversed(array.shape):
-            strides.append(step)
-            step *= max(n, 1)
-        out = self.out
-        out += b"ctorch._utils\n_rebuild_tensor_v2\n(("
-        self.emit("storage")
-        out += b"ctorch\n" + storage.encode() + b"\n"
-        for item in (str(key), "cpu", array.size):
-            self.emit(item)
-        out += b"tQ"
-        for item in (0, array.shape, tuple(reversed(strides)), False):
-            self.emit(item)
-        out += b"ccollections\nOrderedDict\n)RtR"
-
-
-def _write(file: BinaryIO, obj: Any) -> None:
-    emitter = _Emitter()
-    emitter.emit(obj)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-
-        def add(name: str, data: Any) -> None:
-            info = zipfile.ZipInfo(f"archive/{name}")
-            info.file_size = len(data)
-            used = file.tell() + 30 + len(info.filename)
-            padding = -(used + 4) % _ALIGNMENT
-            info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
-            with archive.open(info, "w") as entry:
-                entry.write(data)
-
-        add("data.pkl", bytes(emitter.out) + b".")
-        add("byteorder", b"little")
-        for key, array in enumerate(emitter.storages):
-            flat = np.ascontiguousarray(array).reshape(-1)  # a copy of one array at a time
-            add(f"data/{key}", flat.view(np.uint8).data)
-        add("version", b"3\n")
+def _tensor(array: np.ndarray, torch: Any) -> Any:
+    array = np.asarray(array, order="C")
+    bits = EXTENSION_DTYPES.get(array.dtype.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of read-only memory: nothing writes to the tensor
+        if bits is None:
+            return torch.from_numpy(array)
+        return torch.from_numpy(array.view(bits)).view(getattr(torch, array.dtype.name))

@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKE = """
 import sys
 import numpy as np
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, pretrained
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax.checkpoint import pretrained
+from modernbert_jax.weights import weight_of
 
 config, rng = ModernBertConfig.base(), np.random.default_rng(0)
 shapes = pretrained.param_shapes(ModernBertForMaskedLM, config)
 tensors = {
-    key: rng.standard_normal(pretrained.hf_shape(key, tuple(v.shape)), np.float32) * 0.02
+    key: rng.standard_normal(weight_of(key).hf_shape(tuple(v.shape)), np.float32) * 0.02
     for key, v in shapes.items()
 }
 pretrained.write_hf(sys.argv[1], config, tensors)
