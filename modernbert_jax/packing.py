@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+IGNORE_INDEX = -100  # the label of a position that no loss counts, the default of PyTorch
+
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
@@ -90,13 +92,15 @@ def plan_rows(
     )
 
 
-def row_size(tokens: int) -> int:
-    """The length of a row for so many tokens: four sizes an octave, from 64 on.
+def row_size(tokens: int, smallest: int = 64, per_octave: int = 4) -> int:
+    """The length of the row that `tokens` are padded to, from a short list of sizes.
 
-    Few shapes, so few compilations, and at most a fifth of a row is padding beyond the first.
+    Few sizes mean few compilations. From `smallest` (a power of two) on there are `per_octave`
+    sizes between a power of two and the next, so that with 4 at most a fifth of a row is padding.
     """
-    octave = 2 ** max(6, math.ceil(math.log2(max(tokens, 1))) - 1)
-    return next(size for k in range(4, 9) if (size := octave * k // 4) >= tokens)
+    octave = 2 ** max(smallest.bit_length() - 1, math.ceil(math.log2(max(tokens, 1))) - 1)
+    steps = range(per_octave, 2 * per_octave + 1)
+    return next(size for k in steps if (size := octave * k // per_octave) >= tokens)
 
 
 def segment_slots(sequence_length: int, texts: int = 1) -> int:
@@ -129,14 +133,16 @@ def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator
 
 
 def fill_rows(
-    texts: Sequence[Sequence[int] | np.ndarray], rows: Sequence[Sequence[int] | np.ndarray]
+    texts: Sequence[Sequence[int] | np.ndarray],
+    rows: Sequence[Sequence[int] | np.ndarray],
+    size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """input_ids_BL and segment_ids_BL of rows that hold these texts one after the other.
 
-    texts: token ids. rows: which texts, a list a row; the k-th of a row gets the segment id k + 1.
-    L is the `row_size` of the fullest row.
+    texts: token ids. rows: for each row the indices of its texts, which get the segment ids 1, 2,
+    and so on. size: L, by default the `row_size` of the fullest row.
     """
-    size = row_size(max(sum(len(texts[i]) for i in row) for row in rows))
+    size = size or row_size(max(sum(len(texts[i]) for i in row) for row in rows))
     input_ids_BL, segment_ids_BL = np.zeros((2, len(rows), size), np.int32)
     for r, row in enumerate(rows):
         start = 0

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from modernbert_jax.packing import plan_rows
+from modernbert_jax.packing import IGNORE_INDEX, plan_rows
 from train.corpora.build.bpe import train_bpe
 from train.corpora.readers.text import read_documents, split_of
 from train.corpora.synthetic import write_corpus
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import Batches, Plans, eval_batches
-from train.pretrain.loss import IGNORE
 from train.pretrain.masking import Masking
 from train.tokens import store as tokens
 from train.tokens.mds import MdsShards
@@ -391,14 +390,14 @@ class TestBatches:
         documents = {tuple(ids) for ids in store.pieces.ids}
         for row in range(4):
             original = a["input_ids"][row].copy()
-            used = a["labels"][row] != IGNORE
+            used = a["labels"][row] != IGNORE_INDEX
             original[a["predict_positions"][row][used]] = a["labels"][row][used]
             segments = a["segment_ids"][row]
             for number in range(1, segments.max() + 1):
                 assert tuple(original[segments == number]) in documents
             assert not original[segments == 0].any()
         assert batch.tokens == (a["segment_ids"] > 0).sum()
-        assert batch.masked == (a["labels"] != IGNORE).sum() > 0
+        assert batch.masked == (a["labels"] != IGNORE_INDEX).sum() > 0
         assert batch.tokens == store.lengths[batch.documents].sum()
 
     def test_resumed_in_the_middle_goes_on_alike_across_epochs(self):
@@ -487,7 +486,7 @@ class TestBatches:
         assert batch.arrays["labels"].shape[:2] == (2, 3)
         for key, value in batch.arrays.items():
             np.testing.assert_array_equal(value[:, 1], whole[key][:, 1])
-            assert (value[:, [0, 2]] == (IGNORE if key == "labels" else 0)).all()
+            assert (value[:, [0, 2]] == (IGNORE_INDEX if key == "labels" else 0)).all()
         empty = make(store, config, slots=np.array([2, 3]))
         batch = next(empty)
         assert not len(batch.documents) and batch.tokens > 0
@@ -619,7 +618,7 @@ class TestEvalBatches:
             for key in batch:
                 np.testing.assert_array_equal(one[key][:2], batch[key][[0, 2]])
                 np.testing.assert_array_equal(two[key][1:], batch[key][[1, 3]])
-            assert not one["segment_ids"][2].any() and (two["labels"][0] == IGNORE).all()
+            assert not one["segment_ids"][2].any() and (two["labels"][0] == IGNORE_INDEX).all()
 
     def test_the_mask_is_fixed(self):
         store, config = memory_store(60), config_of(eval_sequences=6)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertForSequenceClassification
-from modernbert_jax.packing import row_size
+from modernbert_jax.packing import IGNORE_INDEX, row_size
 from train.corpora.build.bpe import train_bpe
 from train.finetune import run as module
-from train.finetune.run import IGNORE, Encoded, FinetuneConfig, answer_of, encode, finetune, pack
+from train.finetune.run import Encoded, FinetuneConfig, answer_of, encode, finetune, pack
 from train.finetune.tasks.task import Data, Example, Task
 
 WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
@@ -152,12 +152,20 @@ class TestRows:
         assert all(size >= n and size <= max(64, 1.25 * n + 1) for n, size in enumerate(sizes, 1))
         assert len(set(sizes)) <= 4 * 9 + 1
 
+    @pytest.mark.parametrize(
+        "smallest, per_octave, sizes",
+        [(128, 1, [128, 256, 512, 1024]), (1, 2, [1, 2, 3, 4, 6, 8, 12, 16, 24])],
+    )
+    def test_other_lists_of_sizes(self, smallest, per_octave, sizes):
+        for n in range(1, sizes[-1] + 1):
+            assert row_size(n, smallest, per_octave) == next(s for s in sizes if s >= n)
+
     def test_pack(self):
         batch = [Encoded(np.arange(5, 8), 2), Encoded(np.arange(9, 13), 0)]
         rows, where = pack(batch, 3, "classification", 3)
         np.testing.assert_array_equal(rows["input_ids"][0, :8], [9, 10, 11, 12, 5, 6, 7, 0])
         np.testing.assert_array_equal(rows["segment_ids"][0, :8], [1, 1, 1, 1, 2, 2, 2, 0])
-        np.testing.assert_array_equal(rows["targets"], [[0, 2, IGNORE]])
+        np.testing.assert_array_equal(rows["targets"], [[0, 2, IGNORE_INDEX]])
         assert where == [(0, 1, 4), (0, 0, 0)]
 
     def test_pack_holds_every_text_once_in_few_shapes(self):
@@ -184,10 +192,10 @@ class TestRows:
         (e,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 64)
         pieces = [len(ours([[w]], is_split_into_words=True)["input_ids"][0]) - 2 for w in words]
         assert pieces[1] > 1
-        want = [IGNORE]
+        want = [IGNORE_INDEX]
         for label, count in zip((0, 1, 2), pieces, strict=True):
-            want += [label] + [IGNORE] * (count - 1)
-        assert e.target.tolist() == [*want, IGNORE]
+            want += [label] + [IGNORE_INDEX] * (count - 1)
+        assert e.target.tolist() == [*want, IGNORE_INDEX]
         (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 4)
         assert len(cut.ids) == len(cut.target) == 4
 
@@ -204,7 +212,7 @@ class TestQuestions:
             logits[:3] = 20.0  # the question's own tokens are no answer
             assert answer_of(e, logits).strip() == example.text_pair[slice(*example.label)]
         (cut,) = encode([dataclasses.replace(some[0], label=(0, 5))], ours, task("qa"), 5)
-        assert (cut.target == IGNORE).all() or cut.target.max() < 5
+        assert (cut.target == IGNORE_INDEX).all() or cut.target.max() < 5
 
     def test_spans_are_in_order_and_not_too_long(self):
         places = [None, (0, 1), (2, 3), (4, 5), (6, 7)]

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.pretrain.loss import IGNORE, masked_cross_entropy
+from modernbert_jax.packing import IGNORE_INDEX
+from train.pretrain.loss import masked_cross_entropy
 
 
 def case(rows=3, places=7, width=5, vocabulary=11, seed=0):
@@ -15,7 +16,7 @@ def case(rows=3, places=7, width=5, vocabulary=11, seed=0):
     weight = rng.normal(size=(vocabulary, width)).astype(np.float32)
     bias = rng.normal(size=vocabulary).astype(np.float32)
     labels = rng.integers(0, vocabulary, (rows, places)).astype(np.int32)
-    labels[rng.random((rows, places)) < 0.3] = IGNORE
+    labels[rng.random((rows, places)) < 0.3] = IGNORE_INDEX
     return hidden, weight, bias, labels
 
 
@@ -26,7 +27,7 @@ def dense(hidden, weight, bias, labels):
     logits = h @ w.T + (0 if bias is None else bias)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    used = labels != IGNORE
+    used = labels != IGNORE_INDEX
     rows = np.flatnonzero(used)
     d = p * used[:, None]
     d[rows, labels[rows]] -= 1
@@ -54,7 +55,7 @@ def test_equals_the_dense_formula(chunk, with_bias):
 
 def test_nothing_to_predict_is_zero_and_finite():
     hidden, weight, bias, labels = case()
-    labels[:] = IGNORE
+    labels[:] = IGNORE_INDEX
     (loss, right), grads = jax.value_and_grad(masked_cross_entropy, has_aux=True)(
         jnp.asarray(hidden), weight, bias, labels, 4
     )

@@ -1,4 +1,4 @@
-"""StableAdamW against torch-optimi, the decay mask, and schedules over their whole curve."""
+"""StableAdamW against torch-optimi, AdamW against torch, the decay mask, and schedules."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import flatten
-from train.common.optimizer import decay_mask, stable_adamw
+from train.common.optimizer import adamw, decay_mask, stable_adamw
 from train.pretrain.config import Phase
 
 SHAPES = {
@@ -71,6 +71,34 @@ def test_stable_adamw_equals_optimi(weight_decay, rate_of):
             )
     assert clipped > 5
     assert int(state.step) == 100
+
+
+def test_adamw_equals_torch():
+    """Clipped gradients, a rate per parameter, and no decay of a bias that has several axes."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    shapes = {**SHAPES, "layers.1.attn.Wqkv.bias": (3, 2, 4)}
+    start = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    theirs = {k: torch.nn.Parameter(torch.tensor(v).double()) for k, v in start.items()}
+    factors = {k: 0.5**i for i, k in enumerate(shapes)}
+    matrices = {"head.dense.weight", "model.layers.0.mlp.Wi.weight"}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 * (k in matrices)} for k, p in theirs.items()]
+    )
+    tx = adamw(max_grad_norm=2.0)
+    params, state = start, tx.init(start)
+    for i in range(20):
+        scale = (0.01, 1.0)[i % 2]  # below and above max_grad_norm
+        grads = {k: (scale * rng.normal(size=s)).astype(np.float32) for k, s in shapes.items()}
+        rates = {k: 1e-2 * (1 - i / 40) * f for k, f in factors.items()}
+        updates, state = tx.update(grads, state, params, learning_rate=rates, weight_decay=0.1)
+        params = optax.apply_updates(params, updates)
+        for group, (k, p) in zip(optimizer.param_groups, theirs.items(), strict=True):
+            group["lr"], p.grad = rates[k], torch.tensor(grads[k]).double()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        optimizer.step()
+    for k, p in theirs.items():
+        np.testing.assert_allclose(params[k], p.detach().numpy(), atol=2e-6)
 
 
 def test_moments_equal_the_textbook_means():

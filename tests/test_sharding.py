@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import param_shapes
+from modernbert_jax.packing import IGNORE_INDEX
 from train.common import sharding
 from train.common.sharding import (
     MeshShape,
@@ -22,7 +23,7 @@ from train.common.sharding import (
 )
 from train.pretrain.config import Optimizer, TrainConfig
 from train.pretrain.embedding import look_up
-from train.pretrain.loss import IGNORE, masked_cross_entropy
+from train.pretrain.loss import masked_cross_entropy
 from train.pretrain.step import Trainer
 
 STEPS, RATE = 20, 3e-3
@@ -47,7 +48,7 @@ def batch_of(step: int, slots: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(step)
     shape = {"input_ids": LENGTH, "segment_ids": LENGTH, "predict_positions": PLACES}
     arrays = {k: np.zeros((A, slots, n), np.int32) for k, n in shape.items()}
-    arrays["labels"] = np.full((A, slots, PLACES), IGNORE, np.int32)
+    arrays["labels"] = np.full((A, slots, PLACES), IGNORE_INDEX, np.int32)
     for a in range(A):
         for r in range(ROWS):
             end = 0
@@ -112,7 +113,7 @@ def test_the_reference_weighting_by_its_formula():
     """Micro-batch means weighted by sequences, as Composer does, against NumPy on plain losses."""
     mesh = mesh_of("1x1x1")
     batch = batch_of(0, ROWS)
-    batch["labels"][1, :, 6:] = IGNORE  # so that the two weightings differ
+    batch["labels"][1, :, 6:] = IGNORE_INDEX  # so that the two weightings differ
     batch["segment_ids"][0, 0, 50:] = 0
     trainer = Trainer(RECIPE, dataclasses.replace(MODEL, attention_out_dropout=0.0), mesh)
     state = trainer.fresh()
@@ -143,7 +144,7 @@ class TestLossAndLookUp:
         weight = rng.normal(size=(32, 16)).astype(np.float32)
         bias = rng.normal(size=32).astype(np.float32)
         labels = rng.integers(0, 32, (4, 7)).astype(np.int32)
-        labels[rng.random((4, 7)) < 0.3] = IGNORE
+        labels[rng.random((4, 7)) < 0.3] = IGNORE_INDEX
 
         def run(mesh, *arrays):
             sums = lambda *x: masked_cross_entropy(*x, labels, 4, mesh)  # noqa: E731

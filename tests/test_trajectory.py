@@ -8,11 +8,11 @@ import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import hf_to_params
+from modernbert_jax.packing import IGNORE_INDEX
 from tests.parity_cases import hf_model
 from train.common.optimizer import decay_mask
 from train.common.sharding import make_mesh
 from train.pretrain.config import Optimizer, Phase, TrainConfig
-from train.pretrain.loss import IGNORE
 from train.pretrain.step import Trainer, TrainState
 
 torch = pytest.importorskip("torch")
@@ -86,7 +86,7 @@ def batch_of(step, packed, gradient_accumulation_steps):
     L, P = LENGTH * per_row, PLACES * per_row
     arrays = {k: np.zeros((len(rows), L), np.int32) for k in ("input_ids", "segment_ids")}
     arrays |= {"predict_positions": np.zeros((len(rows), P), np.int32)}
-    arrays |= {"labels": np.full((len(rows), P), IGNORE, np.int32)}
+    arrays |= {"labels": np.full((len(rows), P), IGNORE_INDEX, np.int32)}
     for r, row in enumerate(rows):
         end = used = 0
         for number, (tokens, positions, answers) in enumerate(row, start=1):

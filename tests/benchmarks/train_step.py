@@ -38,11 +38,10 @@ import numpy as np  # noqa: E402
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM  # noqa: E402
 from modernbert_jax.checkpoint.pretrained import hf_to_params  # noqa: E402
-from modernbert_jax.packing import plan_rows  # noqa: E402
+from modernbert_jax.packing import IGNORE_INDEX, plan_rows  # noqa: E402
 from train.common.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
 from train.pretrain.config import TrainConfig  # noqa: E402
-from train.pretrain.loss import IGNORE  # noqa: E402
 from train.pretrain.masking import predicted_positions  # noqa: E402
 from train.pretrain.step import Trainer  # noqa: E402
 
@@ -93,7 +92,7 @@ def our_batch(packed: Rows, length: int) -> dict[str, np.ndarray]:
     limit = predicted_positions(length, MASK_RATE)
     shapes = {"input_ids": length, "segment_ids": length, "predict_positions": limit}
     arrays = {name: np.zeros((1, rows, n), np.int32) for name, n in shapes.items()}
-    arrays["labels"] = np.full((1, rows, limit), IGNORE, np.int32)
+    arrays["labels"] = np.full((1, rows, limit), IGNORE_INDEX, np.int32)
     for r, documents in enumerate(packed):
         end = used = 0
         for number, d in enumerate(documents, start=1):
@@ -180,7 +179,7 @@ class Ours:
         batch = jax.device_put(our_batch(packed, length), self.sharding)
         params = jax.device_put(self.params, self.trainer.shardings.params)
         total = self.trainer.eval_step(params, batch)[0]
-        return float(total) / int((np.asarray(batch["labels"]) != IGNORE).sum())
+        return float(total) / int((np.asarray(batch["labels"]) != IGNORE_INDEX).sum())
 
     def seconds(self, packed: Rows, length: int, least: float) -> float:
         """A step's."""

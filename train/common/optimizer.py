@@ -1,4 +1,4 @@
-"""StableAdamW as an optax transformation, and its decay mask."""
+"""StableAdamW and AdamW as optax transformations, and what they decay."""
 
 import math
 from collections.abc import Mapping
@@ -80,6 +80,37 @@ def _unbiased(beta: float, t: jax.Array) -> jax.Array:
     # 1 - beta^t as -expm1(t log beta): float32 loses half its digits in the plain form.
     log = math.log(beta) if beta > 0 else -math.inf
     return beta * jnp.expm1((t - 1) * log) / jnp.expm1(t * log)
+
+
+def adamw(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, max_grad_norm: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW after clipping the global gradient norm, both as PyTorch computes them.
+
+    `update(grads, state, params, learning_rate=..., weight_decay=...)`; params maps paths to
+    arrays. learning_rate is a scalar, or {path: scalar} for a rate per parameter. Weight decay
+    applies where `modernbert_jax.weights.decays` says so.
+
+        update = -learning_rate (m / (sqrt(v) + eps) + weight_decay w)
+
+    Source: torch.optim.AdamW, torch.nn.utils.clip_grad_norm_.
+    """
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(updates, state, params=None, *, learning_rate, weight_decay, **_):
+        if params is None:
+            raise ValueError("adamw: update needs the parameters")
+        scale = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
+        updates, state = adam.update(jax.tree.map(lambda g: g * scale, updates), state)
+        rates = learning_rate if isinstance(learning_rate, Mapping) else None
+
+        def one(path, u):
+            rate = learning_rate if rates is None else rates[path]
+            return -rate * (u + (weight_decay if decays(path) else 0.0) * params[path])
+
+        return {path: one(path, u) for path, u in updates.items()}, state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # pyright: ignore[reportArgumentType]
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:

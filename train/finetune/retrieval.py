@@ -36,6 +36,7 @@ from modernbert_jax.packing import fill_rows
 from modernbert_jax.tokenizer import AutoTokenizer
 
 from ..common.card import NOT_FOR_CARE, start_facts, versions
+from ..common.optimizer import adamw
 from ..common.sharding import DATA, MeshShape, make_mesh
 from ..common.workdir import start_folder
 
@@ -286,17 +287,13 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     steps = config.epochs * (len(pairs) // batch)
     warmup = max(1, int(config.warmup * steps))
     rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(steps, warmup + 1))
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            rate, weight_decay=config.weight_decay,
-            mask={k: v.ndim > 1 for k, v in params.items()},
-        ),
-    )  # fmt: skip
-    state = tx.init(params)
+    optimizer = adamw()
+    state = optimizer.init(params)
 
-    def apply(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(grads, state, params)
+    def apply(params: Any, state: Any, grads: Any, learning_rate: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(
+            grads, state, params, learning_rate=learning_rate, weight_decay=config.weight_decay
+        )
         return optax.apply_updates(params, updates), state
 
     update = jax.jit(apply, donate_argnums=(0, 1))
@@ -310,7 +307,7 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
                 negatives[i] for i in some if has_negative[i]
             ]
             loss, grads = encoder.gradient(params, [queries[i] for i in some], documents)
-            params, state = update(params, state, grads)
+            params, state = update(params, state, grads, rate(len(losses)))
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise RuntimeError(f"step {len(losses)}: the loss is {losses[-1]}; lower --lr")

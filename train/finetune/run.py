@@ -31,9 +31,10 @@ from modernbert_jax import (
     ModernBertForTokenClassification,
 )
 from modernbert_jax.checkpoint.pretrained import flatten, module_of, write_card, write_text
-from modernbert_jax.packing import plan_rows
+from modernbert_jax.packing import IGNORE_INDEX, fill_rows, plan_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
 
+from ..common.optimizer import adamw
 from ..common.workdir import start_folder
 from .card import finetuning_facts
 from .scores import (
@@ -44,8 +45,6 @@ from .scores import (
 )
 from .tasks import task_named
 from .tasks.task import Data, Example, Task
-
-IGNORE = -100  # the target of a token that is not the first of a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """ids: with special tokens. target: an index, 0 or 1 a label, an index (IGNORE) a token, or the
+    """ids: with special tokens. target: an index, 0 or 1 per label, an index per token, or the
     first and last token of an answer. context, of a question: its text, and the place of each token
     in it (None for tokens of the question and special ones).
     """
@@ -146,7 +145,7 @@ def encode(
                 previous = [None, *words[:-1]]
                 target = np.asarray(
                     [
-                        IGNORE if word is None or word == before else labels[word]
+                        IGNORE_INDEX if word is None or word == before else labels[word]
                         for word, before in zip(words, previous, strict=True)
                     ],
                     np.int32,
@@ -170,7 +169,7 @@ def _encode_questions(
         start, end = example.label
         inside = [n for n, p in enumerate(places) if p and p[0] < end and p[1] > start]
         # An answer that was cut off has no target.
-        target = np.asarray([inside[0], inside[-1]] if inside else [IGNORE, IGNORE])
+        target = np.asarray([inside[0], inside[-1]] if inside else [IGNORE_INDEX, IGNORE_INDEX])
         ids = np.asarray(batch["input_ids"][i], np.int32)
         out.append(Encoded(ids, target, (example.text_pair, places)))  # type: ignore[arg-type]
     return out
@@ -200,37 +199,39 @@ def pack(
 
     T is a power of two from 128 on that the longest text fits, R one of 1, 2, 3, 4, 6, 8, 12, ...:
     few shapes, so few compilations. Targets: [R, slots] indices, [R, slots, labels] of 0 and 1,
-    [R, T], or for qa [R, slots, 2] places in the row; IGNORE where there is none. Where: (row,
+    [R, T], or for qa [R, slots, 2] places in the row; IGNORE_INDEX elsewhere. Where: (row,
     segment counted from 0, first token).
     """
     lengths = np.asarray([len(e.ids) for e in batch])
-    width = max(128, 2 ** (int(lengths.max()) - 1).bit_length())
+    width = row_size(int(lengths.max()), smallest=128, per_octave=1)
     plan = plan_rows(lengths, width)
-    rows = min(n for k in range(12) for n in (2**k, 3 * 2**k) if n >= len(plan))
-    ids, segments = np.zeros((2, rows, width), np.int32)
+    rows = [plan.row(r).tolist() for r in range(len(plan))]
+    rows += [[]] * (row_size(len(rows), smallest=1, per_octave=2) - len(rows))
+    input_ids, segment_ids = fill_rows([e.ids for e in batch], rows, width)
     shapes = {"classification": (), "multilabel": (labels,), "qa": (2,)}
-    shape = (rows, width) if kind == "tokens" else (rows, slots, *shapes[kind])
-    targets = np.full(shape, IGNORE, np.int32)
+    shape = (len(rows), width) if kind == "tokens" else (len(rows), slots, *shapes[kind])
+    targets = np.full(shape, IGNORE_INDEX, np.int32)
     where = [(0, 0, 0)] * len(batch)
-    for r in range(len(plan)):
+    for r, row in enumerate(rows):
         end = 0
-        for number, d in enumerate(plan.row(r).tolist()):
+        for number, d in enumerate(row):
             e, start = batch[d], end
             end += len(e.ids)
-            ids[r, start:end], segments[r, start:end] = e.ids, number + 1
             if kind == "tokens":
                 targets[r, start:end] = e.target
             elif kind == "qa":
-                targets[r, number] = np.where(e.target == IGNORE, IGNORE, e.target + start)
+                targets[r, number] = np.where(
+                    e.target == IGNORE_INDEX, IGNORE_INDEX, e.target + start
+                )
             else:
                 targets[r, number] = e.target
             where[d] = (r, number, start)
-    return {"input_ids": ids, "segment_ids": segments, "targets": targets}, where
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "targets": targets}, where
 
 
 def sum_of_losses(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) over targets that are not IGNORE; BCE where each label has its own target."""
-    used = targets != IGNORE
+    """(sum, count) over targets other than IGNORE_INDEX; BCE if each label has its own target."""
+    used = targets != IGNORE_INDEX
     safe = jnp.where(used, targets, 0)
     if logits.shape == targets.shape:
         losses = optax.sigmoid_binary_cross_entropy(logits, safe)
@@ -259,9 +260,9 @@ class JaxSteps:
             "tokens": ModernBertForTokenClassification,
             "qa": ModernBertForQuestionAnswering,
         }.get(kind, ModernBertForSequenceClassification)
-        self.adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+        self.optimizer = adamw(max_grad_norm=config.clip)
         self.add = jax.jit(self._add, donate_argnums=2)
-        self.update = jax.jit(self._update, donate_argnums=(0, 1, 2), static_argnums=(6, 7))
+        self.update = jax.jit(self._update, donate_argnums=(0, 1, 2))
         self.logits = jax.jit(self._logits)
 
     def _logits(self, params, batch, key=None):
@@ -288,21 +289,16 @@ class JaxSteps:
         (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
         return jax.tree.map(jnp.add, sums, (loss, count, grads))
 
-    def _update(self, params, adam, sums, factors, lr, weight_decay, clip, decays):
-        """One AdamW step on the mean gradient, its norm clipped as torch does."""
+    def _update(self, params, adam, sums, factors, lr, weight_decay):
+        """One AdamW step on the mean gradient."""
         loss, count, grads = sums
         count = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
-        norm = optax.tree.norm(grads)
-        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
-        updates: Any
-        updates, adam = self.adam.update(grads, adam)
-
-        def step(path, p, u):
-            decay = weight_decay if path in decays else 0.0
-            return p - lr * factors[path] * (u + decay * p)
-
-        new = {path: step(path, p, updates[path]) for path, p in params.items()}
+        rates = {path: lr * factor for path, factor in factors.items()}
+        updates, adam = self.optimizer.update(
+            grads, adam, params, learning_rate=rates, weight_decay=weight_decay
+        )
+        new = optax.apply_updates(params, updates)
         zeros = jax.tree.map(jnp.zeros_like, grads)
         return new, adam, (jnp.zeros_like(loss), jnp.zeros_like(sums[1]), zeros), loss / count
 
@@ -321,12 +317,9 @@ class JaxModel:
         frozen = config.freeze_encoder
         self.trained = {k: v for k, v in params.items() if not (frozen and k.startswith("model."))}
         self.frozen = {k: v for k, v in params.items() if k not in self.trained}
-        self.adam = steps.adam.init(self.trained)
+        self.adam = steps.optimizer.init(self.trained)
         zeros = jax.tree.map(jnp.zeros_like, self.trained)
         self.sums = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
-        self.decays = frozenset(
-            k for k in self.trained if not k.endswith(".bias") and "norm.weight" not in k
-        )
         layers = steps.model_config.num_hidden_layers
         self.factors = {
             k: np.float32(config.layer_decay ** _below_the_top(k, layers)) for k in self.trained
@@ -342,7 +335,7 @@ class JaxModel:
             )
         self.trained, self.adam, self.sums, loss = self.steps.update(
             self.trained, self.adam, self.sums, self.factors, np.float32(lr),
-            np.float32(self.config.weight_decay), self.config.clip, self.decays,
+            np.float32(self.config.weight_decay),
         )  # fmt: skip
         return float(loss)
 
@@ -412,7 +405,7 @@ class TorchModel:
         width = max(len(e.ids) for e in batch)
         ids = np.full((len(batch), width), self.pad)
         mask = np.zeros((len(batch), width), np.int64)
-        labels = np.full((len(batch), width), IGNORE)
+        labels = np.full((len(batch), width), IGNORE_INDEX)
         for row, e in enumerate(batch):
             ids[row, : len(e.ids)], mask[row, : len(e.ids)] = e.ids, 1
             if self.kind == "tokens":
@@ -439,9 +432,9 @@ class TorchModel:
             else:
                 loss = F.cross_entropy(
                     logits.reshape(-1, logits.shape[-1]), labels.reshape(-1),
-                    ignore_index=IGNORE, reduction="sum",
+                    ignore_index=IGNORE_INDEX, reduction="sum",
                 )  # fmt: skip
-                count += int((labels != IGNORE).sum())
+                count += int((labels != IGNORE_INDEX).sum())
             loss.backward()
             total += loss.item()
         for p in self.model.parameters():
@@ -652,9 +645,9 @@ class _Finetuning:
             return answer_scores(truth, [answer_of(e, guess) for e, guess in pairs])
         named = lambda ids: [labels[i] for i in ids]  # noqa: E731
         return entity_scores(
-            [named(e.target[e.target != IGNORE]) for e in examples],
+            [named(e.target[e.target != IGNORE_INDEX]) for e in examples],
             [
-                named(guess[e.target != IGNORE].argmax(-1))
+                named(guess[e.target != IGNORE_INDEX].argmax(-1))
                 for e, guess in zip(examples, guesses, strict=True)
             ],
         )

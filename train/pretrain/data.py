@@ -15,11 +15,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from modernbert_jax.packing import RowPlan, plan_rows
+from modernbert_jax.packing import IGNORE_INDEX, RowPlan, plan_rows
 
 from ..tokens.store import TokenStore
 from .config import TrainConfig
-from .loss import IGNORE
 from .masking import (
     Masking,
     corrupt,
@@ -37,7 +36,7 @@ class Batch:
     """One step's rows that this process builds, and where the next step starts.
 
     arrays, int32: input_ids, segment_ids [A, S, L]; predict_positions, labels [A, S, P] (labels are
-    IGNORE where a place is unused); dropped [A, S], picks beyond P. A micro-batches, S slots.
+    IGNORE_INDEX where a place is unused); dropped [A, S], picks beyond P. A micro-batches, S slots.
     tokens (without padding) and rows are those of the whole step, on every host the same, like
     epoch and row. documents: the pieces that this process read.
     """
@@ -52,7 +51,7 @@ class Batch:
     @property
     def masked(self) -> int:
         """Tokens to predict, of this process."""
-        return int((self.arrays["labels"] != IGNORE).sum())
+        return int((self.arrays["labels"] != IGNORE_INDEX).sum())
 
     @property
     def dropped(self) -> int:
@@ -273,7 +272,7 @@ def _empty(rows: int, sequence_length: int, limit: int) -> dict[str, np.ndarray]
     shapes = {"input_ids": (sequence_length,), "segment_ids": (sequence_length,)}
     shapes |= {"predict_positions": (limit,), "labels": (limit,), "dropped": ()}
     arrays = {name: np.zeros((rows, *shape), np.int32) for name, shape in shapes.items()}
-    arrays["labels"][:] = IGNORE
+    arrays["labels"][:] = IGNORE_INDEX
     return arrays
 
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 
-from ..common.sharding import DATA, FSDP, ROWS, TENSOR, row_shards
+from modernbert_jax.packing import IGNORE_INDEX
 
-IGNORE = -1  # the label of an unused position
+from ..common.sharding import DATA, FSDP, ROWS, TENSOR, row_shards
 
 _HIDDEN = P(None, ROWS, None, None)  # N B C D
 _LABELS = P(None, ROWS, None)  # N B C
@@ -22,7 +22,7 @@ def masked_cross_entropy(
     chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of right guesses) where labels are not IGNORE; float32.
+    """(sum of losses in nats, number of right guesses) where labels are not IGNORE_INDEX; float32.
 
     Sums, so that a mean is right across chunks, micro-batches and devices. A device holds the
     logits of at most `chunk` positions (or one of each of its rows) at a time; the backward pass
@@ -35,7 +35,7 @@ def masked_cross_entropy(
     width = min(length, max(1, chunk // rows))
     tail = ((0, 0), (0, -length % width))
     hidden = jnp.pad(hidden_BPD, (*tail, (0, 0))).reshape(B, -1, width, D)
-    labels = jnp.pad(labels_BP, tail, constant_values=IGNORE).reshape(B, -1, width)
+    labels = jnp.pad(labels_BP, tail, constant_values=IGNORE_INDEX).reshape(B, -1, width)
     if bias_V is None:
         bias_V = jnp.zeros((weight_VD.shape[0],), jnp.float32)
     return _sums(
@@ -86,7 +86,7 @@ def _forward(mesh, hidden, weight_VD, bias_V, labels):
             picked_BC = jnp.sum(jnp.where(is_label_BCV, logits_BCV, 0.0), axis=-1)
             total_BC, picked_BC = _over(jax.lax.psum, (total_BC, picked_BC), TENSOR, mesh)
             lse_BC = top_BC + jnp.log(total_BC)
-            used_BC = labels_BC != IGNORE
+            used_BC = labels_BC != IGNORE_INDEX
             loss = jnp.sum(jnp.where(used_BC, lse_BC - picked_BC, 0.0))
             right = jnp.sum(jnp.where(used_BC & (picked_BC == top_BC), 1.0, 0.0))
             return (sums[0] + loss, sums[1] + right), lse_BC
@@ -117,7 +117,7 @@ def _backward(mesh, saved, d_sums):
             d_weight_VD, d_bias_V = carry
             hidden_BCD, labels_BC, lse_BC = part
             p_BCV = jnp.exp(_logits(hidden_BCD, weight_VD, bias_V) - lse_BC[..., None])
-            scale_BC1 = jnp.where(labels_BC != IGNORE, d_loss, 0.0)[..., None]
+            scale_BC1 = jnp.where(labels_BC != IGNORE_INDEX, d_loss, 0.0)[..., None]
             d_logits_BCV = (p_BCV - _is_label(labels_BC, p_BCV.shape[-1], mesh)) * scale_BC1
             d_bias_V = d_bias_V + jnp.sum(d_logits_BCV, axis=(0, 1))
             d_logits_BCV = d_logits_BCV.astype(hidden.dtype)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from modernbert_jax import FillMask, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import module_of, write_bytes, write_text
+from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.tokenizer import Tokenizer
 
 from ..common import flops, watch
@@ -46,7 +47,6 @@ from . import card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .data import Batch, Batches, Masking, eval_batches
-from .loss import IGNORE
 from .setup import (
     masking_of,
     open_workdir,
@@ -461,7 +461,7 @@ def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) 
     if not masking.mask_special:
         counts[list(masking.special_ids)] = 0
     labels = np.concatenate([batch["labels"].ravel() for batch in held_out])
-    right, count = total([(labels == counts.argmax()).sum(), (labels != IGNORE).sum()])
+    right, count = total([(labels == counts.argmax()).sum(), (labels != IGNORE_INDEX).sum()])
     return float(right / count)
 
 

@@ -12,13 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.attention import sharded
 from modernbert_jax.checkpoint.pretrained import flatten, module_of, param_shapes
+from modernbert_jax.packing import IGNORE_INDEX
 
 from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw
 from ..common.sharding import ROWS, TENSOR, gather, param_shardings, scatter
 from ..common.watch import norms_by_kind
 from .config import TrainConfig
 from .embedding import look_up
-from .loss import IGNORE, masked_cross_entropy
+from .loss import masked_cross_entropy
 
 Batch = Mapping[
     str, jax.Array
@@ -158,7 +159,7 @@ class Trainer:
             max_learning_rate=max_learning_rate,
         )
         new_params: Any = optax.apply_updates(state.params, updates)
-        masked = jnp.sum(batch["labels"] != IGNORE).astype(jnp.float32)
+        masked = jnp.sum(batch["labels"] != IGNORE_INDEX).astype(jnp.float32)
         metrics = {
             "loss": loss,
             "accuracy": right / jnp.maximum(masked, 1.0),
@@ -174,12 +175,12 @@ class Trainer:
         """step(params, batch) -> (sum of losses, right guesses, labels) of one micro-batch."""
         params = gather(params, self.mesh, self.model_config.dtype)
         loss, right = self._sums(params, jax.tree.map(lambda x: x[0], dict(batch)), None)
-        return loss, right, jnp.sum(batch["labels"] != IGNORE)
+        return loss, right, jnp.sum(batch["labels"] != IGNORE_INDEX)
 
 
 def _weights(weighting: str, batch: Batch) -> jax.Array:
     """What the sum of losses of each micro-batch is multiplied with, [A]."""
-    masked_A = jnp.sum(batch["labels"] != IGNORE, axis=(1, 2)).astype(jnp.float32)
+    masked_A = jnp.sum(batch["labels"] != IGNORE_INDEX, axis=(1, 2)).astype(jnp.float32)
     if weighting == "tokens":
         return jnp.full_like(masked_A, 1.0) / jnp.maximum(jnp.sum(masked_A), 1.0)
     # Composer counts the sequences of a micro-batch, the tail of padding as one more.
