@@ -26,7 +26,8 @@ COMMANDS = {
     "finetune": ("train", "fine-tune on a task over seeds and a grid, or train for retrieval"),
     "convert": ("convert", "convert checkpoints between Hugging Face, Orbax and Composer"),
     "export": ("modernbert_jax", "write a model together with its compiled functions"),
-    "benchmark": ("modernbert_jax", "measure the cold start and the first answer of a model"),
+    "benchmark": ("modernbert_jax", "measure the cold start of a model, in two new processes"),
+    "answer": ("modernbert_jax", "answer one text and print how long it took"),
 }
 # Optional modules that belong to another extra than the one named like the package.
 EXTRAS = {"apache_beam": "beam", "datasets": "huggingface", "gcsfs": "gcs"}
@@ -86,7 +87,7 @@ def program() -> NoReturn:
 def _module(package: str) -> str:
     """The module that runs the commands of a package, in a wheel or in a checkout."""
     if package == "modernbert_jax":
-        return "modernbert_jax.__main__"
+        return "modernbert_jax.inference.cli"
     inside = f"modernbert_jax.{package}"
     return f"{inside if importlib.util.find_spec(inside) else package}.cli"
 

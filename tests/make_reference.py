@@ -16,8 +16,8 @@ from unittest import mock
 
 import convert.cli
 import modernbert_jax
-import modernbert_jax.__main__
 import modernbert_jax.attention.__main__
+import modernbert_jax.inference.cli
 import train.cli
 from modernbert_jax import attention, card
 from modernbert_jax.checkpoint.pretrained import Pretrained
@@ -44,8 +44,8 @@ def page() -> str:
     for name in attention.__all__:
         parts += _public(name, getattr(attention, name))
     parts += ["## Commands", _doc(modernbert_jax.attention.__main__)]
-    for cli in (modernbert_jax.__main__, convert.cli, train.cli):
-        program = cli.__name__.removesuffix(".cli").removesuffix(".__main__")
+    for cli in (modernbert_jax.inference.cli, convert.cli, train.cli):
+        program = cli.__name__.split(".")[0]
         parts += [f"### python -m {program}", _verbs(cli.main)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -6,8 +6,8 @@ runs in this process, with flags appended that make it small (SMALLER); a comman
 fails the test. Words that a reader replaces (DIR, FOLDER, notes/, ...) are small folders here.
 Commands within a line of prose are checked without being run.
 
-The quick tests run the snippets and what is quick, and only parse what trains or compiles; the slow
-ones run every command.
+`make test-slow` runs this file, and `pytest tests/test_docs.py -k "not full"` only parses what
+trains or compiles, which is quicker.
 """
 
 import csv
@@ -31,14 +31,10 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from convert import cli as convert_cli
-from modernbert_jax import (
-    AutoTokenizer,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    __main__ as library_cli,
-)
+from modernbert_jax import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, cli as umbrella
 from modernbert_jax.attention import __main__ as self_check
 from modernbert_jax.checkpoint.pretrained import flatten, save_orbax
+from modernbert_jax.inference import cli as library_cli
 from modernbert_jax.inference.export import use_compile_cache
 from train import cli
 from train.corpora.build.bpe import train_bpe
@@ -58,7 +54,7 @@ DOCUMENTS = [
     # The reference is made of docstrings; test_reference.py has it.
     *sorted(p for p in (ROOT / "notebooks/guides").glob("*.md") if p.stem != "reference"),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:.*weights of the head are new")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weights of the head are new")]
 by_name = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
 )
@@ -67,7 +63,8 @@ by_name = pytest.mark.parametrize(
 LAUNCHERS = ("srun", "mpirun", "nohup")
 FOREIGN = ("git", "wget", "scontrol", "tail")  # not ours, or of the network: bash's check is all
 PROGRAMS = (
-    *("python", "python3", "pip", "pytest", "make", "pre-commit", "gcloud", "sbatch", "bash"),
+    *("modernbert-jax", "python", "python3", "pip", "pytest", "make", "pre-commit"),
+    *("gcloud", "sbatch", "bash"),
     *LAUNCHERS,
     *FOREIGN,
 )
@@ -361,6 +358,11 @@ class World:
                     done(library_cli.main, words)
                 else:
                     library_cli.parser().parse_args(words)
+            case ["modernbert-jax", command, *words]:  # as modernbert_jax/cli.py runs it
+                package = umbrella.COMMANDS[command][0]
+                self.run(
+                    ["python", "-m", package, *([] if command == package else [command]), *words]
+                )
             case ["python" | "python3", "-m", "pip" | "uv" | "pytest" as program, *words]:
                 self.run(["pip" if program == "uv" else program, *words])
             case ["pip", "venv", *_]:
@@ -477,7 +479,6 @@ def test_blocks(document, enter):
     run_document(enter(document, really=False))
 
 
-@pytest.mark.slow
 @by_name
 def test_blocks_in_full(document, enter, things, monkeypatch):
     for name, value in absent.environment("v5e").items():  # so that plan stays in this process

@@ -29,6 +29,7 @@ PICTURES = {
 # A folder of somebody's machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
 
+pytestmark = pytest.mark.slow
 each = pytest.mark.parametrize("name", PICTURES)
 
 
@@ -165,13 +166,11 @@ def test_plan_runs(folder, monkeypatch):
     assert "phase1_all       by hand  47.8 h, planned  47.8 h" in printed
 
 
-@pytest.mark.slow
 def test_fill_mask_runs(folder, monkeypatch):
     printed = ran("01_fill_mask", folder, monkeypatch)
     assert "Predicted token:  daily" in printed
 
 
-@pytest.mark.slow
 def test_pretrain_runs(folder, monkeypatch):
     printed = ran("03_pretrain", folder, monkeypatch)
     assert "stopped; the same command goes on" in printed
@@ -182,14 +181,12 @@ def test_pretrain_runs(folder, monkeypatch):
     assert guessed > 35 > 10 > commonest
 
 
-@pytest.mark.slow
 def test_finetune_runs(folder, monkeypatch):
     printed = ran("04_finetune_negex", folder, monkeypatch)
     accuracy, f1 = map(float, re.findall(r"test: .*?([\d.]+)%", printed))
     assert accuracy > 75 and f1 > 85
 
 
-@pytest.mark.slow
 def test_inside_attention_runs(folder, monkeypatch):
     printed = ran("05_inside_attention", folder, monkeypatch)
     assert "query 20 sees the keys 14 to 26" in printed

@@ -1,6 +1,10 @@
 """The reference page is that of the docstrings as they are."""
 
+import pytest
+
 from tests import make_reference
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_page_is_current():

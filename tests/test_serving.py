@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from modernbert_jax import Embedder, ModernBertConfig, ModernBertForMaskedLM, pipeline
-from modernbert_jax.__main__ import main
+from modernbert_jax.inference.cli import main
 from modernbert_jax.inference.export import FUNCTIONS, load
 
 TEXT = "the patient has [MASK] fever"
