@@ -158,7 +158,7 @@ def store(tokens: int) -> dict[str, TokenStore]:
 def test_facts_of_pretraining(tmp_path):
     prepared = tmp_path / "private" / "mimic3"
     (prepared / "tokens").mkdir(parents=True)
-    manifest = {"source": "mimic3", "title": "MIMIC-III", "licence": "PhysioNet", "documents": 12}
+    manifest = {"source": "mimic3", "title": "MIMIC-III", "license": "PhysioNet", "documents": 12}
     (prepared / "tokens" / "manifest.json").write_text(json.dumps(manifest | {"dropped": "text"}))
     plain = tmp_path / "private" / "notes"
     plain.mkdir()

@@ -1,5 +1,6 @@
 """The Beam pipeline against the reading on one machine: the same documents in the same splits."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -15,20 +16,29 @@ pytest.importorskip("tensorflow_datasets", reason="needs the extra train")
 import tensorflow_datasets as tfds
 
 from train.corpora.build import beam, dataset as builder
+from train.corpora.build.bpe import train_bpe
 from train.corpora.source import Report
 from train.corpora.sources import pmc, pubmed
+from train.tokens.store import open_store
 
 # 2026-11-22: TFDS 4.9.10 asks protobuf 6 for what protobuf 7 no longer has.
 pytestmark = pytest.mark.filterwarnings("ignore:label.. is deprecated:DeprecationWarning")
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-WORKERS = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+WORKERS = ("direct_num_workers=2", "direct_running_mode=multi_processing")
 EVAL = 0.3
 
 
-def run(corpus: str, root: pathlib.Path, out: pathlib.Path, *options: str):
-    command = [sys.executable, "-m", "train.corpora.build.beam", "--corpus", corpus]
-    command += ["--source", str(root), "--out", str(out), "--eval-fraction", str(EVAL)]
-    command += ["--", "--runner=DirectRunner", *options]
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["Number 1. Text 2."], 300).save_pretrained(folder)
+    return folder
+
+
+def run(corpus: str, root: pathlib.Path, out: pathlib.Path, tokenizer, *options: str):
+    command = [sys.executable, "-m", "train", "prepare", "--corpus", corpus]
+    command += ["--source", str(root), "--out", str(out), "--tokenizer", str(tokenizer)]
+    command += ["--eval-fraction", str(EVAL), "--beam", "runner=DirectRunner", *options]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
@@ -73,45 +83,39 @@ def pmc_files(root: pathlib.Path) -> pathlib.Path:
     return root
 
 
-def compare(source, root: pathlib.Path, tmp_path: pathlib.Path, *options: str) -> None:
-    done = run(source.name, root, tmp_path / "beam", *options)
+def compare(source, root: pathlib.Path, tmp_path: pathlib.Path, *arguments) -> None:
+    out = tmp_path / "beam"
+    done = run(source.name, root, out, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     folder, counts = builder.build(source, root, tmp_path / "one", tmp_path / "work", EVAL)
     expected = contents(folder)
-    assert contents(tmp_path / "beam" / source.name / builder.VERSION) == expected
+    assert contents(out / "text" / source.name / builder.VERSION) == expected
     assert len(expected["train"]) > len(expected["eval"]) > 3
-    found = {
-        name: int(count.replace(",", ""))
-        for count, name in (
-            words.strip().split(" ", 1)
-            for words in done.stdout.strip().split("\n")[-1].split(": ", 1)[1].split(", ")
-        )
-    }
-    dropped = {name.removeprefix("dropped: "): n for name, n in found.items() if ":" in name}
-    assert dropped == counts["dropped"]
-    assert found["documents"] == counts["documents"]
-    assert found["read"] - sum(dropped.values()) - found["documents"] == counts["duplicates"]
+    found = json.loads((out / "text" / "manifest.json").read_text())
+    for name in ("read", "dropped", "documents", "duplicates", "train", "eval"):
+        assert found[name] == counts[name]
+    assert len(open_store(out)["eval"].lengths) == counts["eval"]  # one chunk for each document
 
 
-def test_pubmed_in_two_processes(tmp_path):
+def test_pubmed_in_two_processes(tokenizer, tmp_path):
     root = pubmed_files(tmp_path / "pubmed")
-    compare(pubmed.SOURCE, root, tmp_path, *WORKERS)
+    compare(pubmed.SOURCE, root, tmp_path, tokenizer, *WORKERS)
 
 
 @pytest.mark.slow
-def test_pmc_in_two_processes(tmp_path):
-    compare(pmc.SOURCE, pmc_files(tmp_path / "pmc"), tmp_path, *WORKERS)
+def test_pmc_in_two_processes(tokenizer, tmp_path):
+    compare(pmc.SOURCE, pmc_files(tmp_path / "pmc"), tmp_path, tokenizer, *WORKERS)
 
 
-def test_pmc(tmp_path):
-    compare(pmc.SOURCE, pmc_files(tmp_path / "pmc"), tmp_path)
+def test_pmc(tokenizer, tmp_path):
+    compare(pmc.SOURCE, pmc_files(tmp_path / "pmc"), tmp_path, tokenizer)
 
 
-def test_a_broken_file_stops_the_pipeline_with_its_line(tmp_path):
+def test_a_broken_file_stops_the_pipeline_with_its_line(tokenizer, tmp_path):
     root = pubmed_files(tmp_path / "pubmed")
     path = root / "a" / "pubmed26n0003.xml.gz"
     path.write_bytes(path.read_bytes()[:-1])
-    done = run("pubmed", root, tmp_path / "beam")
+    done = run("pubmed", root, tmp_path / "beam", tokenizer)
     assert done.returncode != 0 and f"{path}: expected md5" in done.stderr
     assert not list((tmp_path / "beam").rglob("dataset_info.json"))
 

@@ -101,7 +101,7 @@ def test_a_source_tells_what_it_is(name):
     assert (chosen.name, chosen.kind) == (name, "clinical")
     assert (chosen.documents, chosen.tokens) == (CARD[name][0], round(CARD[name][1] * 1e6))
     assert chosen.homepage.startswith("https://")
-    assert chosen.title and chosen.licence and chosen.citation
+    assert chosen.title and chosen.license and chosen.citation
     assert bool(chosen.agreement) == (chosen.access != "open")
 
 
@@ -313,7 +313,7 @@ def test_chifir(tmp_path):
     write(root / "reports/pt12_r3.txt", "Größe 3 cm".encode("cp1252"))
     write(root / "reports/pt14_r1.txt", " \r\n")
     write(root / "annotations/pt1_r1.ann", "T1\tFungus 6 12\tHyphae\n")
-    write(root / "LICENSE.txt", "a licence")
+    write(root / "LICENSE.txt", "a license")
     examples, report = read(source("chifir"), tmp_path)
     folder = "corpus-fungal-infections-1.0.2/reports"
     assert [(e.id, e.text) for e in examples] == [

@@ -337,7 +337,7 @@ def test_the_scan_sees_what_the_parser_sees(tmp_path, monkeypatch):
 
 @needs_data
 @pytest.mark.parametrize(
-    ("name", "pmcid", "licence", "blocks", "captions"),
+    ("name", "pmcid", "license", "blocks", "captions"),
     [
         # Blocks: the title, parts of abstract and body (with a title, or before the first one),
         # counted in the files, and the captions, which are those of figures and tables.
@@ -347,11 +347,11 @@ def test_the_scan_sees_what_the_parser_sees(tmp_path, monkeypatch):
         ("pone.0000217.nxml", "PMC1790863", "CC BY", 1 + 3 + 21 + 1, 3),
     ],
 )
-def test_the_real_articles(name, pmcid, licence, blocks, captions):
+def test_the_real_articles(name, pmcid, license, blocks, captions):
     examples, report = read(pmc.SOURCE, DATA / "pmc" / name)
     assert list(examples) == [pmcid] and not report.dropped
     example = examples[pmcid]
-    assert example.meta["licence"] == licence
+    assert example.meta["license"] == license
     found = example.text.split("\n\n")
     assert len(found) == blocks and len(found[-1].split("\n")) == captions
     assert not any(residue in example.text for residue in ("[]", "()", " .", " ,", "  ", "\ufffc"))
@@ -468,8 +468,8 @@ LINK = "http://creativecommons.org/licenses/by-nc/4.0/"
         ("<permissions><copyright-statement>All rights.</copyright-statement></permissions>", None),
     ],
 )  # fmt: skip
-def test_licences(tmp_path, permissions, expected):
-    assert one(tmp_path, jats(permissions=permissions)).meta.get("licence") == expected
+def test_licenses(tmp_path, permissions, expected):
+    assert one(tmp_path, jats(permissions=permissions)).meta.get("license") == expected
 
 
 # Packages

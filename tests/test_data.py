@@ -14,22 +14,13 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from modernbert_jax.packing import IGNORE_INDEX, plan_rows
-from train.corpora.build.bpe import train_bpe
-from train.corpora.readers.text import read_documents, split_of
-from train.corpora.synthetic import write_corpus
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import Batches, Plans, eval_batches
 from train.pretrain.masking import Masking
 from train.tokens import store as tokens
 from train.tokens.mds import MdsShards
-from train.tokens.store import (
-    TokenStore,
-    is_store,
-    joined,
-    open_store,
-    prepare_tokens,
-    tokens_folder,
-)
+from train.tokens.store import TokenStore, is_store, joined, open_store
+from train.tokens.writer import SplitWriter, cut, write_manifest
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "mds"
 MASKING = Masking(0.3, 4, 500, (0, 1, 2, 3, 4))
@@ -66,53 +57,49 @@ def config_of(**changes):
 # Token folders
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, 150, seed=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return train_bpe((d.text for d in read_documents(corpus)), 400)
-
-
-def prepared(corpus, tokenizer, folder, **changes):
-    config = config_of(sequence_length=64, eval_fraction=0.1, **changes)
-    return prepare_tokens(str(corpus), tokenizer, config, folder)
+def written(folder, count=300, seed=1):
+    """A token folder of random chunks of up to 64 tokens: its stores, and the chunks by split."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    dtype, facts, chunks = np.dtype("<u2"), {}, {}
+    for split, number in (("train", count), ("eval", count // 10)):
+        chunks[split] = [rng.integers(0, 400, n) for n in rng.integers(3, 65, number)]
+        writer = SplitWriter(folder, split, dtype)
+        for ids in chunks[split]:
+            writer.add(ids)
+        facts[split] = writer.close()
+    assert not is_store(folder)  # a run that is killed here leaves nothing that looks complete
+    write_manifest(folder, count, "a tokenizer", dtype, facts)
+    return open_store(folder), chunks
 
 
 class TestTokenFolder:
-    def test_holds_each_text_cut_into_pieces_with_special_tokens(self, corpus, tokenizer, tmp_path):
-        stores = prepared(corpus, tokenizer, tmp_path / "t")
-        want = {"train": [], "eval": []}
-        for document in read_documents(corpus):
-            ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-            for first in range(0, len(ids), 62):
-                want[split_of(document.text, 0.1)].append(
-                    [tokenizer.cls_token_id, *ids[first : first + 62], tokenizer.sep_token_id]
-                )
+    def test_reads_what_was_written(self, tmp_path):
+        stores, chunks = written(tmp_path / "t")
+        assert is_store(tmp_path / "t")
         for split, store in stores.items():
-            assert [len(p) for p in want[split]] == store.lengths.tolist()
             got = store.read(np.arange(len(store.lengths)))
-            assert [p.tolist() for p in got] == want[split]
-            assert store.lengths.max() == 64 and store.lengths.dtype == np.int32
-            assert store.tokenizer == tokenizer.fingerprint
+            for one, want in zip(got, chunks[split], strict=True):
+                np.testing.assert_array_equal(one, want)
+            assert store.lengths.tolist() == [len(ids) for ids in chunks[split]]
+            assert store.lengths.dtype == np.int32 and store.tokenizer == "a tokenizer"
             flat = np.concatenate(got).astype("<u2").tobytes() + store.lengths.tobytes()
             assert store.fingerprint == hashlib.sha256(flat).hexdigest()
 
-    def test_shards_roll_over_and_others_can_read_them(
-        self, corpus, tokenizer, tmp_path, monkeypatch
-    ):
-        whole = prepared(corpus, tokenizer, tmp_path / "whole")
-        monkeypatch.setattr(tokens, "SHARD_BYTES", 5_000)
-        stores = prepared(corpus, tokenizer, tmp_path / "t")
+    def test_a_document_is_cut_into_chunks_with_special_tokens(self):
+        got = [chunk.tolist() for chunk in cut(range(10, 21), (1, 2), 6, np.dtype("<u2"))]
+        assert got == [[1, 10, 11, 12, 13, 2], [1, 14, 15, 16, 17, 2], [1, 18, 19, 20, 2]]
+        assert not list(cut([], (1, 2), 6, np.dtype("<u2")))
+
+    def test_shards_roll_over_and_others_can_read_them(self, tmp_path, monkeypatch):
+        whole, _ = written(tmp_path / "whole")
+        monkeypatch.setattr("train.tokens.writer.SHARD_BYTES", 5_000)
+        stores, _ = written(tmp_path / "t")
         manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
         shards = manifest["train"]["shards"]
         assert len(shards) > 3
         assert shards[0]["name"] == f"train-00000-of-{len(shards):05d}.array_record"
-        assert sum(s["records"] for s in shards) == manifest["train"]["pieces"]
+        assert sum(s["records"] for s in shards) == manifest["train"]["chunks"]
         paths = [tmp_path / "t" / s["name"] for s in shards]
         assert [p.stat().st_size for p in paths] == [s["bytes"] for s in shards]
         with ArrayRecordDataSource(paths) as source:
@@ -124,57 +111,23 @@ class TestTokenFolder:
         np.testing.assert_array_equal(again.read(order[:1])[0], stores["train"].read(order[:1])[0])
         assert whole["train"].fingerprint == stores["train"].fingerprint
 
-    def test_same_text_same_bytes(self, corpus, tokenizer, tmp_path):
+    def test_same_chunks_same_bytes(self, tmp_path):
         files = []
         for name in ("a", "b"):
-            prepared(corpus, tokenizer, tmp_path / name)
+            written(tmp_path / name)
             files.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
         assert files[0] == files[1]
-        assert len(files[0]) == 5 and "cut.part" not in files[0]
-
-    def test_a_killed_run_leaves_nothing_that_looks_whole(
-        self, corpus, tokenizer, tmp_path, monkeypatch
-    ):
-        folder = tmp_path / "t"
-
-        def killed(self):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(tokens.SplitWriter, "close", killed)
-            with pytest.raises(KeyboardInterrupt):
-                prepared(corpus, tokenizer, folder)
-        assert not is_store(folder) and not is_store(tmp_path / "t.tmp")
-        stores = prepared(corpus, tokenizer, folder)
-        assert len(stores["train"].read(np.array([0]))[0]) == stores["train"].lengths[0]
-        assert is_store(folder) and not (tmp_path / "t.tmp").exists()
-
-    def test_is_made_once(self, corpus, tokenizer, tmp_path, monkeypatch):
-        prepared(corpus, tokenizer, tmp_path / "t")
-        monkeypatch.setattr(tokens, "_tokenise", None)
-        prepared(corpus, tokenizer, tmp_path / "t")
-
-    def test_folder_name_follows_what_tokens_depend_on(self, corpus, tokenizer, tmp_path):
-        name = lambda c, t=tokenizer: tokens_folder(tmp_path, str(corpus), t, c)  # noqa: E731
-        config = config_of()
-        other = train_bpe(["quite other text than before " * 9], 300)
-        names = [
-            name(config),
-            name(config_of(sequence_length=33)),
-            name(config_of(eval_fraction=0.2)),
-        ]
-        names += [name(config, other), name(config_of(text_column="x"))]
-        assert len(set(names)) == 5 and name(config_of(seed=5)) == names[0]
+        assert len(files[0]) == 5
 
     def test_more_than_65536_ids_take_32_bits(self, tmp_path):
-        writer = tokens.SplitWriter(tmp_path, "train", np.dtype("<u4"))
+        writer = SplitWriter(tmp_path, "train", np.dtype("<u4"))
         writer.add(np.array([1, 70_000, 2]))
         facts = writer.close()
-        pieces = tokens._ArrayRecords([tmp_path / facts["shards"][0]["name"]], [1], np.dtype("<u4"))
-        assert pieces.read(np.array([0]))[0].tolist() == [1, 70_000, 2]
+        chunks = tokens._ArrayRecords([tmp_path / facts["shards"][0]["name"]], [1], np.dtype("<u4"))
+        assert chunks.read(np.array([0]))[0].tolist() == [1, 70_000, 2]
 
-    def test_damage_is_one_line_that_names_the_file(self, corpus, tokenizer, tmp_path):
-        prepared(corpus, tokenizer, tmp_path / "good")
+    def test_damage_is_one_line_that_names_the_file(self, tmp_path):
+        written(tmp_path / "good")
 
         def damaged(name, change, read=False):
             folder = tmp_path / "bad"
@@ -323,8 +276,8 @@ class TestMds:
         write_mds(tmp_path / "a", some_pieces(60))
         path = tmp_path / "a" / "shard.00001.mds"
         good = path.read_bytes()
-        for cut in (good[:-5], good[:50], good[:2]):
-            path.write_bytes(cut)
+        for part in (good[:-5], good[:50], good[:2]):
+            path.write_bytes(part)
             with pytest.raises(ValueError, match=r"shard.00001.mds: .*cut or damaged"):
                 open_store(tmp_path / "a", 0.5)
         first = int.from_bytes(good[4:8], "little")
@@ -340,7 +293,7 @@ class TestStores:
     def test_joined_reads_each_from_its_own(self):
         stores = [memory_store(n, seed=n) for n in (5, 1, 9)]
         both = joined(stores)
-        want = [ids for store in stores for ids in store.pieces.ids]
+        want = [ids for store in stores for ids in store.chunks.ids]
         order = np.random.default_rng(0).permutation(15)
         for i, ids in zip(order, both.read(order), strict=True):
             np.testing.assert_array_equal(ids, want[i])
@@ -353,18 +306,18 @@ class TestStores:
         one, two = (
             dataclasses.replace(memory_store(seed=s), tokenizer=t) for s, t in enumerate("ab")
         )
-        with pytest.raises(ValueError, match="expected one tokenizer, they were made with 2"):
+        with pytest.raises(ValueError, match="expected one tokenizer, they were prepared with 2"):
             joined([one, two, memory_store()])
         assert joined([one, memory_store()]).tokenizer == "a"
 
     def test_counts(self, monkeypatch):
         store = memory_store(3000)
-        want = np.bincount(np.concatenate(store.pieces.ids), minlength=600)
+        want = np.bincount(np.concatenate(store.chunks.ids), minlength=600)
         np.testing.assert_array_equal(store.counts(600), want)
         monkeypatch.setattr(tokens, "_COUNTED", 10_000)
         part = memory_store(3000)
         counts = part.counts(600)
-        assert 8_000 < counts.sum() < 13_000 and len(part.pieces.seen) < 1000
+        assert 8_000 < counts.sum() < 13_000 and len(part.chunks.seen) < 1000
 
 
 # Batches
@@ -387,7 +340,7 @@ class TestBatches:
         assert batch.arrays["dropped"].shape == (2, 2)
         assert {a.dtype for a in batch.arrays.values()} == {np.dtype(np.int32)}
         a = {k: v.reshape(4, -1) for k, v in batch.arrays.items()}
-        documents = {tuple(ids) for ids in store.pieces.ids}
+        documents = {tuple(ids) for ids in store.chunks.ids}
         for row in range(4):
             original = a["input_ids"][row].copy()
             used = a["labels"][row] != IGNORE_INDEX
@@ -405,9 +358,9 @@ class TestBatches:
         whole = make(store, config, phase=1)
         batches = [next(whole) for _ in range(12)]
         assert batches[-1].epoch >= 1
-        for cut in (1, 5, 8):
-            rest = make(store, config, phase=1, **place(batches[cut - 1]))
-            for want in batches[cut:]:
+        for stop in (1, 5, 8):
+            rest = make(store, config, phase=1, **place(batches[stop - 1]))
+            for want in batches[stop:]:
                 got = next(rest)
                 assert (got.tokens, place(got)) == (want.tokens, place(want))
                 for key in want.arrays:
@@ -477,7 +430,7 @@ class TestBatches:
         batches.close()
         plan = plan_rows(store.lengths, 32, (17, 0, 0))
         own = {int(d) for r in range(len(plan)) if r % 4 in slots for d in plan.row(r)}
-        assert set(first.tolist()) <= set(store.pieces.seen) <= own
+        assert set(first.tolist()) <= set(store.chunks.seen) <= own
 
     def test_slots_beyond_the_micro_batch_are_padding(self):
         config, store = config_of(), memory_store()
@@ -490,7 +443,7 @@ class TestBatches:
         empty = make(store, config, slots=np.array([2, 3]))
         batch = next(empty)
         assert not len(batch.documents) and batch.tokens > 0
-        assert (batch.arrays["segment_ids"] == 0).all() and not store.pieces.seen.get(-1)
+        assert (batch.arrays["segment_ids"] == 0).all() and not store.chunks.seen.get(-1)
         assert next(empty).row == 8
 
     def test_an_epoch_shows_each_document_once(self):
@@ -538,15 +491,15 @@ class TestBatches:
             assert 4 not in a["input_ids"][row][others]
 
     @pytest.mark.slow
-    def test_worker_processes_make_the_same_batches(self, corpus, tokenizer, tmp_path):
-        self.same(corpus, tokenizer, tmp_path, workers=2)
+    def test_worker_processes_make_the_same_batches(self, tmp_path):
+        self.same(tmp_path, workers=2)
 
-    def test_threads_make_the_same_batches(self, corpus, tokenizer, tmp_path, monkeypatch):
-        monkeypatch.setattr(tokens, "SHARD_BYTES", 5_000)
-        self.same(corpus, tokenizer, tmp_path, threads=8)
+    def test_threads_make_the_same_batches(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("train.tokens.writer.SHARD_BYTES", 5_000)
+        self.same(tmp_path, threads=8)
 
-    def same(self, corpus, tokenizer, tmp_path, **how):
-        store = prepared(corpus, tokenizer, tmp_path / "t")["train"]
+    def same(self, tmp_path, **how):
+        store = written(tmp_path / "t")[0]["train"]
         config = config_of(sequence_length=64)
         one, other = (Batches(store, MASKING, config, phase=0, **h) for h in ({"threads": 1}, how))
         epoch = 0

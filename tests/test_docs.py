@@ -516,10 +516,10 @@ def test_no_command_escapes(tmp_path, things):
 
 
 def test_the_table_of_corpora_is_the_catalogue():
-    rows = ["| `--corpus` | what | access | licence | where | files |", "|---|---|---|---|---|---|"]
+    rows = ["| `--corpus` | what | access | license | where | files |", "|---|---|---|---|---|---|"]
     for source in sources():
         if source.kind != "generic":
-            cells = (source.name, source.title, source.access, source.licence)
+            cells = (source.name, source.title, source.access, source.license)
             files = " ".join(f"`{name}`" for name in source.files)
             rows.append(f"| {' | '.join(cells)} | <{source.homepage}> | {files} |")
     found = (ROOT / "notebooks" / "guides" / "data_access.md").read_text()

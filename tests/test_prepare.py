@@ -1,7 +1,6 @@
 """Both stages of `prepare`: what is kept, same bytes, restarts, refusals, real corpora."""
 
 import csv
-import dataclasses
 import hashlib
 import json
 import os
@@ -26,14 +25,13 @@ from train.corpora.build import (
     dedupe,
     prepare as stages,
     reading,
-    tokenize as tokenise,
+    tokenize,
 )
 from train.corpora.build.bpe import train_bpe
 from train.corpora.build.prepare import prepare
 from train.corpora.readers.text import split_of
 from train.corpora.reports.catalogue import catalogue
-from train.corpora.revisions import Revisions, records_of
-from train.corpora.source import Example, Source
+from train.corpora.source import Example, Revisions, Source, records_of
 from train.corpora.sources import find, generic, sources
 from train.corpora.synthetic import synthetic_notes
 from train.tokens.store import open_store
@@ -41,8 +39,8 @@ from train.tokens.store import open_store
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECRET = "Xylographistan"  # stands for a person's text
 FEATURES = ("id", "meta", "source", "text")
-LENGTH = 64  # tokens of the longest piece
-FRACTION = 0.1  # held out
+LENGTH = 64  # tokens in a chunk at most
+FRACTION = 0.1  # of documents in the evaluation split
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +115,7 @@ def test_first_of_each_against_a_set(tmp_path, monkeypatch):
 
 
 class TestWhatIsMade:
-    def test_pieces_against_tokenizers_alone(self, made, notes, tokenizer):
+    def test_chunks_against_tokenizers_alone(self, made, notes, tokenizer):
         """Every unique text once, in order, in its split, cut where it must be, with a blank."""
         content = json.loads((pathlib.Path(tokenizer) / "tokenizer.json").read_text())
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -129,12 +127,12 @@ class TestWhatIsMade:
                 wanted[split_of(text, FRACTION)].append([cls, *ids[i : i + LENGTH - 2], sep])
         for where in (made[0], made[0] / "tokens"):
             stores = open_store(where)
-            for split, pieces in wanted.items():
+            for split, chunks in wanted.items():
                 store = stores[split]
                 got = store.read(np.arange(len(store.lengths)))
-                assert [piece.tolist() for piece in got] == pieces
-                assert len(pieces) > 5
-                assert store.lengths.tolist() == [len(piece) for piece in pieces]
+                assert [chunk.tolist() for chunk in got] == chunks
+                assert len(chunks) > 5
+                assert store.lengths.tolist() == [len(chunk) for chunk in chunks]
 
     def test_counts(self, made):
         out, line = made
@@ -207,12 +205,12 @@ class TestWhatIsMade:
 
 def records(out):
     for path in (out / "text").rglob("*.array_record-*"):
-        for name, text in tokenise.read_shard(path):
+        for name, text in tokenize.read_shard(path):
             yield name.encode() + text.encode()
 
 
 class TestRestart:
-    @pytest.mark.parametrize("stage", ["read", "write", "tokenise", "gather", "manifest"])
+    @pytest.mark.parametrize("stage", ["read", "write", "tokenize", "gather", "manifest"])
     def test_goes_on_where_it_was_killed(
         self, made, notes, tokenizer, tmp_path, monkeypatch, stage
     ):
@@ -221,9 +219,9 @@ class TestRestart:
         module, name, after = {
             "read": (reading, "_write", 4),
             "write": (builder, "read_records", 9),
-            "tokenise": (tokenise, "_batches", 2),
-            "gather": (tokenise, "_gather", 1),
-            "manifest": (tokenise, "write_manifest", 1),  # the shards are in their place by then
+            "tokenize": (tokenize, "_batches", 2),
+            "gather": (tokenize, "_gather", 1),
+            "manifest": (tokenize, "write_manifest", 1),  # the shards are in their place by then
         }[stage]
         whole = getattr(module, name)
 
@@ -241,11 +239,11 @@ class TestRestart:
                 run(notes[0], tokenizer, tmp_path / "out")
         assert not (tmp_path / "out" / "tokens").exists()
         assert (tmp_path / "out" / "text" / "manifest.json").exists() == (
-            stage in ("tokenise", "gather", "manifest")
+            stage in ("tokenize", "gather", "manifest")
         )
         jobs = []
         with monkeypatch.context() as patch:
-            for module, name in ((reading, "read_job"), (tokenise, "tokenise_shard")):
+            for module, name in ((reading, "read_job"), (tokenize, "tokenize_shard")):
                 job = getattr(module, name)
                 patch.setattr(
                     module, name, lambda *a, job=job, name=name: jobs.append(name) or job(*a)
@@ -255,8 +253,8 @@ class TestRestart:
         reads = len(set(jobs_of(notes[0])))
         shard_count = len(manifest(made[0], "text")["shards"])
         assert jobs.count("read_job") == (reads - 3 if stage == "read" else 0)
-        assert jobs.count("tokenise_shard") == {
-            "read": shard_count, "write": shard_count, "tokenise": shard_count - 1,
+        assert jobs.count("tokenize_shard") == {
+            "read": shard_count, "write": shard_count, "tokenize": shard_count - 1,
             "gather": 0, "manifest": shard_count,
         }[stage]  # fmt: skip
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["text", "tokens"]
@@ -269,7 +267,7 @@ class TestRestart:
         broken = source / "04.csv"
         good = broken.read_bytes()
         broken.write_bytes(good + f'x,"{SECRET} and a quote that stays open'.encode())
-        with pytest.raises(ValueError, match="04.csv.*never closed.*stays read") as error:
+        with pytest.raises(ValueError, match="04.csv.*never closed.*are kept") as error:
             run(source, tokenizer, tmp_path / "out")
         assert SECRET not in str(error.value)
         left = list((tmp_path / "out" / "work").rglob("*"))
@@ -300,7 +298,7 @@ class TestRestart:
         """A process that is killed, at some point of each stage, and started again."""
         out = tmp_path / "out"
         code = (
-            "import sys; from train.corpora import builder, reading, dedupe;"
+            "import sys; from train.corpora.build import dataset as builder, reading, dedupe;"
             "reading.JOB_BYTES, builder.SHARD_BYTES, dedupe.AT_ONCE = 5_000, 20_000, 7;"
             "from train import cli; sys.exit(cli.main(sys.argv[1:]))"
         )
@@ -433,26 +431,8 @@ class TestGeneric:
 
 
 class TestBeam:
-    @pytest.mark.slow
-    def test_same_bytes_from_several_workers(self, made, notes, tokenizer, tmp_path):
-        pytest.importorskip("apache_beam")
-        code = (
-            "import sys; from train.corpora import builder, reading, dedupe;"
-            "reading.JOB_BYTES, builder.SHARD_BYTES, dedupe.AT_ONCE = 5_000, 20_000, 7;"
-            "from train import cli; sys.exit(cli.main(sys.argv[1:]))"
-        )
-        command = [
-            sys.executable, "-c", code, "prepare", "--source", str(notes[0]), "--tokenizer",
-            tokenizer, "--out", str(tmp_path / "out"), "--sequence-length", str(LENGTH),
-            "--eval-fraction", str(FRACTION), "--beam", "runner=DirectRunner",
-            "direct_num_workers=2", "direct_running_mode=multi_processing",
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert shards(tmp_path / "out") == shards(made[0])
-
     def test_data_set_that_a_cluster_made(self, made, notes, tokenizer, tmp_path):
-        """corpora/beam.py leaves a data set and counts; prepare makes tokens of them."""
+        """build/beam.py leaves a data set and counts; prepare tokenizes them."""
         data_set = tmp_path / "out" / "text" / "text"
         shutil.copytree(made[0] / "text" / "text", data_set)
         counts = {"read": 90, "documents": 85, "dropped: empty text": 1}
@@ -466,6 +446,11 @@ class TestBeam:
         )
         assert got == want
         assert manifest(tmp_path / "out", "text")["duplicates"] == 4
+        run(notes[0], tokenizer, tmp_path / "out")  # finds everything done
+
+    def test_a_bucket_needs_a_runner(self, notes, tokenizer):
+        with pytest.raises(ValueError, match="expected a local folder, or --beam"):
+            run(notes[0], tokenizer, "gs://bucket/out")
 
 
 def _read_numbered(part, root, report):
@@ -500,7 +485,7 @@ def test_only_the_newest_version_is_kept(monkeypatch, tokenizer, tmp_path):
     texts = {
         text
         for p in (tmp_path / "out").rglob("*-train.array*")
-        for _, text in tokenise.read_shard(p)
+        for _, text in tokenize.read_shard(p)
     }
     assert texts == {"new", "stays", "stays too"}
 
@@ -538,9 +523,9 @@ class TestRealCorpora:
         error = capsys.readouterr().err
         assert "2,056 documents of 2,376 records" in error and "not found in" in error
         assert "1 corpora failed:\nmimic3: mimic3: expected" in error
-        assert "primock57: expected 57 documents of the whole distribution, found 25" in error
+        assert "primock57: expected 57 documents in the complete distribution, found 25" in error
         assert "negex: expected" not in error
-        assert "primock57: no document is held out" in error
+        assert "primock57: the evaluation split is empty" in error
         (root / "mimic3").rmdir()
         assert cli.main([*command, "--out", str(out), "--workers", "1"]) == 0
         assert cli.main(["corpora", "--source", str(root), "--out", str(out)]) == 0
@@ -569,13 +554,12 @@ def test_prefix_space_is_the_tokenizers_own(tokenizer):
     plain = AutoTokenizer.from_pretrained(tokenizer)
     blank = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
     assert plain.fingerprint != blank.fingerprint
-    assert dataclasses.is_dataclass(tokenise.Recipe)
     ids = [t.encode("fever", add_special_tokens=False) for t in (plain, blank)]
     assert ids[0] != ids[1] == plain.encode(" fever", add_special_tokens=False)
 
 
 def test_workers_do_not_wait_for_jax():
-    code = "import sys, train.corpora.build.tokenize, train.corpora.build.reading; print('jax' in sys.modules)"
+    code = "import sys, train.corpora.build.tokenize; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
     )

@@ -13,6 +13,7 @@ import types
 
 import numpy as np
 import pytest
+import tokenizers
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.pretrained import load_orbax
@@ -21,6 +22,8 @@ from train import cli
 from train.common.hosts import Hosts, connect
 from train.common.metrics import MetricsWriter, read_metrics
 from train.common.sharding import MeshShape, make_mesh
+from train.corpora.build.prepare import prepare
+from train.corpora.readers.text import split_of
 from train.corpora.synthetic import write_corpus
 from train.pretrain import run as loop
 from train.pretrain.config import Phase, TrainConfig
@@ -142,7 +145,7 @@ class TestRun:
         sentence = json.loads(first)["text"][:40]
         for path in [workdir / "metrics.jsonl", workdir / "run.json",
                      workdir / "export" / "README.md",
-                     *workdir.glob("tokens/*/manifest.json")]:  # fmt: skip
+                     *workdir.glob("tokens/*/*/manifest.json")]:  # fmt: skip
             assert sentence not in path.read_text()
 
 
@@ -356,6 +359,31 @@ def test_prepared_tokens_are_a_corpus_and_scores_are_told_apart(finished, corpus
                      "--out", str(notes)]) == 2  # fmt: skip
     assert "expected a new folder" in capsys.readouterr().err
     assert list(notes.iterdir())
+
+
+def test_pretrain_makes_the_tokens_of_prepare(finished, tmp_path):
+    """The same folder gives the same ids and fingerprint, whichever of the two reads it."""
+    config = finished[0]
+    workdir = pathlib.Path(config.workdir)
+    (made,) = (workdir / "tokens").iterdir()
+    prepare(
+        config.corpus[0], str(workdir / "tokenizer"), str(tmp_path / "out"), workers=2,
+        sequence_length=config.sequence_length, eval_fraction=config.eval_fraction,
+    )  # fmt: skip
+    ours, theirs = open_store(made), open_store(tmp_path / "out")
+    lines = (pathlib.Path(config.corpus[0]) / "notes.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    first = next(text for text in texts if split_of(text, 0.1) == "train")
+    backend = tokenizers.Tokenizer.from_file(str(workdir / "tokenizer" / "tokenizer.json"))
+    ids = backend.encode(" " + first, add_special_tokens=False).ids
+    for split in ("train", "eval"):
+        numbers = np.arange(len(theirs[split].lengths))
+        assert len(numbers) > 10 and ours[split].fingerprint == theirs[split].fingerprint
+        assert ours[split].tokenizer == theirs[split].tokenizer
+        for got, want in zip(ours[split].read(numbers), theirs[split].read(numbers), strict=True):
+            np.testing.assert_array_equal(got, want)
+    head = ours["train"].read(np.array([0]))[0].tolist()
+    assert head[1:-1] == ids[: len(head) - 2]
 
 
 def test_packed_evaluation_equals_one_piece_a_row(finished):

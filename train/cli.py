@@ -9,7 +9,7 @@ import tyro
 
 USAGE = """usage: python -m train VERB ...
 
-  corpora        what there is to train on: access, licence, size, what is on disk
+  corpora        what there is to train on: access, license, size, what is on disk
   prepare        a corpus to text and shards of tokens, once
   mixture        tokens and shares of prepared corpora, and the flags that train on them
   decontaminate  documents of a corpus that share word spans with an evaluation set

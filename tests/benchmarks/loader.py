@@ -31,7 +31,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import Batches, Plans
 from train.pretrain.masking import Masking
-from train.tokens.store import SplitWriter, TokenStore, open_store, write_manifest
+from train.tokens.store import TokenStore, open_store
+from train.tokens.writer import SplitWriter, write_manifest
 
 MASKING = Masking(rate=0.30, mask_id=4, vocab_size=50_368, special_ids=(0, 1, 2, 3, 4))
 MODES = {

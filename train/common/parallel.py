@@ -1,4 +1,4 @@
-"""One function over many items: here, in processes, or on a Beam runner."""
+"""Runs one function over many items, in this process or in several."""
 
 import concurrent.futures
 import multiprocessing
@@ -11,29 +11,20 @@ from tqdm import tqdm
 
 
 def run_all(
-    function: Callable[[Any], None],
-    items: Sequence[Any],
-    what: str,
-    workers: int = 1,
-    beam: Sequence[str] = (),
+    function: Callable[[Any], None], items: Sequence[Any], description: str, workers: int = 1
 ) -> None:
-    """Calls the function with each item; what it makes goes to files, and nothing comes back.
+    """Calls the function with each item; it writes its results to files and returns nothing.
 
-    workers: processes; with 1, this one. beam: options of a Beam pipeline, which then does it all:
-    ("--runner=DirectRunner",). The function and the items are pickled. An exception ends it all.
+    workers: number of processes; with 1, everything runs in this one. The function and the items
+    are pickled. The first exception stops the run and is raised.
     """
-    if not items:
-        return
-    if beam:
-        _on_beam(function, items, beam)
-        return
-    with tqdm(total=len(items), desc=what, disable=not sys.stderr.isatty()) as bar:
-        if workers <= 1 or len(items) == 1:
+    with tqdm(total=len(items), desc=description, disable=not sys.stderr.isatty()) as bar:
+        if workers <= 1 or len(items) <= 1:
             for item in items:
                 function(item)
                 bar.update()
             return
-        # Not forked: the parent may have threads. Each worker tokenises in one thread.
+        # Not forked: the parent may have threads. Each worker tokenizes in one thread.
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
             min(workers, len(items)), context, initializer=_one_thread
@@ -50,16 +41,3 @@ def run_all(
 
 def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _on_beam(function: Callable[[Any], None], items: Sequence[Any], options: Sequence[str]) -> None:
-    import apache_beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        _ = (
-            pipeline
-            | apache_beam.Create(list(items))
-            | apache_beam.Reshuffle()
-            | apache_beam.Map(function)
-        )

@@ -91,7 +91,7 @@ def _source(path: str) -> dict[str, Any]:
     manifest = manifest_of(path) if path else {}
     if not manifest.get("source") or manifest["source"] in GENERIC:
         return {}
-    return {name: manifest[name] for name in ("source", "title", "licence", "documents")}
+    return {name: manifest[name] for name in ("source", "title", "license", "documents")}
 
 
 def _agreements(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:

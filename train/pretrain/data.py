@@ -252,7 +252,7 @@ def build_row(
     if original.max() >= masking.vocab_size:
         raise ValueError(
             f"token ids: expected less than the tokenizer's {masking.vocab_size:,}, got "
-            f"{original.max():,}; the corpus was tokenised with another tokenizer"
+            f"{original.max():,}; the corpus was tokenized with another tokenizer"
         )
     draws = token_draws(pieces, lengths, seed)
     picked, dropped = fit_positions(

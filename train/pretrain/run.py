@@ -34,15 +34,7 @@ from ..common.hosts import barrier, connect, first_then_others, is_first, to_hos
 from ..common.metrics import MetricsWriter, plot
 from ..common.sharding import local_slots, make_mesh, padded_rows, to_devices
 from ..common.workdir import committed, is_remote
-from ..tokens.store import (
-    SPLITS,
-    TokenStore,
-    is_store,
-    joined,
-    open_store,
-    prepare_tokens,
-    tokens_folder,
-)
+from ..tokens.store import SPLITS, TokenStore, is_store, joined, open_store
 from . import card
 from .checkpoint import Checkpoints
 from .config import TrainConfig
@@ -50,6 +42,7 @@ from .data import Batch, Batches, Masking, eval_batches
 from .setup import (
     masking_of,
     open_workdir,
+    prepare_corpus,
     run_model_config,
     run_tokenizer,
     start_state,
@@ -57,7 +50,7 @@ from .setup import (
 )
 from .step import Trainer, TrainState
 
-Store = dict[str, TokenStore]  # a corpus: split -> its pieces
+Store = dict[str, TokenStore]  # a corpus: split -> its chunks
 
 
 @dataclasses.dataclass
@@ -147,8 +140,7 @@ def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]
         if is_store(corpus):
             cache = None if is_remote(workdir) else workdir / "tokens"
             return open_store(corpus, config.eval_fraction, cache)
-        folder = tokens_folder(workdir / "tokens", corpus, tokenizer, config)
-        return prepare_tokens(corpus, tokenizer, config, folder)
+        return open_store(prepare_corpus(config, workdir, corpus, say))
 
     opened = {corpus: store(corpus) for phase in config.phases for corpus in phase.corpus}
     stores = [
@@ -163,7 +155,7 @@ def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]
                 "--eval-fraction"
             )
         say(
-            f"phase {phase.name}: {len(train.lengths):,} pieces, {train.lengths.sum():,} tokens to "
+            f"phase {phase.name}: {len(train.lengths):,} chunks, {train.lengths.sum():,} tokens to "
             f"train on, {held_out.lengths.sum():,} held out; budget {phase.tokens:,} tokens"
         )
     return workdir, tokenizer, stores

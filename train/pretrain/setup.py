@@ -4,6 +4,7 @@ All that can be refused is refused here, with one line.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -30,7 +31,8 @@ from ..common.optimizer import StableAdamWState
 from ..common.sharding import place
 from ..common.workdir import committed, is_remote, start_folder
 from ..corpora.build.bpe import train_bpe
-from ..corpora.readers.text import read_documents
+from ..corpora.build.prepare import prepare, prepare_text, read_texts
+from ..corpora.sources import find
 from ..corpora.synthetic import write_corpus
 from ..tokens.store import is_store
 from .config import TrainConfig
@@ -131,6 +133,31 @@ def with_corpora(config: TrainConfig, workdir: Any, say: Say) -> TrainConfig:
     return dataclasses.replace(config, phases=phases)
 
 
+def corpus_folder(workdir: Any, corpus: str) -> pathlib.Path:
+    """Where `prepare` puts a corpus of text. Its name changes with the corpus's files."""
+    path = pathlib.Path(corpus)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return workdir / "tokens" / f"{path.name or 'corpus'}-{digest[:12]}"
+
+
+def prepare_corpus(config: TrainConfig, workdir: Any, corpus: str, say: Say) -> pathlib.Path:
+    """Prepares a corpus of text with the run's tokenizer, as `python -m train prepare` does."""
+    out = corpus_folder(workdir, corpus)
+    summary = prepare(
+        source=corpus,
+        tokenizer=os.fspath(workdir / "tokenizer"),
+        out=os.fspath(out),
+        sequence_length=config.sequence_length,
+        eval_fraction=config.eval_fraction,
+        text_column=config.text_column,
+        workers=1,  # a run may be started by a script that processes must not import again
+    )
+    say(summary)
+    return out
+
+
 def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> Tokenizer:
     """The run's tokenizer, kept in WORKDIR/tokenizer."""
     folder = workdir / "tokenizer"
@@ -141,13 +168,16 @@ def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> Tokenizer:
             )
         else:
             say(f"training a byte-level BPE of at most {config.model.vocab_size:,} tokens")
-            column = config.text_column or None
             corpora = [c for c in config.phases[0].corpus if not is_store(c)]
             if not corpora:
                 raise ValueError(
                     "tokenizer: a corpus of tokens needs the one it was made with; pass --tokenizer"
                 )
-            texts = (d.text for c in corpora for d in read_documents(c, text_column=column))
+            source = find("text", config.text_column)
+            folders = [corpus_folder(workdir, corpus) for corpus in corpora]
+            for corpus, out in zip(corpora, folders, strict=True):
+                prepare_text(source, corpus, out, config.eval_fraction)
+            texts = (text for out in folders for text in read_texts(out, "train"))
             tokenizer = train_bpe(texts, config.model.vocab_size)
         with tempfile.TemporaryDirectory() as made:
             tokenizer.save_pretrained(made)

@@ -1,1 +1,1 @@
-"""The token store: shards of token ids on disk, ours or MDS."""
+"""Token folders on disk, ours or MosaicML's MDS, and chunks of tokens by number."""

@@ -1,9 +1,9 @@
 """Reads MosaicML's MDS shards of token ids, so that existing corpora need no conversion.
 
-A folder has `index.json` (version 2) and shards. A shard is, in little-endian uint32, the number of
-samples n and n + 1 offsets into the file; then its column names; then the samples. A sample is the
-sizes (uint32) of those columns whose size varies, then the columns. An `ndarray:uint16` column is a
-byte `dimensions << 2 | log2(bytes per dimension)`, the dimensions, and the values.
+A folder has `index.json` (version 2) and shards. A shard starts, in little-endian uint32, with the
+number of samples n and n + 1 offsets into the file; its column names and the samples follow. A
+sample is the sizes (uint32) of the columns whose size varies, then the columns. An `ndarray:uint16`
+column is a byte `dimensions << 2 | log2(bytes per dimension)`, the dimensions, and the values.
 Source: the dataset format of mosaicml/streaming.
 """
 
@@ -20,11 +20,11 @@ ENCODINGS = {"ndarray:uint16": np.dtype("<u2"), "ndarray:uint32": np.dtype("<u4"
 
 
 class MdsShards:
-    """The samples of one MDS folder. Only their places are held in memory, 8 bytes each.
+    """The samples of one MDS folder. Memory holds only their offsets, 8 bytes each.
 
-    lengths: int32 [pieces], tokens. fingerprint: sha256 of index.json and lengths. Raises
-    ValueError with one line for another version, format or encoding, compressed shards, a missing,
-    cut or damaged file; nothing is unpickled.
+    lengths: int32 [chunks], tokens. fingerprint: sha256 of index.json and lengths. Raises
+    ValueError with one line for another version, format or encoding, compressed shards, and a
+    missing, cut or damaged file. Nothing is unpickled.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -43,17 +43,17 @@ class MdsShards:
         self.lengths = np.concatenate([shard.lengths for shard in self.shards])
         self.fingerprint = hashlib.sha256(index + self.lengths.tobytes()).hexdigest()
 
-    def read(self, pieces: np.ndarray) -> list[np.ndarray]:
-        """The ids of these pieces."""
+    def read(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """Returns the ids of these chunks."""
         result = []
-        numbers = np.searchsorted(self.ends, pieces, side="right")
-        for number, piece in zip(numbers.tolist(), np.asarray(pieces).tolist(), strict=True):
+        numbers = np.searchsorted(self.ends, chunks, side="right")
+        for number, chunk in zip(numbers.tolist(), np.asarray(chunks).tolist(), strict=True):
             shard = self.shards[number]
-            result.append(shard.read(piece - int(self.ends[number]) + len(shard.lengths)))
+            result.append(shard.read(chunk - int(self.ends[number]) + len(shard.lengths)))
         return result
 
     def in_order(self) -> Iterator[np.ndarray]:
-        """The ids of all pieces, each file read once from end to end."""
+        """Yields the ids of all chunks, reading each file once from start to end."""
         for shard in self.shards:
             data = np.memmap(shard.path, np.uint8, "r")
             for i in range(len(shard.lengths)):
@@ -100,14 +100,14 @@ class _Shard:
 
     def _payloads(self) -> np.ndarray:
         """Bytes of the token column in each sample."""
-        if self.varying == [self.column]:  # the usual case: the data need not be touched
+        if self.varying == [self.column]:  # the usual case, which reads no data
             return np.diff(self.offsets) - 4 - sum(size or 0 for size in self.sizes)
         data = np.memmap(self.path, np.uint8, "r")
         at = self.offsets[:-1] + 4 * self.varying.index(self.column)
         return data[at[:, None] + np.arange(4)].view("<u4")[:, 0].astype(np.int64)
 
     def read(self, i: int) -> np.ndarray:
-        # Opened each time: a corpus may have more shards than a process may have open files.
+        # Opened for each read: a corpus may have more shards than a process may have open files.
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offsets[i])
             data = file.read(self.offsets[i + 1] - self.offsets[i])
@@ -129,6 +129,6 @@ class _Shard:
 
     def _damaged(self, expected: str) -> ValueError:
         return ValueError(
-            f"{self.path}: expected {expected} as index.json says, found otherwise; the file is "
-            "cut or damaged, get it again"
+            f"{self.path}: expected {expected} according to index.json, found otherwise; the "
+            "file is cut or damaged, download it again"
         )

@@ -1,32 +1,31 @@
-"""A source read on a Beam runner, on any number of machines: PubMed's files, PMC's packages.
+"""Builds a source with TFDS on an Apache Beam runner, on any number of machines.
 
-The same Source.read as everywhere; what needs all documents at once (revisions, duplicates) is a
-GroupByKey here. TFDS writes the shards. The documents and splits are those that CorpusBuilder makes
-on one machine, in another order, since TFDS shuffles what comes from Beam by a hash of its key.
+It uses the same Source.read as CorpusBuilder. What needs all documents at once (revisions,
+duplicates) is a GroupByKey here. The documents and splits are those of CorpusBuilder; their order
+differs, since TFDS orders the output of Beam by a hash of the key.
 
-    python -m train.corpora.beam --corpus pubmed --source ROOT --out OUT -- BEAM OPTIONS
+    python -m train prepare --corpus pubmed --source ROOT --out OUT --tokenizer T --beam OPTIONS
 
 The machines share nothing: ROOT and OUT may be buckets (gs://...; `pip install apache-beam[gcp]
-gcsfs`), and a part is copied to the worker that reads it. Each machine needs this checkout, which
-`train` is part of: build an image from it. On Dataflow:
+gcsfs`), and a part is copied to the worker that reads it. Each machine needs this package in its
+image. Beam's options are given without their leading dashes. On Dataflow:
 
-    python -m train.corpora.beam --corpus pubmed --source gs://B/pubmed --out gs://B/text -- \\
-        --runner=DataflowRunner --project=P --region=us-central1 --temp_location=gs://B/tmp \\
-        --sdk_container_image=REGION-docker.pkg.dev/P/R/modernbert_jax --max_num_workers=100
+    python -m train prepare --corpus pubmed --source gs://B/pubmed --out gs://B/out --tokenizer T \\
+        --beam runner=DataflowRunner project=P region=us-central1 temp_location=gs://B/tmp \\
+        sdk_container_image=REGION-docker.pkg.dev/P/R/modernbert_jax max_num_workers=100
 
-On Spark or Flink, through the job server of either, with folders that all machines see:
+On Spark, through its job server, with folders that all machines see (Flink: runner=FlinkRunner
+flink_master=HOST:8081):
 
     docker run --net=host apache/beam_spark3_job_server --spark-master-url=spark://HOST:7077
-    python -m train.corpora.beam --corpus pmc --source /shared/pmc --out /shared/text -- \\
-        --runner=PortableRunner --job_endpoint=HOST:8099 --environment_type=DOCKER \\
-        --environment_config=REGISTRY/modernbert_jax     (Flink: --runner=FlinkRunner
-                                                          --flink_master=HOST:8081)
+    python -m train prepare --corpus pmc --source /shared/pmc --out /shared/out --tokenizer T \\
+        --beam runner=PortableRunner job_endpoint=HOST:8099 environment_type=DOCKER \\
+        environment_config=REGISTRY/modernbert_jax
 
-Here, in two processes: --runner=DirectRunner --direct_num_workers=2
---direct_running_mode=multi_processing.
+In two local processes: runner=DirectRunner direct_num_workers=2
+direct_running_mode=multi_processing.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -43,14 +42,14 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.pvalue import TaggedOutput
 
 from ..source import Report, Source
-from ..sources import find
 from .dataset import VERSION, info_of
 
 _SUPERSEDED = "revised or deleted later"
 
 
 class Part(NamedTuple):
-    """A file of a source. place: in order of names, which duplicates go by. age: old before new."""
+    """A file of a source. place: its rank by name, which decides between duplicates. age: its rank
+    among revisions, old before new."""
 
     place: int
     age: int
@@ -58,7 +57,7 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """An example and where it came from. The first of equal texts is the smallest Document."""
+    """An example and its origin. The smallest Document is the first of those with equal text."""
 
     place: int
     number: int
@@ -90,7 +89,7 @@ def _is_remote(root: str) -> bool:
 
 
 class _Local:
-    """A part as a local file, for as long as it is read."""
+    """A part as a local file while it is read."""
 
     def __init__(self, root: str, name: str, copy: bool):
         self.root, self.name, self.folder = root, name, tempfile.mkdtemp() if copy else ""
@@ -118,14 +117,13 @@ class _Local:
 
 
 def read_part(source: Source, root: str, copy: bool, part: Part) -> Iterator[Any]:
-    """The Documents of a part; counts go to the output "counts"."""
+    """Yields the Documents of a part; counts go to the output "counts"."""
     report = Report()
     number = 0
     with _Local(root, part.name, copy) as (path, folder):
         for number, example in enumerate(source.read(path, folder, report), start=1):
             meta = json.dumps(dict(sorted(example.meta.items())), ensure_ascii=False)
-            text, example_id = example.text, example.id
-            yield Document(part.place, number, part.age, example_id, text, meta)
+            yield Document(part.place, number, part.age, example.id, example.text, meta)
     yield TaggedOutput("counts", ("read", number + sum(report.dropped.values())))
     for reason, count in report.dropped.items():
         yield TaggedOutput("counts", (f"dropped: {reason}", count))
@@ -134,7 +132,7 @@ def read_part(source: Source, root: str, copy: bool, part: Part) -> Iterator[Any
 def scan_part(
     source: Source, root: str, copy: bool, part: Part
 ) -> Iterator[tuple[int, tuple[int, bool, int]]]:
-    """(id, (age, deleted, version)) of the records of a part."""
+    """Yields (id, (age, deleted, version)) for the records of a part."""
     assert source.revisions
     with _Local(root, part.name, copy) as (path, _):
         for number, version, deleted in source.revisions.scan(path).tolist():
@@ -142,7 +140,7 @@ def scan_part(
 
 
 def newest(keyed: tuple[int, dict[str, Iterable[Any]]], source: Source) -> Iterator[Any]:
-    """Of all that is known of an id, the Document that counts, if there is one."""
+    """Yields the newest Document of an id, unless it was deleted."""
     assert source.revisions
     _, known = keyed
     alive: dict[int, int] = {}
@@ -179,27 +177,19 @@ def _write_counts(path: str, counts: Sequence[tuple[str, int]]) -> None:
 
 
 class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The TFDS builder of any source, run by Beam. It leaves counts in `data_dir`/NAME.counts.json.
+    """The TFDS builder for any source on Beam. It writes counts to `data_dir`/NAME.counts.json.
 
-    eval_fraction: share of documents held out, by a hash of their text. copy: whether parts are
-    copied to the worker; None: where root is no folder. A broken file stops the pipeline, and so
-    does a split without a document.
+    eval_fraction: share of documents in the evaluation split, by a hash of their text. Parts are
+    copied to the worker when `root` is a bucket. A broken file stops the pipeline, and so does a
+    split without documents.
     """
 
     VERSION = tfds.core.Version(VERSION)
     url_infos = None
 
-    def __init__(
-        self,
-        source: Source,
-        root: str,
-        data_dir: str,
-        eval_fraction: float = 0.005,
-        copy: bool | None = None,
-    ):
-        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]  (TFDS's own way)
+    def __init__(self, source: Source, root: str, data_dir: str, eval_fraction: float = 0.005):
+        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]  (as TFDS does it)
         self.source, self.root, self.eval_fraction = source, root, eval_fraction
-        self.copy = _is_remote(root) if copy is None else copy
         self.counts_path = FileSystems.join(data_dir, f"{source.name}.counts.json")
         super().__init__(data_dir=data_dir)
 
@@ -214,9 +204,9 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         }
 
     def _documents(self, pipeline: Any) -> Any:
-        """(digest, Document) of each distinct text, once."""
+        """(digest, Document) for each distinct text."""
         source = self.source
-        at = (source, self.root, self.copy)
+        at = (source, self.root, _is_remote(self.root))
         parts = (
             pipeline
             | "parts" >> beam.Create(parts_of(source, self.root))
@@ -244,7 +234,7 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             | "by text" >> beam.Map(lambda document: (_digest(document), document))
             | "first of equal texts" >> beam.CombinePerKey(min)
         )
-        counts.append(distinct | "one a document" >> beam.Map(lambda _: ("documents", 1)))
+        counts.append(distinct | "count documents" >> beam.Map(lambda _: ("documents", 1)))
         _ = (
             counts
             | "all counts" >> beam.Flatten()
@@ -254,30 +244,26 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         )
         return distinct
 
-    def _generate_examples(self, documents: Any, held_out: bool) -> Any:
+    def _generate_examples(self, documents: Any, is_eval: bool) -> Any:
         fraction = self.eval_fraction
-        split = "eval" if held_out else "train"
+        split = "eval" if is_eval else "train"
         return (
             documents
-            | f"{split} alone" >> beam.Filter(lambda keyed: _is_eval(keyed, fraction) == held_out)
+            | f"{split} only" >> beam.Filter(lambda keyed: _is_eval(keyed, fraction) == is_eval)
             | f"{split} fields" >> beam.Map(functools.partial(_fields, self.name))
         )
 
 
 def build(
-    source: Source,
-    root: str,
-    out: str,
-    options: Sequence[str],
-    eval_fraction: float = 0.005,
-    copy: bool | None = None,
+    source: Source, root: str, out: str, options: Sequence[str], eval_fraction: float = 0.005
 ) -> tuple[str, dict[str, int]]:
-    """Builds the data set below `out` by Beam; returns its folder, and counts by what they count.
+    """Builds the data set below `out` on Beam; returns its folder, and counts by what they count.
 
-    options: of the pipeline, ["--runner=DirectRunner"]. Raises FileNotFoundError where no part is.
+    options: of the pipeline, ["--runner=DirectRunner"]. Raises FileNotFoundError if no part is
+    found.
     """
-    parts_of(source, root)  # says what is missing, before a pipeline is made
-    builder = BeamCorpusBuilder(source, root, out, eval_fraction, copy)
+    parts_of(source, root)  # reports missing files before a pipeline is made
+    builder = BeamCorpusBuilder(source, root, out, eval_fraction)
     beam_options = PipelineOptions(list(options))
     builder.download_and_prepare(
         file_format="array_record",
@@ -289,26 +275,3 @@ def build(
     )
     with FileSystems.open(builder.counts_path) as file:
         return str(builder.data_dir), json.loads(file.read())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: see the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--corpus", required=True, help="name of a source")
-    parser.add_argument("--source", required=True, help="folder or bucket")
-    parser.add_argument("--out", required=True, help="folder or bucket")
-    parser.add_argument("--eval-fraction", type=float, default=0.005)
-    parser.add_argument("options", nargs="*", help="of the pipeline, after --")
-    arguments = parser.parse_args(argv)
-    source = find(arguments.corpus)
-    folder, counts = build(
-        source, arguments.source, arguments.out, arguments.options, arguments.eval_fraction
-    )
-    print(f"{folder}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
-
-
-if __name__ == "__main__":
-    # Not this module's own main: the workers look for its classes under the module's name.
-    from .beam import main as run
-
-    run()

@@ -1,6 +1,6 @@
-"""A source as a TFDS data set: read, deduplicated, split by hash, in ArrayRecord shards.
+"""Builds a source as a TFDS data set: read, deduplicated, split by hash, in ArrayRecord shards.
 
-An example is {id, text, source, meta}, all text; meta is a JSON object of short facts, whose names
+An example is {id, text, source, meta}, all text; meta is a JSON object of short facts whose names
 differ from source to source. Neither building nor reading needs TensorFlow:
 
     builder = CorpusBuilder(source, data_dir="text")
@@ -10,9 +10,9 @@ differ from source to source. Neither building nor reading needs TensorFlow:
     )
     tfds.builder_from_directory("text/mtsamples/1.0.0").as_data_source(split="train")
 
-Each shard is written on its own (tfds.core.ShardBasedBuilder), so that memory stays flat: what
-shuffles through TFDS holds 1 GB and needs TensorFlow beyond that. Documents keep the order of the
-files; training shuffles them. Work in progress, as much again as the text, lies in `work`.
+Each shard is written on its own (tfds.core.ShardBasedBuilder), which keeps memory constant: TFDS's
+shuffling writer holds 1 GB and needs TensorFlow beyond that. Documents keep the order of the files;
+training shuffles them. The folder `work` holds intermediate records, as large as the text.
 """
 
 import functools
@@ -27,18 +27,19 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from ...tokens.store import SPLITS
 from ..source import Source
 from .dedupe import first_of_each
-from .reading import Job, files_of, plan_jobs, read_all, read_records
+from .reading import Job, plan_jobs, read_all, read_records
+from .revisions import resolve
 
 SHARD_BYTES = 256 << 20  # of text
-SPLITS = ("train", "eval")
-VERSION = "1.0.0"  # of what documents are like; another one has other reading done again
+VERSION = "1.0.0"  # of the documents; changing it makes every corpus be read again
 Shard = Callable[[], Iterator[tuple[str, dict[str, str]]]]
 
 
 class SameBytes(writer.ExampleWriter):
-    """Writes an example's features in the order of their names; protobuf has another each time."""
+    """Writes an example's features sorted by name; protobuf's own order changes between runs."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
         """Writes a shard."""
@@ -49,14 +50,14 @@ class SameBytes(writer.ExampleWriter):
 
 
 def info_of(builder: Any, source: Source, **more: Any) -> tfds.core.DatasetInfo:
-    """What every data set here says of itself: terms, citation and the four texts of an example."""
+    """TFDS's description of a source: terms, citation and the four text features."""
     text = tfds.features.Text
     return tfds.core.DatasetInfo(
         builder=builder,
         description=source.title,
         homepage=source.homepage,
         citation=source.citation,
-        license=source.licence,
+        license=source.license,
         features=tfds.features.FeaturesDict(
             {"id": text(), "text": text(), "source": text(), "meta": text()}
         ),
@@ -65,14 +66,15 @@ def info_of(builder: Any, source: Source, **more: Any) -> tfds.core.DatasetInfo:
 
 
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
-    """The TFDS builder of any source. The source's folder is `root`, or else TFDS's manual_dir.
+    """The TFDS builder for any source. The source's folder is `root`, or else TFDS's manual_dir.
 
-    eval_fraction: share of documents held out, by text.split_of. work: folder that lets a killed
-    run go on. workers, beam: see parallel.run_all. `counts` says afterwards what was read.
+    eval_fraction: share of documents in the evaluation split, see text.split_of. work: folder that
+    lets a killed run resume. workers: number of processes that read. After the build, `counts`
+    holds what was read, dropped and kept.
     """
 
     VERSION = tfds.core.Version(VERSION)
-    url_infos = None  # nothing is downloaded (and TFDS looks for them by a library it lacks)
+    url_infos = None  # nothing is downloaded; without this TFDS looks for checksums
 
     def __init__(
         self,
@@ -83,16 +85,13 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         eval_fraction: float = 0.005,
         work: pathlib.Path | None = None,
         workers: int = 1,
-        beam: Sequence[str] = (),
     ):
-        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]  (TFDS's own way)
+        self.name = source.name  # pyright: ignore[reportAttributeAccessIssue]  (as TFDS does it)
         self.source, self.root, self.work = source, root, work
-        self.eval_fraction, self.workers, self.beam = eval_fraction, workers, tuple(beam)
+        self.eval_fraction, self.workers = eval_fraction, workers
         self.counts: dict[str, Any] = {}
-        terms = f", access {source.access}" + f" ({source.agreement})" * bool(source.agreement)
         self.MANUAL_DOWNLOAD_INSTRUCTIONS = (
-            f"{source.title} is to be had at {source.homepage}{terms}; wanted are "
-            f"{' or '.join(source.files)}"
+            f"{source.availability}; expected files: {' or '.join(source.files)}"
         )
         super().__init__(data_dir=data_dir)
 
@@ -110,14 +109,11 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         parts, newest = self.source.parts(root), None
         version = VERSION + json.dumps(read_options(self.source))
         if self.source.revisions:
-            newest = self.source.revisions.resolve(
-                parts, self.work / "revisions", self.workers, self.beam
-            )
+            newest = resolve(self.source.revisions, parts, self.work / "revisions", self.workers)
             version += newest.fingerprint
         jobs = plan_jobs(self.source, root, parts, self.work, version)
-        self.counts = read_all(self.source, root, jobs, newest, self.workers, self.beam)
+        self.counts = read_all(self.source, root, jobs, newest, self.workers)
         self.counts["read_seconds"] = round(self.counts.pop("seconds"), 2)
-        self.counts["files"] = files_of(parts, root)
         shards, counts = plan_shards(self.name, jobs, self.eval_fraction)
         self.counts |= counts
         if not shards.get("train"):
@@ -130,16 +126,16 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
 
 
 def read_options(source: Source) -> dict[str, str]:
-    """What the user chose of how a source is read, such as its text_column."""
+    """The user's options for reading a source, such as its text_column."""
     return {name: str(value) for name, value in getattr(source.read, "keywords", {}).items()}
 
 
 def plan_shards(
     name: str, jobs: Sequence[Job], eval_fraction: float
 ) -> tuple[dict[str, list[Shard]], dict[str, Any]]:
-    """Which documents make which shard, after deduplication: their readers by split, and counts.
+    """Assigns documents to shards after deduplication; returns their readers by split, and counts.
 
-    A split without documents is left out. Writes `plan.npy` beside each job's records.
+    A split without documents is left out. Writes `plan.npy` next to each job's records.
     """
     masks = first_of_each([job.keys for job in jobs])
     starts = dict.fromkeys(SPLITS, 0)  # bytes of text before the job
@@ -148,17 +144,17 @@ def plan_shards(
     counts |= dict.fromkeys(SPLITS, 0)
     for job, first in zip(jobs, masks, strict=True):
         keys = np.load(job.keys)
-        held_out = keys["high"] / 2**64 < eval_fraction
+        is_eval = keys["high"] / 2**64 < eval_fraction
         plan = np.full(len(keys), -1, np.int32)
         for number, split in enumerate(SPLITS):
-            places = np.flatnonzero(first & (held_out == (split == "eval")))
-            sizes = keys["size"][places].astype(np.int64)
+            positions = np.flatnonzero(first & (is_eval == (split == "eval")))
+            sizes = keys["size"][positions].astype(np.int64)
             shard = (starts[split] + np.cumsum(sizes) - sizes) // SHARD_BYTES
-            plan[places] = len(SPLITS) * shard + number
+            plan[positions] = len(SPLITS) * shard + number
             for shard_number in np.unique(shard).tolist():
                 found[split].setdefault(shard_number, []).append(job)
             starts[split] += int(sizes.sum())
-            counts[split] += len(places)
+            counts[split] += len(positions)
         np.save(job.folder / "plan.npy", plan)
         counts["duplicates"] += int((~first).sum())
     counts["documents"] = sum(counts[split] for split in SPLITS)
@@ -176,12 +172,12 @@ def plan_shards(
 
 def _examples(name: str, jobs: tuple[Job, ...], code: int) -> Iterator[tuple[str, dict[str, str]]]:
     for job in jobs:
-        places = np.flatnonzero(np.load(job.folder / "plan.npy") == code)
-        for key, text, meta in read_records(job.records, places):
+        positions = np.flatnonzero(np.load(job.folder / "plan.npy") == code)
+        for key, text, meta in read_records(job.records, positions):
             fields = {"id": key, "text": text, "source": name}
             example = fields | {"meta": json.dumps(meta, ensure_ascii=False)}
             yield key, example
-            # TFDS keeps what it was given until the shard is done, and needs it no more.
+            # TFDS keeps a reference until the shard is done, but does not need the content.
             example.clear()
 
 
@@ -192,25 +188,14 @@ def build(
     work: pathlib.Path,
     eval_fraction: float,
     workers: int = 1,
-    beam: Sequence[str] = (),
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Builds the data set below `out`; returns its folder and counts."""
     builder = CorpusBuilder(
-        source, out, root=root, eval_fraction=eval_fraction, work=work, workers=workers, beam=beam
-    )  # fmt: skip
-    config: dict[str, Any] = {"manual_dir": root, "try_download_gcs": False}
-    if beam:
-        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-
-        options = PipelineOptions(list(beam))
-        runner = options.view_as(StandardOptions).runner or "DirectRunner"
-        config |= {"beam_options": options, "beam_runner": runner}
+        source, out, root=root, eval_fraction=eval_fraction, work=work, workers=workers
+    )
     builder.download_and_prepare(
         download_dir=work / "downloads",
         file_format="array_record",
-        download_config=tfds.download.DownloadConfig(**config),
+        download_config=tfds.download.DownloadConfig(manual_dir=root, try_download_gcs=False),
     )
-    folder = pathlib.Path(builder.data_dir)
-    for left in folder.glob("*.shard_infos.json"):  # by Beam
-        left.unlink()
-    return folder, builder.counts
+    return pathlib.Path(builder.data_dir), builder.counts

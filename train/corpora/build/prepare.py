@@ -1,12 +1,12 @@
-"""python -m train prepare: a corpus to text (a TFDS data set), and text to shards of tokens.
+"""python -m train prepare: turns a corpus into text (a TFDS data set) and text into token shards.
 
-    OUT/text/NAME/1.0.0/   the data set: read, deduplicated, split; corpora/builder.py
-    OUT/text/manifest.json what was read, dropped and kept; written last
-    OUT/tokens/            the token folder, whole when it has manifest.json; tokenise.py
-    a folder "work" in OUT what is not finished; gone at the end, and free to delete
+    OUT/text/NAME/1.0.0/    the data set: read, deduplicated, split; see build/dataset.py
+    OUT/text/manifest.json  what was read, dropped and kept; written last
+    OUT/tokens/             the token folder, complete once it has manifest.json
+    OUT/work/               unfinished work; removed at the end and safe to delete
 
-A killed run goes on with the same command: what was read and what was tokenised stays. The same
-input gives the same bytes in every shard, whatever the number of workers.
+The same command resumes a killed run: files that were read and shards that were tokenized are kept.
+The same input gives the same bytes in every shard, for any number of workers.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import modernbert_jax
@@ -28,7 +29,7 @@ from ...tokens.store import SPLITS
 from ..source import Source
 from ..sources import find, sources
 from .reading import files_of
-from .tokenize import Recipe, tokenise
+from .tokenize import Recipe, read_shard, tokenize
 
 
 def prepare(
@@ -43,54 +44,52 @@ def prepare(
     workers: int = 0,
     beam: tuple[str, ...] = (),
 ) -> str:
-    """A corpus to text and tokens in OUT, which `pretrain --corpus OUT` reads.
+    """Turns a corpus into text and tokens in OUT, which `pretrain --corpus OUT` reads.
 
-    Documents with the same text count once. They are cut at sequence_length - 2 tokens, each piece with
-    [CLS] and [SEP]. A second call goes on, or finds all done. Returns a line about it.
+    Documents with equal text are kept once and cut into chunks of at most sequence_length tokens,
+    each with [CLS] and [SEP]. A second call resumes, or finds everything done. Returns a summary.
 
     Args:
-        source: folder (or file) as it was downloaded; with corpus all, a folder of folders by name.
+        source: folder (or file) as downloaded; with corpus all, a folder of folders by name.
         tokenizer: folder or hub id.
-        out: the folder to make; with corpus all, of a folder for each.
+        out: output folder; with corpus all, it gets a folder for each corpus.
         corpus: a name that `python -m train corpora` lists, or all.
-        sequence_length: tokens of the longest piece.
-        eval_fraction: held out, by a hash of each document's text.
-        text_column: of text, jsonl, csv and huggingface; empty: text, notes, note, ...
-        add_prefix_space: a blank before each document, as the reference has it.
-        workers: processes; 0: a process for each core.
-        beam: options of a Beam pipeline to run in instead, such as runner=DirectRunner.
+        sequence_length: maximum tokens in a chunk, [CLS] and [SEP] included.
+        eval_fraction: share of documents in the evaluation split, chosen by a hash of their text.
+        text_column: text column for text, jsonl, csv, huggingface; empty: text, notes, note, ...
+        add_prefix_space: put a space before each document, as the reference does.
+        workers: number of processes; 0 starts one for each core.
+        beam: options of an Apache Beam pipeline that builds the text instead, such as
+            runner=DataflowRunner; SOURCE and OUT may then be buckets, and a bucket gets text only.
     """
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"eval_fraction: expected 0 to 1, got {eval_fraction}")
+    if sequence_length < 3:
+        raise ValueError(f"sequence_length: expected at least 3, got {sequence_length}")
     options = {
+        "tokenizer": tokenizer,
         "sequence_length": sequence_length,
         "eval_fraction": eval_fraction,
         "add_prefix_space": add_prefix_space,
         "workers": workers or len(os.sched_getaffinity(0)),
         "beam": tuple(f"--{option}" for option in beam),
     }
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction: expected 0 to 1, got {eval_fraction}")
-    if sequence_length < 3:
-        raise ValueError(f"sequence_length: expected at least 3, got {sequence_length}")
-    root, folder = pathlib.Path(source), pathlib.Path(out)
     if corpus == "all":
-        return _prepare_all(root, tokenizer, folder, options)
-    return _prepare_one(find(corpus, text_column), root, tokenizer, folder, **options)
+        return _prepare_all(source, out, options)
+    return _prepare_one(find(corpus, text_column), source, out, **options)
 
 
-def _prepare_all(
-    root: pathlib.Path, tokenizer: str, out: pathlib.Path, options: dict[str, Any]
-) -> str:
+def _prepare_all(root: str, out: str, options: dict[str, Any]) -> str:
     known = [source for source in sources() if source.kind != "generic"]
-    found = [source for source in known if (root / source.name).is_dir()]
+    found = [source for source in known if os.path.isdir(os.path.join(root, source.name))]
     if not found:
         names = ", ".join(source.name for source in known)
         raise FileNotFoundError(f"{root}: expected folders named as corpora ({names}), found none")
     lines, failed = [], []
     for source in found:
+        folders = (os.path.join(folder, source.name) for folder in (root, out))
         try:
-            lines.append(
-                _prepare_one(source, root / source.name, tokenizer, out / source.name, **options)
-            )
+            lines.append(_prepare_one(source, *folders, **options))
         except (ValueError, OSError) as error:
             failed.append(f"{source.name}: {error}")
     missing = ", ".join(source.name for source in known if source not in found)
@@ -103,109 +102,137 @@ def _prepare_all(
 
 def _prepare_one(
     source: Source,
-    root: pathlib.Path,
+    root: str,
+    out: str,
     tokenizer: str,
-    out: pathlib.Path,
     sequence_length: int,
     eval_fraction: float,
     add_prefix_space: bool,
     workers: int,
     beam: tuple[str, ...],
 ) -> str:
-    work = out / "work"
-    marks = (
-        "work/by-prepare",
-        "text/manifest.json",
-        f"text/{source.name}.counts.json",
-    )  # the last: of Beam
-    mine = any((out / name).exists() for name in marks)
-    if out.exists() and any(out.iterdir()) and not mine:
-        raise ValueError(f"out {out}: expected a new folder, or one made by prepare; name another")
+    if "://" in out:
+        return _text_in_bucket(source, root, out, eval_fraction, beam)
+    folder = pathlib.Path(out)
+    _refuse_foreign(folder, source)
     encoder = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=add_prefix_space)
     if encoder.cls_token_id is None or encoder.sep_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer}: expected [CLS] and [SEP], found a lack of them")
-    text = _text_stage(source, root, out, work, eval_fraction, workers, beam)
+        raise ValueError(f"tokenizer {tokenizer}: expected [CLS] and [SEP], found no such tokens")
+    text = prepare_text(source, root, folder, eval_fraction, workers, beam)
     facts = {
-        # Of the files as they are: a model has the tokenizer with and without the blank.
+        # Fingerprint of the files: a model comes with one tokenizer, with and without the space.
         "tokenizer": AutoTokenizer.from_pretrained(tokenizer).fingerprint,
         "add_prefix_space": add_prefix_space,
         "sequence_length": sequence_length,
         "text_sha256": text["sha256"],
     }
-    tokens = _manifest(out / "tokens")
+    tokens = _manifest(folder / "tokens")
     if tokens:
-        _same(out / "tokens", tokens, facts)
+        _same(folder / "tokens", tokens, facts)
     else:
         ends = encoder.cls_token_id, encoder.sep_token_id
         recipe = Recipe(encoder.backend_tokenizer.to_str(), len(encoder), ends, sequence_length)
         shards: dict[str, list[tuple[pathlib.Path, str]]] = {split: [] for split in SPLITS}
         for shard in text["shards"]:
-            shards[shard["split"]].append((out / "text" / shard["name"], shard["sha256"]))
+            shards[shard["split"]].append((folder / "text" / shard["name"], shard["sha256"]))
         more = facts | {k: v for k, v in text.items() if k not in ("shards", *SPLITS, "sha256")}
-        tokens = tokenise(
-            shards, recipe, work / "tokens", out / "tokens", facts["tokenizer"], more, workers, beam
+        work = folder / "work" / "tokens"
+        tokens = tokenize(
+            shards, recipe, work, folder / "tokens", facts["tokenizer"], more, workers
         )
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(folder / "work", ignore_errors=True)
     _compare(source, text["documents"], sum(tokens[split]["tokens"] for split in SPLITS))
     if not text["eval"]:
         _warn(
-            f"{source.name}: no document is held out; raise --eval-fraction for scores of its own"
+            f"{source.name}: the evaluation split is empty; raise --eval-fraction to evaluate on it"
         )
     parts = ", ".join(
-        f"{tokens[split]['tokens']:,} tokens in {tokens[split]['pieces']:,} pieces ({split})"
+        f"{tokens[split]['tokens']:,} tokens in {tokens[split]['chunks']:,} chunks ({split})"
         for split in SPLITS
     )
     dropped = "".join(f", {count:,} x {why}" for why, count in text["dropped"].items())
     return (
-        f"{out}: {text['documents']:,} documents of {text['read']:,} records "
+        f"{folder}: {text['documents']:,} documents of {text['read']:,} records "
         f"({text['duplicates']:,} duplicates{dropped}), {parts}"
     )
 
 
-def _text_stage(
+def _text_in_bucket(
+    source: Source, root: str, out: str, eval_fraction: float, beam: tuple[str, ...]
+) -> str:
+    if not beam:
+        raise ValueError(f"out {out}: expected a local folder, or --beam with a runner")
+    from .beam import build
+
+    folder, counts = build(source, root, f"{out.rstrip('/')}/text", beam, eval_fraction)
+    return (
+        f"{folder}: {counts['documents']:,} documents of {counts['read']:,} records; copy {out} "
+        "to a local folder and run the same command with it as --out to tokenize them"
+    )
+
+
+def _refuse_foreign(out: pathlib.Path, source: Source) -> None:
+    marks = ("work/by-prepare", "text/manifest.json", f"text/{source.name}.counts.json")
+    if out.exists() and any(out.iterdir()) and not any((out / mark).exists() for mark in marks):
+        raise ValueError(f"out {out}: expected a new folder, or one made by prepare; name another")
+
+
+def prepare_text(
     source: Source,
-    root: pathlib.Path,
+    root: str | os.PathLike[str],
     out: pathlib.Path,
-    work: pathlib.Path,
     eval_fraction: float,
-    workers: int,
-    beam: tuple[str, ...],
+    workers: int = 1,
+    beam: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Makes OUT/text, unless it is there; returns its manifest."""
+    """Builds OUT/text unless it is complete; returns its manifest.
+
+    Raises ValueError or FileNotFoundError with one line for an OUT that holds something else, for
+    text that was made with other options, and for files that cannot be read.
+    """
     from .dataset import VERSION, build, read_options
 
+    _refuse_foreign(out, source)
+    text, work, local = out / "text", out / "work", pathlib.Path(root)
     facts = {"source": source.name, "eval_fraction": eval_fraction, "version": VERSION}
     facts["options"] = read_options(source)
-    text = out / "text"
+    if local.exists():  # a download may be deleted once its text is made
+        facts["files"] = files_of(source.parts(local), local)
     manifest = _manifest(text)
     if manifest:
-        if root.exists():
-            facts["files"] = files_of(source.parts(root), root)
         _same(text, manifest, facts)
         return manifest
+    if not (text / f"{source.name}.counts.json").is_file():
+        if beam:
+            from .beam import build as build_by_beam
+
+            build_by_beam(source, os.fspath(root), os.fspath(text), beam, eval_fraction)
+        elif not local.exists() and source.name != "huggingface":
+            raise FileNotFoundError(f"source {root}: no such folder; {source.availability}")
     if (text / f"{source.name}.counts.json").is_file():
         folder = text / source.name / VERSION
         return _write_manifest(text, folder, source, facts, _counts_of_beam(text, folder, source))
-    if not root.exists() and source.name != "huggingface":
-        raise FileNotFoundError(
-            f"source {root}: no such folder; {source.title} is to be had at {source.homepage}, "
-            f"access {source.access}" + f" ({source.agreement})" * bool(source.agreement)
-        )
-    source.parts(root)  # says what is missing, before anything is made
-    shutil.rmtree(text, ignore_errors=True)  # without a manifest it is not whole
+    shutil.rmtree(text, ignore_errors=True)  # it has no manifest, so it is incomplete
     work.mkdir(parents=True, exist_ok=True)
-    (work / "by-prepare").write_text("")  # so that a folder of others is never taken for ours
+    (work / "by-prepare").write_text("")  # marks OUT as ours from the start
     for left in work.rglob("*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     start = time.perf_counter()
-    # TFDS prints on stdout what it does.
-    with contextlib.redirect_stdout(io.StringIO()):
-        folder, counts = build(source, root, text, work, eval_fraction, workers, beam)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress
+        folder, counts = build(source, local, text, work, eval_fraction, workers)
     counts["text_seconds"] = round(time.perf_counter() - start, 2)
     manifest = _write_manifest(text, folder, source, facts, counts)
     for job in work.glob("job-*"):
         shutil.rmtree(job, ignore_errors=True)
     return manifest
+
+
+def read_texts(out: pathlib.Path, split: str) -> Iterator[str]:
+    """The documents of a split of OUT/text, in order."""
+    for shard in _manifest(out / "text")["shards"]:
+        if shard["split"] == split:
+            for _, text in read_shard(out / "text" / shard["name"]):
+                yield text
 
 
 def _write_manifest(
@@ -215,7 +242,7 @@ def _write_manifest(
     facts: dict[str, Any],
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Makes OUT/text whole. folder: of the TFDS data set in it."""
+    """Completes OUT/text. folder: the TFDS data set in it."""
     shards = [
         {"name": str(path.relative_to(text)), "split": split, "bytes": path.stat().st_size}
         | {"sha256": _sha256(path)}
@@ -223,7 +250,7 @@ def _write_manifest(
         for path in sorted(folder.glob(f"*-{split}.array_record-*"))
     ]
     total = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-    about = {"title": source.title, "kind": source.kind, "licence": source.licence}
+    about = {"title": source.title, "kind": source.kind, "license": source.license}
     manifest = facts | about | counts
     manifest |= {"code": _code_version(), "sha256": total, "shards": shards}
     temporary = text / "manifest.tmp"
@@ -233,7 +260,7 @@ def _write_manifest(
 
 
 def _counts_of_beam(text: pathlib.Path, folder: pathlib.Path, source: Source) -> dict[str, Any]:
-    """Counts of a data set that corpora/beam.py made, as the builder gives them."""
+    """The counts that build/beam.py left, in the form of CorpusBuilder.counts."""
     counts = json.loads((text / f"{source.name}.counts.json").read_text())
     dropped = {
         name.removeprefix("dropped: "): count
@@ -267,13 +294,13 @@ def _same(folder: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def _compare(source: Source, documents: int, tokens: int) -> None:
-    """One line where a corpus is not what the whole distribution should give."""
+    """Warns if the corpus differs from the size of the complete distribution."""
     if source.documents and documents != source.documents:
         _warn(
-            f"{source.name}: expected {source.documents:,} documents of the whole distribution, "
+            f"{source.name}: expected {source.documents:,} documents in the complete distribution, "
             f"found {documents:,}"
         )
-    elif source.tokens and not 0.5 < tokens / source.tokens < 2:  # the card has one digit of some
+    elif source.tokens and not 0.5 < tokens / source.tokens < 2:  # the card rounds to one digit
         _warn(f"{source.name}: expected about {source.tokens:,} tokens, found {tokens:,}")
 
 
@@ -287,7 +314,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _code_version() -> str:
-    """The version, and the commit where this is a checkout."""
+    """The version, and the commit in a checkout."""
     try:
         commit = subprocess.run(
             ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"],

@@ -1,8 +1,8 @@
-"""A source's files to records on disk, part by part: what a killed run need not do again.
+"""Reads a source's files into records on disk, part by part, so that a killed run can resume.
 
 Small parts are joined into jobs. A job leaves a folder with `records.array_record` (JSON lists of
-id, text and meta), `keys.npy` (dedupe.KEY, one a record) and `job.json` (counts), which gets its
-name when it is whole. A job that was read before is left alone, as long as its files are the same.
+id, text and meta), `keys.npy` (dedupe.KEY, one for each record) and `job.json` (counts). The folder
+is renamed when it is complete. A complete job is skipped as long as its files have not changed.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from array_record.python import (
 )
 
 from ...common.parallel import run_all
-from ..revisions import Newest
 from ..source import Example, Report, Source
 from .dedupe import KEY, key_of
+from .revisions import Newest
 
 JOB_BYTES = 64 << 20  # of files, after which the next job begins
 _AT_ONCE = 1024  # records
@@ -41,16 +41,16 @@ class Job:
 
     @property
     def records(self) -> pathlib.Path:
-        """Its documents."""
+        """The file of its documents."""
         return self.folder / "records.array_record"
 
     @property
     def keys(self) -> pathlib.Path:
-        """Their keys."""
+        """The file of their keys."""
         return self.folder / "keys.npy"
 
     def facts(self) -> dict[str, Any]:
-        """What was read, {} as long as the job is not done."""
+        """What was read; {} until the job is complete."""
         try:
             facts = json.loads((self.folder / "job.json").read_text())
         except FileNotFoundError:
@@ -65,7 +65,10 @@ def plan_jobs(
     work: pathlib.Path,
     version: str,
 ) -> list[Job]:
-    """All parts in order, joined up to JOB_BYTES. version: of whatever else decides the records."""
+    """Joins all parts, in order, into jobs of up to JOB_BYTES.
+
+    version: a text that changes with everything else that determines the records.
+    """
     groups: list[list[pathlib.Path]] = []
     room = 0
     for part in parts:
@@ -84,13 +87,13 @@ def plan_jobs(
 
 
 def files_of(parts: Sequence[pathlib.Path], root: pathlib.Path) -> str:
-    """sha256 over the names and sizes of a source's parts: tells one download from another."""
+    """sha256 of the names and sizes of a source's parts, which identifies a download."""
     stats = [(str(part.relative_to(root)), _stat(part)[0]) for part in parts]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 def _stat(part: pathlib.Path) -> tuple[int, int]:
-    # A data set of the hub is no file here.
+    # A data set of the hub is not a local file.
     stat = part.stat() if part.exists() else None
     return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
 
@@ -101,22 +104,21 @@ def read_all(
     jobs: Sequence[Job],
     newest: Newest | None = None,
     workers: int = 1,
-    beam: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Reads the jobs that are not done; returns counts: read, dropped, places, seconds, bytes.
+    """Reads the jobs that are not complete; returns counts: read, dropped, places, seconds, bytes.
 
-    newest: which example counts, where later parts revise others. Raises ValueError that names a
-    broken file; the others need not be read again.
+    newest: decides which version of an example is kept, where later parts revise earlier ones.
+    Raises ValueError that names a broken file; the other files need not be read again.
     """
     todo = [job for job in jobs if not job.facts()]
     read = functools.partial(read_job, source, root, newest)
-    run_all(read, todo, f"read {source.name}", workers, beam)
+    run_all(read, todo, f"read {source.name}", workers)
     failed = [job.folder.with_suffix(".failed") for job in jobs if not job.facts()]
     if failed:
         reason = failed[0].read_text()
         more = f" (and {len(failed) - 1} more like it)" if len(failed) > 1 else ""
         raise ValueError(
-            f"{reason}{more}; put it right and give the same command: what was read stays read"
+            f"{reason}{more}; fix it and run the same command: files that were read are kept"
         )
     total: dict[str, Any] = {"read": 0, "seconds": 0.0, "bytes": 0, "dropped": {}, "places": {}}
     for job in jobs:
@@ -131,7 +133,7 @@ def read_all(
 
 
 def read_job(source: Source, root: pathlib.Path, newest: Newest | None, job: Job) -> None:
-    """Reads the parts of a job into its folder; of a broken file, the reason into JOB.failed."""
+    """Reads the parts of a job into its folder; if a file is broken, JOB.failed says why."""
     temporary = job.folder.with_name(f"{job.folder.name}.{uuid.uuid4().hex}.tmp")
     failed = job.folder.with_suffix(".failed")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -183,7 +185,7 @@ def _write(examples: Iterable[Example], folder: pathlib.Path, report: Report) ->
             try:
                 encoded = example.text.encode()
             except UnicodeEncodeError:
-                report.drop("no Unicode", example.id)
+                report.drop("not valid Unicode", example.id)
                 continue
             meta = dict(sorted(example.meta.items()))
             record = json.dumps([example.id, example.text, meta], ensure_ascii=False)
@@ -196,13 +198,13 @@ def _write(examples: Iterable[Example], folder: pathlib.Path, report: Report) ->
     return count
 
 
-def read_records(path: pathlib.Path, places: np.ndarray) -> Iterator[tuple[str, str, dict]]:
-    """(id, text, meta) of these records of a job, ascending places."""
+def read_records(path: pathlib.Path, positions: np.ndarray) -> Iterator[tuple[str, str, dict]]:
+    """(id, text, meta) of the records of a job at these ascending positions."""
     reader = array_record_module.ArrayRecordReader(
         os.fspath(path), options="readahead_buffer_size:0,max_parallelism:0"
     )
     try:
-        for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+        for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
             for first in range(0, len(run), _AT_ONCE):
                 some = run[first : first + _AT_ONCE]
                 for record in reader.read(int(some[0]), int(some[-1]) + 1):

@@ -1,8 +1,8 @@
-"""The token stage of `prepare`: a TFDS data set of text to a token folder, shard by shard.
+"""The token stage of `prepare`: turns a TFDS data set of text into a token folder.
 
-Each shard of text becomes one of tokens (or more, beyond tokens.SHARD_BYTES) in a folder of its own
-below `work`, which gets its name when it is whole. At the end the shards move to the token folder,
-under their numbers; the manifest comes last. The bytes depend on the text shards alone.
+Each shard of text becomes one shard of tokens (or more, beyond SHARD_BYTES) in a folder of its own
+below `work`, which is renamed when it is complete. At the end the shards move to the token folder,
+numbered; the manifest comes last. The bytes depend on the text shards alone.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from array_record.python import (
 )
 
 from ...common.parallel import run_all
-from ...tokens.store import SPLITS, SplitWriter, cut, encode, write_manifest
+from ...tokens.store import SPLITS
+from ...tokens.writer import SplitWriter, cut, write_manifest
 
 _RECORDS = 256  # read at once
-_CHARACTERS = 4 << 20  # tokenised at once
+_CHARACTERS = 4 << 20  # tokenized at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +36,24 @@ class Recipe:
     """How text becomes ids. tokenizer: its JSON, with all settings. ends: ids of [CLS], [SEP]."""
 
     tokenizer: str
-    vocabulary: int  # tokens
+    vocab_size: int
     ends: tuple[int, int]
     sequence_length: int
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids on disk."""
-        return np.dtype("<u2" if self.vocabulary <= 65_536 else "<u4")
+        """The type of the ids on disk."""
+        return np.dtype("<u2" if self.vocab_size <= 65_536 else "<u4")
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of it all."""
+        """sha256 of all fields."""
         return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenJob:
-    """A shard of text, and the folder for its tokens."""
+    """A shard of text and the folder for its tokens."""
 
     text: pathlib.Path
     split: str
@@ -60,18 +61,18 @@ class TokenJob:
     fingerprint: str  # of the text shard and the recipe
 
     def facts(self) -> dict[str, Any]:
-        """What SplitWriter.close returned, with documents and seconds; {} until it is whole."""
+        """What SplitWriter.close returned, with documents and seconds; {} until it is complete."""
         try:
             facts = json.loads((self.folder / "facts.json").read_text())
         except FileNotFoundError:
             return {}
-        whole = facts["fingerprint"] == self.fingerprint and all(
+        complete = facts["fingerprint"] == self.fingerprint and all(
             (self.folder / shard["name"]).is_file() for shard in facts["shards"]
         )
-        return facts if whole else {}
+        return facts if complete else {}
 
 
-def tokenise(
+def tokenize(
     shards: dict[str, list[tuple[pathlib.Path, str]]],
     recipe: Recipe,
     work: pathlib.Path,
@@ -79,11 +80,10 @@ def tokenise(
     tokenizer: str,
     more: dict[str, Any],
     workers: int = 1,
-    beam: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Makes the token folder from shards of text and their sha256, by split; returns its manifest.
 
-    tokenizer: fingerprint to keep in the manifest, and more: what else it shall say.
+    tokenizer: fingerprint for the manifest. more: further entries of the manifest.
     """
     jobs = [
         TokenJob(
@@ -96,25 +96,25 @@ def tokenise(
         for number, (path, sha256) in enumerate(shards.get(split, []))
     ]
     todo = [job for job in jobs if not job.facts()]
-    run_all(functools.partial(tokenise_shard, recipe), todo, "tokenise", workers, beam)
-    whole = work / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir(parents=True)
+    run_all(functools.partial(tokenize_shard, recipe), todo, "tokenize", workers)
+    complete = work / "complete"
+    shutil.rmtree(complete, ignore_errors=True)
+    complete.mkdir(parents=True)
     splits, documents, seconds = {}, 0, 0.0
     for split in SPLITS:
         facts = [(job.folder, job.facts()) for job in jobs if job.split == split]
-        splits[split] = _gather(facts, split, whole, recipe.dtype)
+        splits[split] = _gather(facts, split, complete, recipe.dtype)
         documents += sum(f["documents"] for _, f in facts)
         seconds += sum(f["seconds"] for _, f in facts)
-    more = more | {"sequence_length": recipe.sequence_length, "tokenise_seconds": round(seconds, 2)}
-    write_manifest(whole, documents, tokenizer, recipe.dtype, splits, more)
+    more = more | {"sequence_length": recipe.sequence_length, "tokenize_seconds": round(seconds, 2)}
+    write_manifest(complete, documents, tokenizer, recipe.dtype, splits, more)
     shutil.rmtree(folder, ignore_errors=True)
-    whole.rename(folder)
+    complete.rename(folder)
     return json.loads((folder / "manifest.json").read_text())
 
 
-def tokenise_shard(recipe: Recipe, job: TokenJob) -> None:
-    """One shard of text to tokens."""
+def tokenize_shard(recipe: Recipe, job: TokenJob) -> None:
+    """Turns one shard of text into tokens."""
     start = time.perf_counter()
     temporary = job.folder.with_name(f"{job.folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
@@ -124,9 +124,10 @@ def tokenise_shard(recipe: Recipe, job: TokenJob) -> None:
     documents = 0
     for texts in _batches(text for _, text in read_shard(job.text)):
         documents += len(texts)
-        for ids in encode(backend, texts):
-            for piece in cut(ids, recipe.ends, recipe.sequence_length, dtype):
-                writer.add(piece)
+        # The call without offsets takes three quarters of the time of encode_batch.
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            for chunk in cut(encoding.ids, recipe.ends, recipe.sequence_length, dtype):
+                writer.add(chunk)
     facts = writer.close() | {"documents": documents, "fingerprint": job.fingerprint}
     facts["seconds"] = time.perf_counter() - start
     (temporary / "facts.json").write_text(json.dumps(facts))
@@ -135,7 +136,7 @@ def tokenise_shard(recipe: Recipe, job: TokenJob) -> None:
 
 
 def read_shard(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of the documents of a TFDS shard."""
+    """(id, text) of each document in a TFDS shard."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     parse: Any = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
@@ -163,12 +164,12 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _gather(
-    jobs: list[tuple[pathlib.Path, dict[str, Any]]],
+    jobs: Sequence[tuple[pathlib.Path, dict[str, Any]]],
     split: str,
     folder: pathlib.Path,
     dtype: np.dtype,
 ) -> dict[str, Any]:
-    """Moves the shards of a split to `folder`; the split's part of the manifest."""
+    """Moves the shards of a split to `folder`; returns the split's part of the manifest."""
     if not jobs:
         return SplitWriter(folder, split, dtype).close()
     count = sum(len(facts["shards"]) for _, facts in jobs)
@@ -183,7 +184,7 @@ def _gather(
     joined = np.concatenate(lengths)
     np.save(folder / f"{split}.lengths.npy", joined)
     return {
-        "pieces": len(joined),
+        "chunks": len(joined),
         "tokens": int(joined.sum(dtype=np.int64)),
         "sha256": digest.hexdigest(),
         "shards": shards,

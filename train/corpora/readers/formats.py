@@ -19,9 +19,9 @@ from .text import (
 )
 
 EMPTY = "empty text"
-# What PhysioNet asks for before a credentialed download, and the licence of most of these sets.
+# What PhysioNet asks for before a credentialed download, and the license of most of these sets.
 CREDENTIALED = "a credentialed PhysioNet account and the set's data use agreement"
-HEALTH_DATA_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
+HEALTH_DATA_LICENSE = "PhysioNet Credentialed Health Data License 1.5.0"
 
 
 def place(part: pathlib.Path, root: pathlib.Path, record: int) -> str:

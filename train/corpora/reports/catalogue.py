@@ -10,18 +10,18 @@ from .mixture import aligned
 
 
 def catalogue(source: str = "", out: str = "") -> str:
-    """A table of all corpora: access, licence, size; what is on disk, what is prepared.
+    """A table of all corpora: access, license, size; what is on disk, what is prepared.
 
     Args:
         source: folder of folders by name, as downloaded; empty: nothing is looked for.
         out: where `prepare --corpus all` put them; empty: nothing is looked for.
     """
-    head = ["name", "access", "licence", "expected documents", "tokens"]
+    head = ["name", "access", "license", "expected documents", "tokens"]
     head += ["files"] * bool(source) + ["documents", "tokens"] * bool(out)
     rows = [head]
     for entry in sources():
-        licence = textwrap.shorten(entry.licence, 44, placeholder=" ...")
-        row = [entry.name, entry.access, licence, *_size(entry.documents, entry.tokens)]
+        license = textwrap.shorten(entry.license, 44, placeholder=" ...")
+        row = [entry.name, entry.access, license, *_size(entry.documents, entry.tokens)]
         if source:
             row.append(_files(entry, pathlib.Path(source) / entry.name))
         if out:

@@ -36,7 +36,7 @@ SOURCE = Source(
     title="ACI-BENCH",
     homepage="https://github.com/wyim/aci-bench",
     access="open",
-    licence="CC BY 4.0",
+    license="CC BY 4.0",
     citation="Yim et al., ACI-BENCH: a novel ambient clinical intelligence dataset for "
     "benchmarking automatic visit note generation, Scientific Data, 2023",
     files=tuple(

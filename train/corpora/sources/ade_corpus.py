@@ -46,7 +46,7 @@ SOURCE = Source(
     title="ADE Corpus V2",
     homepage="https://doi.org/10.1016/j.jbi.2012.04.008",
     access="open",
-    licence="not stated",
+    license="not stated",
     citation="Gurulingappa et al., Development of a benchmark corpus to support the automatic "
     "extraction of drug-related adverse effects from medical case reports, Journal of Biomedical "
     "Informatics, 2012",

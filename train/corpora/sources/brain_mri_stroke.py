@@ -38,7 +38,7 @@ SOURCE = Source(
     title="Brain MRI Stroke",
     homepage="https://doi.org/10.1371/journal.pone.0212778",
     access="open",
-    licence="not stated",
+    license="not stated",
     citation="Kim et al., Natural language processing and machine learning algorithm to identify "
     "brain MRI reports with acute ischemic stroke, PLOS ONE, 2019",
     files=("*.csv", "*.csv.gz", "*.tsv", "*.tsv.gz"),

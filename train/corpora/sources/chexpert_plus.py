@@ -26,7 +26,7 @@ SOURCE = Source(
     title="CheXpert Plus",
     homepage="https://stanfordaimi.azurewebsites.net/datasets/5158c524-d3ab-4e02-96e9-6ee9efc110a1",
     access="login",
-    licence="Stanford research use agreement",
+    license="Stanford research use agreement",
     agreement="an account there and Stanford's research use agreement",
     citation="Chambon et al., CheXpert Plus: augmenting a large chest X-ray dataset with text "
     "radiology reports, patient demographics and additional image formats, arXiv 2405.19538, 2024",

@@ -9,7 +9,7 @@ A document is a report.
 import pathlib
 from collections.abc import Iterator
 
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENCE, example, place, whole_text
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, place, whole_text
 from ..source import Example, Report, Source
 
 
@@ -23,7 +23,7 @@ SOURCE = Source(
     title="CHIFIR",
     homepage="https://physionet.org/content/corpus-fungal-infections/",
     access="credentialed",
-    licence=HEALTH_DATA_LICENCE,
+    license=HEALTH_DATA_LICENSE,
     agreement=CREDENTIALED,
     citation="Rozova et al., Detecting evidence of invasive fungal infections in cytology and "
     "histopathology reports enriched with concept-level annotations, Journal of Biomedical "

@@ -10,7 +10,7 @@ A document is a note.
 import pathlib
 from collections.abc import Iterator
 
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENCE, example, place, rows, whole_text
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, place, rows, whole_text
 from ..source import Example, Report, Source
 
 
@@ -28,7 +28,7 @@ SOURCE = Source(
     title="CORAL",
     homepage="https://physionet.org/content/curated-oncology-reports/1.0/",
     access="credentialed",
-    licence=HEALTH_DATA_LICENCE,
+    license=HEALTH_DATA_LICENSE,
     agreement=CREDENTIALED,
     citation="Sushil et al., Extracting detailed oncologic history and treatment plan from medical "
     "oncology notes with large language models, arXiv 2308.03853, 2023",

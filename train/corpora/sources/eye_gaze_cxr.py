@@ -25,7 +25,7 @@ SOURCE = Source(
     title="Eye Gaze CXR",
     homepage="https://physionet.org/content/egd-cxr/1.0.0/",
     access="credentialed",
-    licence="not stated",
+    license="not stated",
     agreement=CREDENTIALED,
     citation="Karargyris et al., Creation and validation of a chest X-ray dataset with "
     "eye-tracking and report dictation for AI development, Scientific Data, 2021",

@@ -60,7 +60,7 @@ def generic(name: str, text_column: str = "") -> Source:
         "name": name,
         "homepage": "",
         "access": "open",
-        "licence": "its owner's",
+        "license": "its owner's",
         "citation": "",
         "kind": "generic",
     }

@@ -27,7 +27,7 @@ SOURCE = Source(
     title="Gout Emergency Department Chief Complaint Corpora",
     homepage="https://physionet.org/content/emer-complaint-gout/1.0/",
     access="restricted",
-    licence="not stated",
+    license="not stated",
     agreement="a PhysioNet account and the signed data use agreement",
     citation="Osborne et al., Identification of gout flares in chief complaint text using natural "
     "language processing, AMIA Annual Symposium Proceedings, 2020",

@@ -24,7 +24,7 @@ SOURCE = Source(
     title="INSPECT",
     homepage="https://inspect.stanford.edu",
     access="login",
-    licence="not stated; non-commercial use under a data use agreement",
+    license="not stated; non-commercial use under a data use agreement",
     agreement="an account there and Stanford's data use agreement",
     citation="Huang et al., INSPECT: a multimodal dataset for pulmonary embolism diagnosis and "
     "prognosis, arXiv 2311.10798, 2023",

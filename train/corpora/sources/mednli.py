@@ -29,7 +29,7 @@ SOURCE = Source(
     title="MedNLI",
     homepage="https://physionet.org/content/mednli/1.0.0/",
     access="credentialed",
-    licence="not stated",
+    license="not stated",
     agreement=CREDENTIALED,
     citation="Romanov and Shivade, Lessons from natural language inference in the clinical domain, "
     "EMNLP, 2018",

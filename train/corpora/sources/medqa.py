@@ -36,7 +36,7 @@ SOURCE = Source(
     title="MedQA",
     homepage="https://github.com/jind11/MedQA",
     access="open",
-    licence="MIT",
+    license="MIT",
     citation="Jin et al., What disease does this patient have? A large-scale open domain question "
     "answering dataset from medical exams, arXiv 2009.13081, 2020",
     files=("US/US_qbank.jsonl", "US/train.jsonl", "US/dev.jsonl", "US/test.jsonl"),

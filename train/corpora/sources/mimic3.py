@@ -11,7 +11,7 @@ A document is TEXT, masks and all, of each note that its author did not mark as 
 import pathlib
 from collections.abc import Iterator
 
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENCE, example, rows
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, rows
 from ..source import Example, Report, Source
 
 _COLUMNS = ("ROW_ID", "CATEGORY", "ISERROR", "TEXT")
@@ -32,7 +32,7 @@ SOURCE = Source(
     title="MIMIC-III",
     homepage="https://physionet.org/content/mimiciii/1.4/",
     access="credentialed",
-    licence=HEALTH_DATA_LICENCE,
+    license=HEALTH_DATA_LICENSE,
     agreement=CREDENTIALED,
     citation="Johnson et al., MIMIC-III, a freely accessible critical care database, Scientific "
     "Data, 2016",

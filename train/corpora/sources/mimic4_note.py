@@ -10,7 +10,7 @@ A document is a note, masks and all.
 import pathlib
 from collections.abc import Iterator
 
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENCE, example, rows
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, rows
 from ..source import Example, Report, Source
 
 
@@ -25,7 +25,7 @@ SOURCE = Source(
     title="MIMIC-IV-Note",
     homepage="https://physionet.org/content/mimic-iv-note/2.2/",
     access="credentialed",
-    licence=HEALTH_DATA_LICENCE,
+    license=HEALTH_DATA_LICENSE,
     agreement=CREDENTIALED,
     citation="Johnson et al., MIMIC-IV-Note: deidentified free-text clinical notes, PhysioNet, "
     "2023",

@@ -25,7 +25,7 @@ SOURCE = Source(
     title="NegEx test set",
     homepage="https://github.com/chapmanbe/negex",
     access="open",
-    licence="Apache-2.0",
+    license="Apache-2.0",
     citation="Chapman et al., A simple algorithm for identifying negated findings and diseases in "
     "discharge summaries, Journal of Biomedical Informatics, 2001",
     files=("rsAnnotations-1-120-random.txt",),

@@ -22,8 +22,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compil
 
 from ..readers.archives import LARGEST_MEMBER, members
 from ..readers.markup import Entities, parse, string, text_of
-from ..revisions import Revisions, records_of
-from ..source import Example, Report, Source
+from ..source import Example, Report, Revisions, Source, records_of
 
 _MATHML = "{http://www.w3.org/1998/Math/MathML}"
 _OASIS = "{http://docs.oasis-open.org/ns/oasis-exchange/table}"
@@ -157,7 +156,7 @@ def _example(article: etree._Element, name: str, place: str, report: Report) -> 
     floats = article.find("floats-group")
     captions += [] if floats is None else _captions(floats)
     pmids = [text_of(x) for x in meta.iterfind("article-id") if x.get("pub-id-type") == "pmid"]
-    facts = {"licence": licence(meta), "pmid": "".join(pmids[:1])}
+    facts = {"license": license(meta), "pmid": "".join(pmids[:1])}
     abstracts = [
         _text(abstract)
         for abstract in meta.iterfind("abstract")
@@ -210,7 +209,7 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace(" " + _CITED, "").replace(_CITED, "")
 
 
-# Licences
+# Licenses
 
 _DEED = re.compile(r"creativecommons\.org/(licenses|publicdomain)/([a-z+-]+)(?:/(\d\.\d))?", re.I)
 _WORDS = re.compile(
@@ -220,8 +219,8 @@ _WORDS = re.compile(
 )
 
 
-def licence(meta: etree._Element) -> str:
-    """The licence of an article, from its article-meta: "CC BY 2.0", "CC BY-NC", "CC0 1.0",
+def license(meta: etree._Element) -> str:
+    """The license of an article, from its article-meta: "CC BY 2.0", "CC BY-NC", "CC0 1.0",
     "public domain", or nothing.
 
     It is a link (of <license>, of an <ext-link> or <ali:license_ref> in it), or a sentence in
@@ -257,7 +256,7 @@ SOURCE = Source(
     title="PMC Open Access Subset",
     homepage="https://pmc.ncbi.nlm.nih.gov/tools/openftlist/",
     access="open",
-    licence="of each article, in its meta: CC0, CC BY, CC BY-NC and others",
+    license="of each article, in its meta: CC0, CC BY, CC BY-NC and others",
     citation="National Library of Medicine, PMC Open Access Subset, "
     "https://pmc.ncbi.nlm.nih.gov/tools/openftlist/",
     files=("oa_comm_xml*.tar.gz", "oa_noncomm_xml*.tar.gz", "oa_other_xml*.tar.gz", "*.nxml"),

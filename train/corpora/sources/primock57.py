@@ -49,7 +49,7 @@ SOURCE = Source(
     title="PriMock57",
     homepage="https://github.com/babylonhealth/primock57",
     access="open",
-    licence="CC BY 4.0",
+    license="CC BY 4.0",
     citation="Papadopoulos Korfiatis et al., PriMock57: a dataset of primary care mock "
     "consultations, ACL, 2022",
     files=("notes/day*_consultation*.json",),

@@ -20,8 +20,7 @@ import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 
 from ..readers.markup import DAMAGE, check_md5, damaged, has_entity, open_stream, records, text_of
-from ..revisions import Revisions, records_of
-from ..source import Example, Report, Source
+from ..source import Example, Report, Revisions, Source, records_of
 
 _NAME = re.compile(r"pubmed(\d\d)n(\d{4,})")
 _TRANSLATED = re.compile(r"\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\.?")
@@ -156,7 +155,7 @@ SOURCE = Source(
     title="PubMed baseline and update files",
     homepage="https://pubmed.ncbi.nlm.nih.gov/download/",
     access="open",
-    licence="NLM terms and conditions; single abstracts may be under copyright",
+    license="NLM terms and conditions; single abstracts may be under copyright",
     citation="National Library of Medicine, PubMed, https://pubmed.ncbi.nlm.nih.gov",
     files=(
         "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9].xml.gz",

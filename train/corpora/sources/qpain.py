@@ -29,7 +29,7 @@ SOURCE = Source(
     title="Q-Pain",
     homepage="https://physionet.org/content/q-pain/1.0.0/",
     access="open",
-    licence="CC BY-SA 4.0",
+    license="CC BY-SA 4.0",
     citation="Logé et al., Q-Pain: a question answering dataset to measure social bias in pain "
     "management, arXiv 2108.01764, 2021",
     files=tuple(

@@ -38,7 +38,7 @@ SOURCE = Source(
     title="REFLACX",
     homepage="https://physionet.org/content/reflacx-xray-localization/1.0.0/",
     access="restricted",
-    licence="not stated",
+    license="not stated",
     agreement="a PhysioNet account and the signed data use agreement",
     citation="Bigolin Lanfredi et al., REFLACX, a dataset of reports and eye-tracking data for "
     "localization of abnormalities in chest x-rays, Scientific Data, 2022",

@@ -24,7 +24,7 @@ SOURCE = Source(
     title="Simulated respiratory interviews",
     homepage="https://doi.org/10.6084/m9.figshare.16550013",
     access="open",
-    licence="CC BY 4.0",
+    license="CC BY 4.0",
     citation="Fareez et al., A dataset of simulated patient-physician medical interviews with a "
     "focus on respiratory cases, Scientific Data, 2022",
     files=tuple(

@@ -1,11 +1,11 @@
 """Tokens a second of `prepare`'s two stages on invented notes as long as MIMIC's.
 
-    python tests/benchmarks/tokenise.py --tokenizer FOLDER [--json FILE] [--notes 8_000]
+    python tests/benchmarks/tokenize.py --tokenizer FOLDER [--json FILE] [--notes 8_000]
         [--workers 2]
 
 Writes one CSV of notes of about 2,000 characters (two or three of train/corpora/synthetic.py) and
-prepares it. The aim is 1.2M tokens/s tokenised on two cores. `text` is reading, deduplicating and
-writing the TFDS data set in one process; `tokenise` is the token stage, the start of its workers
+prepares it. The aim is 1.2M tokens/s tokenized on two cores. `text` is reading, deduplicating and
+writing the TFDS data set in one process; `tokenize` is the token stage, the start of its workers
 included, over twice as many shards as workers. `tokens/CPU s` is what a core does alone: other
 programs slow the clock, and hardly this. The load average says how busy the machine was.
 """
@@ -31,7 +31,7 @@ import tokenizers
 
 from modernbert_jax.tokenizer import AutoTokenizer
 from train.corpora.build import dataset as builder
-from train.corpora.build.tokenize import Recipe, tokenise
+from train.corpora.build.tokenize import Recipe, tokenize
 from train.corpora.sources import find
 from train.corpora.synthetic import synthetic_notes
 
@@ -76,7 +76,7 @@ def measure(folder: pathlib.Path, tokenizer: str, notes: int, workers: int) -> d
     )
     shards = {"train": [(p, str(p)) for p in sorted(text.glob("*.array_record-*"))]}
     before, start = cpu_seconds(), time.perf_counter()
-    facts = tokenise(shards, recipe, folder / "work" / "t", folder / "tokens", "", {}, workers)[
+    facts = tokenize(shards, recipe, folder / "work" / "t", folder / "tokens", "", {}, workers)[
         "train"
     ]
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
@@ -111,7 +111,7 @@ def main() -> None:
         f"{os.cpu_count()} cores\n"
         f"text      {result['text_mb_per_second']:6.1f} MB/s   "
         f"{result['text_mb_per_cpu_second']:6.1f} MB/CPU s\n"
-        f"tokenise  {result['tokens_per_second'] / 1e6:6.2f} M tokens/s   "
+        f"tokenize  {result['tokens_per_second'] / 1e6:6.2f} M tokens/s   "
         f"{result['tokens_per_cpu_second'] / 1e6:6.2f} M tokens/CPU s   "
         f"({arguments.workers} processes)"
     )
