@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, __version__, heads, pool
-from modernbert_jax.checkpoint import pretrained
+from modernbert_jax.checkpoint import hf, hub, orbax
+from modernbert_jax.checkpoint.params import module_of
+from modernbert_jax.weights import to_hf
 
 from . import files
 
@@ -44,7 +46,7 @@ def run(source: str, json_path: Path | None, tolerance: float) -> int:
     transformers is absent (except for GOLDEN_ID, whose golden values need neither), ValueError or
     OSError for a checkpoint that cannot be read.
     """
-    folder = pretrained.resolve(source)
+    folder = hub.resolve(source)
     passed, certificate = True, {"source": source, "tolerance": tolerance, "seed": SEED}
     if source == GOLDEN_ID:
         certificate["golden"] = _golden(folder)
@@ -69,18 +71,15 @@ def run(source: str, json_path: Path | None, tolerance: float) -> int:
 def _compare(folder: Path, tolerance: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = files.load(str(folder))
-        config, params = checkpoint.config, checkpoint.params
-        cls = pretrained.class_of(params, config)
-        if pretrained.is_orbax(folder):  # transformers needs a folder that it can read
+        cls, config, params = checkpoint.cls, checkpoint.config, checkpoint.params
+        if orbax.is_orbax(folder):  # transformers needs a folder that it can read
             folder = Path(scratch)
-            tensors = pretrained.params_to_hf(config, params)
-            pretrained.write_hf(folder, config, tensors)
+            tensors = hf.params_to_hf(cls, config, params)
+            hf.write_hf(folder, config, tensors, architecture=cls.__name__)
         hashes = {"config_sha256": _config_hash(config), "weights_sha256": _hash(config, params)}
         theirs = _their_model(cls.__name__, folder)
         config = config.replace(dtype="float32", param_dtype="float32", residual_dtype="float32")
-        ours = pretrained.module_of(
-            cls, config, {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
-        )
+        ours = module_of(cls, config, {k: jnp.asarray(v, jnp.float32) for k, v in params.items()})
     inputs = dict(_inputs(config))
     print(f"{cls.__name__}, {sum(v.size for v in params.values()):,} parameters, in float32")
     errors: dict[str, dict[str, float]] = {}
@@ -260,7 +259,7 @@ def _hash(config: ModernBertConfig, params: Mapping[str, np.ndarray]) -> str:
     """
     digest = hashlib.sha256()
     for key in sorted(params):
-        tensor = pretrained.to_hf(key, params[key])
+        tensor = to_hf(key, params[key])
         digest.update(f"{key} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(tensor.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -103,14 +103,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _to_orbax(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from modernbert_jax.checkpoint import pretrained
+    from modernbert_jax.checkpoint import orbax
 
     from . import files
 
     with files.new(args.dst, args.overwrite) as temporary, tempfile.TemporaryDirectory() as folder:
         checkpoint = _load(args, folder)
-        pretrained.save_orbax(
+        orbax.save_orbax(
             temporary,
+            architecture=checkpoint.cls.__name__,
             config=checkpoint.config,
             params=checkpoint.params,
             optimizer=checkpoint.optimizer,
@@ -121,16 +122,17 @@ def _to_orbax(args: argparse.Namespace) -> int:
 
 def _to_hf(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from modernbert_jax.checkpoint import pretrained
+    from modernbert_jax.checkpoint import hf
 
     from . import files
 
     with files.new(args.dst, args.overwrite) as temporary:
         checkpoint = _load(args)
-        pretrained.write_hf(
+        hf.write_hf(
             temporary,
             checkpoint.config,
-            files.to_hf(checkpoint.config, checkpoint.params),
+            files.to_hf(checkpoint, checkpoint.params),
+            architecture=checkpoint.cls.__name__,
             tokenizer_dir=checkpoint.tokenizer_dir,
             card={"training": {"Converted from": Path(args.src).name}},
         )
@@ -147,12 +149,12 @@ def _to_composer(args: argparse.Namespace) -> int:
         if state is not None:
             optimizers = composer.write_moments(
                 state["step"],
-                files.to_hf(config, state["mu"]),
-                files.to_hf(config, state["nu"]),
+                files.to_hf(checkpoint, state["mu"]),
+                files.to_hf(checkpoint, state["nu"]),
                 lr=args.lr,
                 weight_decay=args.weight_decay,
             )
-        tensors = files.to_hf(config, checkpoint.params)
+        tensors = files.to_hf(checkpoint, checkpoint.params)
         tokenizer = files.tokenizer_json(checkpoint.tokenizer_dir)
         obj = composer.checkpoint_of(config.to_dict(), tensors, tokenizer, optimizers)
         temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from modernbert_jax import ModernBertConfig
-from modernbert_jax.checkpoint import pretrained
+from modernbert_jax.auto import class_of
+from modernbert_jax.checkpoint import hf, hub, orbax
+from modernbert_jax.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, read_config
 
 from . import composer, torch_file
 
@@ -25,10 +27,12 @@ BIN_FILE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 class Checkpoint:
     """Parameters by our paths; their keys and shapes are those of the configuration.
 
+    cls: the model class that they belong to.
     optimizer: {"step": int, "mu": {path: array}, "nu": {path: array}} or None. tokenizer_dir: a
     folder that may hold tokenizer files. size: bytes of the files that hold the arrays.
     """
 
+    cls: type
     config: ModernBertConfig
     params: dict[str, np.ndarray]
     optimizer: dict[str, Any] | None
@@ -48,17 +52,13 @@ class Checkpoint:
 
 def load(source: str, optimizer: bool = False) -> Checkpoint:
     """Reads an HF folder, a hub id or an Orbax folder. Raises ValueError or OSError (one line)."""
-    folder = pretrained.resolve(source)
-    return (
-        _load_orbax(folder, optimizer)
-        if pretrained.is_orbax(folder)
-        else _load_hf(folder, optimizer)
-    )
+    folder = hub.resolve(source)
+    return _load_orbax(folder, optimizer) if orbax.is_orbax(folder) else _load_hf(folder, optimizer)
 
 
 def _load_orbax(folder: Path, optimizer: bool) -> Checkpoint:
     try:
-        loaded = pretrained.load_orbax(folder, optimizer=optimizer)
+        loaded = orbax.load_orbax(folder, optimizer=optimizer)
     except (ValueError, OSError):
         raise
     except Exception as error:
@@ -66,6 +66,7 @@ def _load_orbax(folder: Path, optimizer: bool) -> Checkpoint:
         raise ValueError(f"{folder}: not a whole Orbax checkpoint ({kind}: {error})") from error
     parts = ("params", "optimizer") if optimizer else ("params",)
     return Checkpoint(
+        cls=class_of(loaded["params"], loaded["architecture"]),
         config=loaded["config"],
         params=loaded["params"],
         optimizer=loaded["optimizer"],
@@ -77,24 +78,23 @@ def _load_orbax(folder: Path, optimizer: bool) -> Checkpoint:
 def _load_hf(folder: Path, optimizer: bool) -> Checkpoint:
     if optimizer:
         raise ValueError(f"{folder}: an HF folder holds no optimizer: leave out --optimizer")
-    if not (folder / pretrained.CONFIG_FILE).exists():
-        raise ValueError(f"{folder}: expected {pretrained.CONFIG_FILE}, found none")
-    config = ModernBertConfig.from_json(folder / pretrained.CONFIG_FILE)
-    safe, index = pretrained.WEIGHTS_FILE, pretrained.INDEX_FILE
+    config, architecture = read_config(folder)
+    safe, index = hf.WEIGHTS_FILE, hf.INDEX_FILE
     if any((folder / name).exists() for name in (safe, index)):
-        tensors, paths = pretrained.read_safetensors(folder), _shards(folder, safe, index)
+        tensors, paths = hf.SafetensorsFolder(folder), _shards(folder, safe, index)
     else:
         tensors, paths = _read_bin(folder), _shards(folder, BIN_FILE, BIN_INDEX)
     with _naming(folder):
-        params = pretrained.hf_to_params(config, tensors)
-    return Checkpoint(config, params, None, folder, _size(paths))
+        cls = class_of(tensors, architecture)
+        params = hf.hf_to_params(cls, config, tensors)
+    return Checkpoint(cls, config, params, None, folder, _size(paths))
 
 
 def _shards(folder: Path, whole: str, index: str) -> list[Path]:
     """The one file of weights, or those that the index names."""
     if (folder / whole).exists():
         return [folder / whole]
-    return sorted({folder / name for name in pretrained.read_index(folder / index).values()})
+    return sorted({folder / name for name in hf.read_index(folder / index).values()})
 
 
 class _OneByOne(dict[str, np.ndarray]):
@@ -110,8 +110,7 @@ def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
     """The tensors of pytorch_model.bin, or of the shards that its index names."""
     if not (folder / BIN_FILE).exists() and not (folder / BIN_INDEX).exists():
         raise ValueError(
-            f"{folder}: expected {pretrained.WEIGHTS_FILE}, {BIN_FILE} or an index of shards, "
-            "found none"
+            f"{folder}: expected {hf.WEIGHTS_FILE}, {BIN_FILE} or an index of shards, found none"
         )
     tensors = _OneByOne()
     for path in _shards(folder, BIN_FILE, BIN_INDEX):
@@ -127,7 +126,7 @@ def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
                 raise ValueError(f"{path}: {key} is set twice, also in another shard")
             tensors[key] = array
     if not (folder / BIN_FILE).exists():
-        missing = sorted(set(pretrained.read_index(folder / BIN_INDEX)) - set(tensors))
+        missing = sorted(set(hf.read_index(folder / BIN_INDEX)) - set(tensors))
         if missing:
             raise ValueError(f"{folder / BIN_INDEX}: no shard has {', '.join(missing[:5])}")
     return tensors
@@ -151,20 +150,21 @@ def load_composer(
                 "FlexBertConfig or an HF config.json"
             )
         is_hf = flex.get("model_type") == "modernbert"
-        hf = flex if is_hf else composer.hf_config(flex, tokenizer)
+        values = flex if is_hf else composer.hf_config(flex, tokenizer)
         dtype = next((str(array.dtype) for array in tensors.values()), "float32")
-        config = ModernBertConfig.from_dict(hf | {"dtype": dtype})
-        params = pretrained.hf_to_params(config, tensors)
+        config = ModernBertConfig.from_dict(values | {"dtype": dtype})
+        cls = class_of(tensors, None)
+        params = hf.hf_to_params(cls, config, tensors)
         state = None
         if optimizer:
             step, *moments = composer.read_moments(checkpoint)
-            mu, nu = (pretrained.hf_to_params(config, _OneByOne(m)) for m in moments)
+            mu, nu = (hf.hf_to_params(cls, config, _OneByOne(m)) for m in moments)
             state = {"step": step, "mu": mu, "nu": nu}
-        for name in pretrained.TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if name in tokenizer:
                 text = json.dumps(tokenizer[name], indent=2, ensure_ascii=False)
                 (folder / name).write_text(text + "\n", encoding="utf-8")
-    return Checkpoint(config, params, state, folder, path.stat().st_size)
+    return Checkpoint(cls, config, params, state, folder, path.stat().st_size)
 
 
 @contextlib.contextmanager
@@ -190,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def tokenizer_json(folder: Path) -> dict[str, Any]:
     """The tokenizer files of a folder: {name: JSON}."""
-    paths = [folder / name for name in pretrained.TOKENIZER_FILES]
+    paths = [folder / name for name in TOKENIZER_FILES]
     return {path.name: read_json(path) for path in paths if path.exists()}
 
 
@@ -218,10 +218,10 @@ def _refuse_values(params: Mapping[str, np.ndarray], allow_nonfinite: bool, what
 # Writing.
 
 
-def to_hf(config: ModernBertConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_hf(checkpoint: Checkpoint, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """HF's tensors in the memory of `params`, where it can be written to."""
     in_place = all(array.flags.writeable for array in params.values())
-    return pretrained.params_to_hf(config, params, in_place=in_place)
+    return hf.params_to_hf(checkpoint.cls, checkpoint.config, params, in_place=in_place)
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def new(path: Path, overwrite: bool, is_file: bool = False) -> Iterator[Path]:
     if path.exists() and (is_file or any(path.iterdir())):
         if not overwrite:
             raise ValueError(f"{path}: exists already; choose another DST or give --overwrite")
-        if not is_file and not (path / pretrained.CONFIG_FILE).exists():
+        if not is_file and not (path / CONFIG_FILE).exists():
             raise ValueError(f"{path}: holds other things than a checkpoint; remove it yourself")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

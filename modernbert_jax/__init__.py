@@ -8,6 +8,15 @@ Axis letters, used in the names of arrays, in einsums, in sharding and in docstr
 `hidden_BLD` is [rows, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
 """
 
+from modernbert_jax.auto import (
+    AutoConfig as AutoConfig,
+    AutoModel as AutoModel,
+    AutoModelForMaskedLM as AutoModelForMaskedLM,
+    AutoModelForMultipleChoice as AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification as AutoModelForSequenceClassification,
+    AutoModelForTokenClassification as AutoModelForTokenClassification,
+)
 from modernbert_jax.config import ModernBertConfig as ModernBertConfig
 from modernbert_jax.heads import (
     ModernBertForMaskedLM as ModernBertForMaskedLM,
@@ -29,12 +38,3 @@ from modernbert_jax.model import ModernBertModel as ModernBertModel
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer, Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
-
-# The names of transformers, so that a snippet needs one import changed.
-AutoModel = ModernBertModel
-AutoModelForMaskedLM = ModernBertForMaskedLM
-AutoModelForSequenceClassification = ModernBertForSequenceClassification
-AutoModelForTokenClassification = ModernBertForTokenClassification
-AutoModelForQuestionAnswering = ModernBertForQuestionAnswering
-AutoModelForMultipleChoice = ModernBertForMultipleChoice
-AutoConfig = ModernBertConfig

@@ -271,6 +271,7 @@ class ModernBertConfig:
             data["eos_token_id"] = data["eos_token_id"][0]
         head_dim = data.pop("head_dim", None)
 
+        data.pop("architectures", None)  # the checkpoint's: checkpoint.files.read_config
         known = {f.name for f in dataclasses.fields(cls)} - {"hf_extra"}
         for name in list(data):
             if name in known:

@@ -51,7 +51,7 @@ from train.corpora.synthetic import synthetic_notes
 
 os.chdir(tempfile.mkdtemp())  # what follows is written there
 if REAL:
-    from modernbert_jax.checkpoint.pretrained import resolve
+    from modernbert_jax.checkpoint.hub import resolve
 
     SOURCE = str(resolve("answerdotai/ModernBERT-base"))
 else:
@@ -91,12 +91,12 @@ convert("to-hf orbax hf_again")
 # Every tensor has the bits that it had.
 
 # %%
-from modernbert_jax.checkpoint.pretrained import read_safetensors
+from modernbert_jax.checkpoint.hf import SafetensorsFolder
 
 
 def same_bits(one: str, other: str) -> None:
     """Compares two folders in Hugging Face's layout, tensor by tensor."""
-    a, b = read_safetensors(one), read_safetensors(other)
+    a, b = SafetensorsFolder(one), SafetensorsFolder(other)
     assert set(a) == set(b)
     assert all(a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes() for key in a)
     print(f"{len(a)} tensors, the same bits")
@@ -111,9 +111,9 @@ same_bits(SOURCE, "hf_again")
 # over devices without a reshuffle: `Wqkv` is [D, 3, H, K], where torch has [3·H·K, D].
 
 # %%
-from modernbert_jax.checkpoint.pretrained import flatten
+from modernbert_jax.checkpoint.params import flatten
 
-here, there = flatten(ModernBertForMaskedLM.from_pretrained("orbax")), read_safetensors(SOURCE)
+here, there = flatten(ModernBertForMaskedLM.from_pretrained("orbax")), SafetensorsFolder(SOURCE)
 print(f"{'parameter':42}{'here':>18}{'in the file':>14}")
 for key in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "mlp_norm"):
     key = f"model.layers.1.{key}.weight"

@@ -14,7 +14,8 @@ from modernbert_jax import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
 )
-from modernbert_jax.checkpoint.pretrained import flatten, module_of, save_orbax
+from modernbert_jax.checkpoint.orbax import save_orbax
+from modernbert_jax.checkpoint.params import flatten, module_of
 from train.average import average, main
 
 CONFIG = ModernBertConfig.tiny(
@@ -35,7 +36,9 @@ def folders(tmp_path):
         (tmp_path / f"hf{seed}" / "tokenizer.json").write_text(f'{{"of": {seed}}}')
     params = {k: np.asarray(v) for k, v in flatten(model_of(2)).items()}
     config = CONFIG.replace(attention_out_dropout=0.1, dtype="bfloat16")
-    save_orbax(tmp_path / "orbax", config=config, params=params)
+    save_orbax(
+        tmp_path / "orbax", architecture="ModernBertForMaskedLM", config=config, params=params
+    )
     return [tmp_path / "hf0", tmp_path / "hf1", tmp_path / "orbax"]
 
 

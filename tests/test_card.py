@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import modernbert_jax as mj
 from modernbert_jax.card import MARK, model_card
-from modernbert_jax.checkpoint.pretrained import write_card
+from modernbert_jax.checkpoint.hf import write_card
 from train.common.card import start_facts
 from train.corpora.build.bpe import train_bpe
 from train.finetune import retrieval

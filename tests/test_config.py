@@ -82,7 +82,8 @@ class TestReading:
                 "sparse_prediction": True, "architectures": ["X"], "num_labels": 4}  # fmt: skip
         config = ModernBertConfig.from_dict(data)
         written = json.loads(config.to_json())
-        assert written["sparse_prediction"] is True and written["architectures"] == ["X"]
+        assert written["sparse_prediction"] is True
+        assert "architectures" not in written  # it belongs to the checkpoint
         again = ModernBertConfig.from_dict(written)
         assert again.replace(id2label=(), hf_extra="{}") == config.replace(hf_extra="{}")
 

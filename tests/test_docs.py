@@ -33,7 +33,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from convert import cli as convert_cli
 from modernbert_jax import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, cli as umbrella
 from modernbert_jax.attention import __main__ as self_check
-from modernbert_jax.checkpoint.pretrained import flatten, save_orbax
+from modernbert_jax.checkpoint.orbax import save_orbax
+from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.inference import cli as library_cli
 from modernbert_jax.inference.export import use_compile_cache
 from train import cli
@@ -260,7 +261,7 @@ def things(tmp_path_factory):
     params = flatten(model)
     moments = {key: np.full(value.shape, 1e-3, np.float32) for key, value in params.items()}
     save_orbax(
-        folder / "base_context", config=config, params=params,
+        folder / "base_context", architecture=type(model).__name__, config=config, params=params,
         optimizer={"step": 7, "mu": moments, "nu": moments}, tokenizer_dir=folder / "CHECKPOINT",
     )  # fmt: skip
     composer = ["to-composer", str(folder / "base_context"), str(folder / "ep0-ba52988-rank0.pt")]

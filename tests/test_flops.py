@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, attention
-from modernbert_jax.checkpoint.pretrained import module_of, param_shapes
+from modernbert_jax.checkpoint.params import module_of, param_shapes
 from modernbert_jax.config import FULL, SLIDING
 from train.common.flops import PEAK, hardware_flops, mfu, model_flops, segment_lengths
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from modernbert_jax import ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import to_hf
+from modernbert_jax.weights import to_hf
 from tests.parity_cases import relative_error
 
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "tiny"

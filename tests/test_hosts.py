@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from modernbert_jax.checkpoint.pretrained import load_orbax
+from modernbert_jax.checkpoint.orbax import load_orbax
 from train.common.hosts import Hosts, connect
 from train.common.metrics import read_metrics
 from train.corpora.synthetic import write_corpus

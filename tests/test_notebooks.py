@@ -13,7 +13,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from modernbert_jax import ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import param_shapes
+from modernbert_jax.checkpoint.params import param_shapes
 from notebooks import execute
 from train.configs.notebook import get_config
 

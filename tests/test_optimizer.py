@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import flatten
+from modernbert_jax.checkpoint.params import flatten
 from train.common.optimizer import adamw, decay_mask, stable_adamw
 from train.pretrain.config import Phase
 

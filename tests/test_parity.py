@@ -11,9 +11,11 @@ from flax import nnx
 import modernbert_jax as mj
 from modernbert_jax import attention as attention_op
 from modernbert_jax.attention import make_bounds
-from modernbert_jax.checkpoint.pretrained import flatten, hf_to_params, module_of, to_hf
+from modernbert_jax.checkpoint.hf import hf_to_params
+from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.config import FULL, SLIDING
 from modernbert_jax.model import apply_rope, rope_tables
+from modernbert_jax.weights import to_hf
 from tests.parity_cases import CASES, QUICK, hf_model, inputs, relative_error
 
 torch = pytest.importorskip("torch")
@@ -35,7 +37,7 @@ def ours_of(reference, head="ModernBertForMaskedLM", **changes):
     config = mj.ModernBertConfig.from_dict(reference.config.to_dict()).replace(**changes)
     tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
     cls = HEADS[head]
-    return module_of(cls, config, hf_to_params(config, tensors, cls))
+    return module_of(cls, config, hf_to_params(cls, config, tensors))
 
 
 def t(x):

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import load_orbax
+from modernbert_jax.checkpoint.orbax import load_orbax
 from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli
 from train.common.hosts import Hosts, connect

@@ -13,13 +13,9 @@ import safetensors.numpy
 from flax import nnx
 
 import modernbert_jax as mj
-from modernbert_jax.checkpoint.pretrained import (
-    flatten,
-    load_orbax,
-    param_shapes,
-    read_safetensors,
-    save_orbax,
-)
+from modernbert_jax.checkpoint.hf import SafetensorsFolder
+from modernbert_jax.checkpoint.orbax import load_orbax, save_orbax
+from modernbert_jax.checkpoint.params import flatten, param_shapes
 from modernbert_jax.weights import WEIGHTS, from_hf, to_hf, weight_of
 from tests.parity_cases import BIASES, hf_model, inputs, relative_error
 
@@ -127,7 +123,7 @@ class TestPrefixes:
     def test_bare_encoder_into_a_head(self, tmp_path):
         encoder = mj.ModernBertModel(CONFIG, rngs=nnx.Rngs(3))
         encoder.save_pretrained(tmp_path)
-        keys = list(read_safetensors(tmp_path))
+        keys = list(SafetensorsFolder(tmp_path))
         assert not any(k.startswith("model.") for k in keys)
         with pytest.warns(UserWarning, match="5 weights of the head are new.*head.dense.weight"):
             model = mj.ModernBertForMaskedLM.from_pretrained(tmp_path, seed=4)
@@ -189,7 +185,7 @@ class TestRefusals:
     def test_truncated_file(self, golden):
         path = golden / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
             self.load(golden)
 
     @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x", "a/b", "..", ""])
@@ -223,7 +219,7 @@ class TestRefusals:
             self.load(tmp_path / "nowhere")
 
     def test_hub_id_offline_says_what_the_hub_said(self):
-        with pytest.raises(OSError, match="not a local folder, and the hub gave"):
+        with pytest.raises(OSError, match="not a local folder, and the hub raised"):
             self.load("someone/some-model", local_files_only=True)
 
     def test_integer_weights(self, golden):
@@ -251,7 +247,9 @@ class TestOrbax:
     def save(self, folder, **extra):
         model = mj.ModernBertForMaskedLM(CONFIG, rngs=nnx.Rngs(0))
         params = {k: np.asarray(v) for k, v in flatten(model).items()}
-        save_orbax(folder, config=CONFIG, params=params, **extra)
+        save_orbax(
+            folder, architecture="ModernBertForMaskedLM", config=CONFIG, params=params, **extra
+        )
         return model, params
 
     def test_from_pretrained_reads_it(self, tmp_path):
@@ -276,17 +274,19 @@ class TestOrbax:
     def test_bfloat16_stays(self, tmp_path):
         config = CONFIG.replace(param_dtype="bfloat16")
         model = mj.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
-        save_orbax(tmp_path / "c", config=config, params=flatten(model))
+        save_orbax(
+            tmp_path / "c", architecture=type(model).__name__, config=config, params=flatten(model)
+        )
         loaded = load_orbax(tmp_path / "c")
         assert all(v.dtype == ml_dtypes.bfloat16 for v in loaded["params"].values())
         same(mj.ModernBertForMaskedLM.from_pretrained(tmp_path / "c"), model)
 
-    def test_half_written_is_no_checkpoint_and_whole_is_not_overwritten(self, tmp_path):
+    def test_half_written_is_no_checkpoint_and_a_complete_one_is_not_overwritten(self, tmp_path):
         self.save(tmp_path / "c")
         with pytest.raises(FileExistsError, match="found a checkpoint"):
             self.save(tmp_path / "c")
         (tmp_path / "c" / "config.json").unlink()
-        with pytest.raises(FileNotFoundError, match="expected a whole checkpoint"):
+        with pytest.raises(FileNotFoundError, match="expected a complete checkpoint"):
             mj.ModernBertForMaskedLM.from_pretrained(tmp_path / "c")
         self.save(tmp_path / "c")  # what was half-written gives way
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertModel
-from modernbert_jax.checkpoint.pretrained import flatten, to_hf
+from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.weights import to_hf
 from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.finetune.retrieval import Encoder, RetrievalConfig, contrast, retrieval_scores, train

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import param_shapes
+from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.packing import IGNORE_INDEX
 from train.common import sharding
 from train.common.sharding import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import hf_to_params
+from modernbert_jax.checkpoint.hf import hf_to_params
 from modernbert_jax.packing import IGNORE_INDEX
 from tests.parity_cases import hf_model
 from train.common.optimizer import decay_mask
@@ -113,7 +113,7 @@ def test_fifty_steps(packed, gradient_accumulation_steps, scan):
     reference = start()
     config = ModernBertConfig.from_dict(reference.config.to_dict())
     tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
-    params = hf_to_params(config, tensors, ModernBertForMaskedLM)
+    params = hf_to_params(ModernBertForMaskedLM, config, tensors)
     recipe = TrainConfig(optimizer=Optimizer(weight_decay=5e-4), loss_chunk=16, scan_layers=scan)
     trainer = Trainer(recipe, config, make_mesh(devices=jax.devices()[:1]))
     params = jax.tree.map(jax.numpy.asarray, params)

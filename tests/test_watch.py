@@ -18,7 +18,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import param_shapes
+from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.weights import WEIGHTS, weight_of
 from train.common.watch import Goodput, Profile, Spikes, Stall, norms_by_kind
 

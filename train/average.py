@@ -14,18 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modernbert_jax import ModernBertConfig
-from modernbert_jax.checkpoint.pretrained import (
-    CONFIG_FILE,
-    class_of,
-    hf_to_params,
-    is_orbax,
-    load_orbax,
-    params_to_hf,
-    read_safetensors,
-    resolve,
-    write_hf,
-)
+from modernbert_jax.auto import read_params
+from modernbert_jax.checkpoint.files import CONFIG_FILE
+from modernbert_jax.checkpoint.hf import params_to_hf, write_hf
+from modernbert_jax.checkpoint.hub import resolve
 
 from .common.card import start_facts
 
@@ -51,11 +43,11 @@ def average(checkpoints: Sequence[str | os.PathLike], out: str | os.PathLike) ->
     if (out / CONFIG_FILE).exists():
         raise FileExistsError(f"{out}: expected a new folder, found a checkpoint")
     folders = [resolve(source) for source in checkpoints]
-    config, weights = _read(folders[0])
+    cls, config, weights = read_params(folders[0])
     dtypes = {path: w.dtype for path, w in weights.items()}
     total = {path: np.zeros(w.shape, np.float64) for path, w in weights.items()}
     for folder in folders:
-        found, weights = _read(folder)
+        _, found, weights = read_params(folder)
         _refuse_others(folders[0], config, set(total), folder, found, set(weights))
         for path, sum_ in total.items():
             if not np.isfinite(weights[path]).all():
@@ -63,23 +55,11 @@ def average(checkpoints: Sequence[str | os.PathLike], out: str | os.PathLike) ->
             sum_ += weights[path]
         del weights
     mean = {path: (total.pop(path) / len(folders)).astype(dtypes[path]) for path in dtypes}
-    cls = class_of(mean, config)
     write_hf(
-        out, config, params_to_hf(config, mean, in_place=True),
+        out, config, params_to_hf(cls, config, mean, in_place=True),
         tokenizer_dir=folders[0], architecture=cls.__name__,
         card={"training": {"Mean of": [start_facts(os.fspath(c))["name"] for c in checkpoints]}},
     )  # fmt: skip
-
-
-def _read(folder: pathlib.Path) -> tuple[ModernBertConfig, dict[str, np.ndarray]]:
-    """(config, parameters {path: array}) of a checkpoint in either layout."""
-    if is_orbax(folder):
-        loaded = load_orbax(folder)
-        return loaded["config"], loaded["params"]
-    if not (folder / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{folder}: expected {CONFIG_FILE}, found none")
-    config = ModernBertConfig.from_json(folder / CONFIG_FILE)
-    return config, hf_to_params(config, read_safetensors(folder))
 
 
 def _refuse_others(first, config, paths, folder, found, found_paths) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints: Hugging Face folders, Orbax directories, hub ids."""
+"""Checkpoints: Hugging Face folders, Orbax directories and hub ids."""

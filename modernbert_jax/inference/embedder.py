@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modernbert_jax.attention import attention as default_attention, sharded
-from modernbert_jax.checkpoint.pretrained import flatten, module_of
+from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import pool
 from modernbert_jax.inference.export import Function, batch_tokens_here, load, save
 from modernbert_jax.model import ModernBertModel

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.pretrained import CONFIG_FILE, resolve, write_bytes
+from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
+from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.packing import row_size
 from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer

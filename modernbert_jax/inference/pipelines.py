@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.pretrained import flatten, module_of
+from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,

@@ -19,16 +19,17 @@ MAKE = """
 import sys
 import numpy as np
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint import pretrained
+from modernbert_jax.checkpoint.hf import write_hf
+from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.weights import weight_of
 
 config, rng = ModernBertConfig.base(), np.random.default_rng(0)
-shapes = pretrained.param_shapes(ModernBertForMaskedLM, config)
+shapes = param_shapes(ModernBertForMaskedLM, config)
 tensors = {
     key: rng.standard_normal(weight_of(key).hf_shape(tuple(v.shape)), np.float32) * 0.02
     for key, v in shapes.items()
 }
-pretrained.write_hf(sys.argv[1], config, tensors)
+write_hf(sys.argv[1], config, tensors, architecture="ModernBertForMaskedLM")
 """
 VERBS = (
     ("from-hf", "hf", "orbax"),

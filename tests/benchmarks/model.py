@@ -42,14 +42,15 @@ def our_model(reference=None):
     from flax import nnx
 
     import modernbert_jax as mj
-    from modernbert_jax.checkpoint.pretrained import hf_to_params, module_of
+    from modernbert_jax.checkpoint.hf import hf_to_params
+    from modernbert_jax.checkpoint.params import module_of
 
     config = mj.ModernBertConfig.base()
     if reference is None:
         model = mj.ModernBertModel(config, rngs=nnx.Rngs(0))
     else:
         tensors = {k: v.detach().numpy() for k, v in reference.state_dict().items()}
-        params = hf_to_params(config, tensors, mj.ModernBertModel)
+        params = hf_to_params(mj.ModernBertModel, config, tensors)
         model = module_of(mj.ModernBertModel, config, jax.tree.map(jax.numpy.asarray, params))
     graph, state = nnx.split(model)
 

@@ -37,7 +37,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM  # noqa: E402
-from modernbert_jax.checkpoint.pretrained import hf_to_params  # noqa: E402
+from modernbert_jax.checkpoint.hf import hf_to_params  # noqa: E402
 from modernbert_jax.packing import IGNORE_INDEX, plan_rows  # noqa: E402
 from train.common.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
@@ -267,7 +267,7 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
     torch_device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.devices()[0].platform)
     reference = reference_model(model_config)
     tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
-    params = hf_to_params(model_config, tensors, ModernBertForMaskedLM)
+    params = hf_to_params(ModernBertForMaskedLM, model_config, tensors)
     config = TrainConfig(
         model=model_config, remat=args.remat, scan_layers=args.scan_layers, prng=args.prng
     )

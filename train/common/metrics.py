@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from modernbert_jax.checkpoint.pretrained import write_bytes, write_text
+from modernbert_jax.checkpoint.files import write_bytes, write_text
 
 
 class MetricsWriter:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 
-from modernbert_jax.checkpoint.pretrained import write_text
+from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.weights import weight_of
 
 

@@ -4,7 +4,8 @@ import os
 import pathlib
 from typing import Any
 
-from modernbert_jax.checkpoint.pretrained import CONFIG_FILE, resolve
+from modernbert_jax.checkpoint.files import CONFIG_FILE
+from modernbert_jax.checkpoint.hub import resolve
 
 
 def is_remote(workdir: Any) -> bool:

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from modernbert_jax import ModernBertConfig, ModernBertModel
 from modernbert_jax.attention import sharded
-from modernbert_jax.checkpoint.pretrained import flatten, module_of, write_text
+from modernbert_jax.checkpoint.files import write_text
+from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import pool
 from modernbert_jax.inference.embedder import unit
 from modernbert_jax.packing import fill_rows

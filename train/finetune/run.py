@@ -30,7 +30,9 @@ from modernbert_jax import (
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
 )
-from modernbert_jax.checkpoint.pretrained import flatten, module_of, write_card, write_text
+from modernbert_jax.checkpoint.files import write_text
+from modernbert_jax.checkpoint.hf import write_card
+from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.packing import IGNORE_INDEX, fill_rows, plan_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
 

@@ -15,13 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modernbert_jax import ModernBertConfig
-from modernbert_jax.checkpoint.pretrained import (
-    CONFIG_FILE,
-    load_orbax,
-    remove_tree,
-    start_save_orbax,
-)
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax.checkpoint.files import CONFIG_FILE, remove_tree
+from modernbert_jax.checkpoint.orbax import load_orbax, start_save_orbax
 
 from ..common.hosts import from_first, is_first
 from ..common.optimizer import StableAdamWState
@@ -73,6 +69,7 @@ class Checkpoints:
         try:
             finish = start_save_orbax(
                 folder,
+                architecture=ModernBertForMaskedLM.__name__,
                 config=self.trainer.model_config,
                 params=state.params,
                 optimizer={"step": step, "mu": state.optimizer.mu, "nu": state.optimizer.nu},

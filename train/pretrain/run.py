@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from modernbert_jax import FillMask, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import module_of, write_bytes, write_text
+from modernbert_jax.checkpoint.files import write_bytes, write_text
+from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.tokenizer import Tokenizer
 

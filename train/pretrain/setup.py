@@ -17,13 +17,9 @@ import numpy as np
 from etils import epath
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.pretrained import (
-    copy_tokenizer,
-    flatten,
-    is_orbax,
-    load_orbax,
-    write_text,
-)
+from modernbert_jax.checkpoint.files import copy_tokenizer, write_text
+from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
+from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
 
 from ..common.hosts import is_first

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.attention import sharded
-from modernbert_jax.checkpoint.pretrained import flatten, module_of, param_shapes
+from modernbert_jax.checkpoint.params import flatten, module_of, param_shapes
 from modernbert_jax.packing import IGNORE_INDEX
 
 from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw

@@ -1,0 +1,69 @@
+"""Which class a checkpoint holds, and the names of transformers for the same things."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from modernbert_jax.checkpoint.files import read_config
+from modernbert_jax.checkpoint.hf import SafetensorsFolder, hf_to_params
+from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
+from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.heads import (
+    ModernBertForMaskedLM,
+    ModernBertForMultipleChoice,
+    ModernBertForQuestionAnswering,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+)
+from modernbert_jax.model import ModernBertModel
+from modernbert_jax.weights import BACKBONE
+
+# With these names a snippet written for transformers needs one changed import.
+AutoConfig = ModernBertConfig
+AutoModel = ModernBertModel
+AutoModelForMaskedLM = ModernBertForMaskedLM
+AutoModelForSequenceClassification = ModernBertForSequenceClassification
+AutoModelForTokenClassification = ModernBertForTokenClassification
+AutoModelForQuestionAnswering = ModernBertForQuestionAnswering
+AutoModelForMultipleChoice = ModernBertForMultipleChoice
+
+
+def class_of(keys: Iterable[str], architecture: str | None) -> type[Any]:
+    """Returns the model class that a checkpoint with these keys holds.
+
+    architecture: the class that config.json names; it decides between the classifiers, whose keys
+    are the same.
+    """
+    keys = list(keys)
+    if any(k.startswith(BACKBONE) for k in keys):
+        return ModernBertModel
+    if any(k.startswith("classifier.") for k in keys):
+        for cls in (
+            ModernBertForMultipleChoice,
+            ModernBertForTokenClassification,
+            ModernBertForQuestionAnswering,
+        ):
+            if cls.__name__ == architecture:
+                return cls
+        return ModernBertForSequenceClassification
+    return ModernBertForMaskedLM
+
+
+def read_params(
+    folder: str | os.PathLike[str],
+) -> tuple[type[Any], ModernBertConfig, dict[str, np.ndarray]]:
+    """Reads a Hugging Face folder or an Orbax directory: its class, configuration and parameters.
+
+    The parameters are {path: array} with the dtypes of the file. Raises FileNotFoundError if there
+    is no checkpoint, ValueError if keys or shapes do not fit the configuration.
+    """
+    if is_orbax(folder):
+        loaded = load_orbax(folder)
+        params = loaded["params"]
+        return class_of(params, loaded["architecture"]), loaded["config"], params
+    config, architecture = read_config(folder)
+    tensors = SafetensorsFolder(folder)
+    cls = class_of(tensors, architecture)
+    return cls, config, hf_to_params(cls, config, tensors)

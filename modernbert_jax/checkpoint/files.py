@@ -1,0 +1,60 @@
+"""File names and small writes that every checkpoint layout shares.
+
+Paths are pathlib's, or etils' epath for buckets (gs://...).
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from modernbert_jax.config import ModernBertConfig
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Any:
+    """The absolute form of a local path; any other kind of path is returned unchanged."""
+    return pathlib.Path(path).absolute() if isinstance(path, str | pathlib.Path) else path
+
+
+def write_text(path: Any, text: str) -> None:
+    """Writes a text file atomically: readers see the old content or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Any, content: bytes) -> None:
+    """Writes a binary file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def remove_tree(folder: Any) -> None:
+    """Removes a directory and everything in it."""
+    folder.rmtree() if hasattr(folder, "rmtree") else shutil.rmtree(folder)
+
+
+def copy_tokenizer(source: str | os.PathLike[str] | None, folder: Any) -> None:
+    """Copies the tokenizer files that exist in `source`, tokenizer.json last."""
+    if source is None:
+        return
+    for name in reversed(TOKENIZER_FILES):
+        path = absolute_path(source) / name
+        if path.exists() and path != folder / name:
+            write_bytes(folder / name, path.read_bytes())
+
+
+def read_config(folder: Any) -> tuple[ModernBertConfig, str | None]:
+    """Reads config.json: the configuration and the model class it names, None if it names none.
+
+    Raises FileNotFoundError if the file is missing, ValueError if it is not a valid configuration.
+    """
+    path = absolute_path(folder) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{folder}: expected {CONFIG_FILE}, found none")
+    config = ModernBertConfig.from_json(path)
+    names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    return config, str(names[0]) if isinstance(names, list) and names else None
