@@ -6,41 +6,49 @@ DEMO := .venv
 TEST := .venv-test
 NEXT := .venv-next
 
-# Two processes, a file at a time: most tests compile on one core.
+# Two processes, each a file at a time: most tests compile on one core.
 PYTEST := -m pytest -n 2 --dist loadfile -ra --durations=10
-# What the second version pair runs: the tests of the library and its kernels, that is, every file
-# that imports neither train nor convert. Tests that need torch skip there.
+# The files that `make check` runs: they compile little, and together they take under a minute.
+CHECK_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
+    layout))
+# The files that run on the second version pair: those that import neither train nor convert, which
+# are the tests of the library and its kernels. Tests that need torch skip there.
 NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/test_*.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-slow soak test-next lint format reference notebooks clean
+.PHONY: help demo check test test-all test-slow soak test-next lint format reference notebooks \
+    release clean
 
-help:  ## this list
+help:  ## prints this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo:  ## the main job in small: makes notes, pretrains in two phases, exports, fills masks
+demo:  ## runs the main job in small: writes notes, pretrains in two phases, exports, fills masks
 	@.ci/venv $(DEMO) train $(PYTHON)
 	$(DEMO)/bin/python -m train pretrain --config demo
 
-test:  ## every kind of check, few cases each: tests, then lint
+check:  ## lints and runs the quick test files: the inner loop, under 90 seconds on two idle cores
+	@$(MAKE) --no-print-directory lint
+	$(TEST)/bin/python $(PYTEST) -m "not slow" $(CHECK_TESTS)
+
+test:  ## runs every kind of check with few cases each, then lints
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/python $(PYTEST) -m "not slow"
 	@$(MAKE) --no-print-directory lint
 
 # Here a missing Python 3.12 is no failure: the second pair is tested where it can be.
-test-all: test test-slow  ## everything: whole matrices, soak tests, the second version pair
+test-all: test test-slow  ## runs everything: also the second version pair, where it can
 	@$(MAKE) --no-print-directory test-next CI=true
 
-test-slow:  ## only what `make test` leaves out
+test-slow:  ## runs what `make test` leaves out: whole matrices, soak tests, the documents
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/python $(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
 
-soak:  ## twenty trials of killing one of two hosts at a random step
+soak:  ## kills one of two hosts at a random step, twenty times
 	@.ci/venv $(TEST) test $(PYTHON)
 	SOAK_TRIALS=20 $(TEST)/bin/python $(PYTEST) tests/test_hosts.py -k killed
 
-test-next:  ## the library's tests on the newer jax and flax; needs Python 3.12 or newer
+test-next:  ## runs the library's tests on the newer jax and flax; needs Python 3.12 or newer
 	@if python=$$(.ci/venv find 12); then \
 	    .ci/venv $(NEXT) test "$$python" && \
 	    $(NEXT)/bin/python $(PYTEST) -m "not slow" $(NEXT_TESTS); \
@@ -49,10 +57,11 @@ test-next:  ## the library's tests on the newer jax and flax; needs Python 3.12 
 	    $(if $(CI),true,false); \
 	fi
 
-lint:  ## ruff, the format, the types
+lint:  ## checks style, format, the direction of imports, and types
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/ruff check
 	$(TEST)/bin/ruff format --check
+	$(TEST)/bin/lint-imports --no-logo
 	$(TEST)/bin/pyright
 
 format:  ## rewrites the sources: import order, fixable lint, format
@@ -68,6 +77,18 @@ notebooks:  ## executes every notebook from its .py and rewrites the .ipynb, out
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/python notebooks/execute.py
 
+# Both are built from the checkout. The tests then build them again, install the wheel into an empty
+# environment, and compare the version with CHANGELOG.md and CITATION.cff.
+release:  ## builds and checks the sdist and the wheel, and prints how to upload them
+	@.ci/venv $(TEST) test $(PYTHON)
+	rm -rf dist
+	$(TEST)/bin/python -m build
+	$(TEST)/bin/python -m twine check --strict dist/*
+	$(TEST)/bin/python -m pytest -q tests/test_packaging.py tests/test_layout.py
+	@echo "Ready. Date the version in CHANGELOG.md, tag it, and upload it with:"
+	@echo "  $(TEST)/bin/python -m twine upload dist/*"
+
 clean:  ## removes the environments and every cache
-	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis \
+	    .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,13 +23,17 @@
 # %%
 import importlib.util
 import os
+import subprocess
+import sys
 
-REPOSITORY = "..."  # where you found this project
+SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
-    raise ImportError(
-        f"run `!git clone {REPOSITORY} repo && pip install -e 'repo[train,notebooks]'`, "
-        "then restart the notebook"
-    )
+    package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
+if importlib.util.find_spec("train") is None:  # a wheel holds it inside the package
+    import modernbert_jax
+
+    sys.path.append(modernbert_jax.__path__[0])
 
 REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
 NEGEX = os.environ.get("NEGEX_DIR", "")  # a folder with rsAnnotations-1-120-random.txt, if any

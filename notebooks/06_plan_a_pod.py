@@ -23,13 +23,17 @@
 # %%
 import importlib.util
 import os
+import subprocess
+import sys
 
-REPOSITORY = "..."  # where you found this project
+SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
-    raise ImportError(
-        f"run `!git clone {REPOSITORY} repo && pip install -e 'repo[train,notebooks]' libtpu`, "
-        "then restart the notebook"
-    )
+    package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
+if importlib.util.find_spec("train") is None:  # a wheel holds it inside the package
+    import modernbert_jax
+
+    sys.path.append(modernbert_jax.__path__[0])
 
 REAL = bool(os.environ.get("MODERNBERT_REAL"))  # compile the plan below instead of reading it
 
@@ -46,7 +50,8 @@ TOPOLOGY = "v5e:4x4"  # 16 chips
 config = get_config()
 for phase in config.phases:
     print(
-        f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, {phase.mlm_probability:.0%} masked"
+        f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, "
+        f"{phase.mlm_probability:.0%} masked"
     )
 print(f"a step: {config.global_batch_size} rows of {config.sequence_length:,} tokens")
 
@@ -83,18 +88,16 @@ for device in ("TPU v5 lite", "TPU v6 lite"):
 #
 # Whether it fits is harder to count. libtpu compiles the whole training step for devices that are
 # not here and says what it takes: `python -m train plan --config bioclinical_base --topology
-# v5e:4x4 --json FILE`. Four such files lie in `notebooks/plans`; the README has more of them in a
-# table.
+# v5e:4x4 --json FILE`. Four such files lie in `train/plan/examples`; the README has more of them in
+# a table.
 
 # %%
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import train
+import train.plan
 
-COMMITTED = Path(train.__file__).parents[1] / "notebooks" / "plans"
+COMMITTED = Path(train.plan.__file__).parent / "examples"
 plans = {}
 for size in ("base", "large"):
     for slice_ in ("v5e:4x4", "v6e:4x4"):
@@ -103,11 +106,13 @@ for size in ("base", "large"):
         )
 
 if not REAL:
-    print("read from notebooks/plans; MODERNBERT_REAL=1 compiles")
+    print("read from train/plan/examples; MODERNBERT_REAL=1 compiles")
 elif importlib.util.find_spec("libtpu") is None:
     print("libtpu is not installed, so nothing is compiled: pip install libtpu")
 else:
-    command = f"-m train plan --config bioclinical_base --topology {TOPOLOGY} --json plan.json"
+    command = (
+        f"-m modernbert_jax plan --config bioclinical_base --topology {TOPOLOGY} --json plan.json"
+    )
     subprocess.run([sys.executable, *command.split()], check=True)
     plans["base", TOPOLOGY] = json.loads(Path("plan.json").read_text())
 
@@ -141,7 +146,8 @@ for (size, slice_), plan in plans.items():
     sent = sum(entry["sent_bytes"] for entry in plan["collectives"].values())
     first = plan["phases"][0]
     print(
-        f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}{plan['waste']:>12.1%}{sent / 1e9:>10.1f} GB"
+        f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}"
+        f"{plan['waste']:>12.1%}{sent / 1e9:>10.1f} GB"
         f"{first['arithmetic_floor_seconds']:>7.2f} s{first['seconds_a_step']:>7.2f} s"
     )
 
@@ -187,6 +193,6 @@ for (size, slice_), plan in plans.items():
 #
 # - When a slice is yours, the first steps of `pretrain` print tokens per second and the real MFU;
 #   put it in above.
-# - `--search` finds the largest micro-batch that fits; `--mesh.fsdp`, `--remat`, `--global-batch-size` and every
-#   other field of the config are options of `plan`, too.
+# - `--search` finds the largest micro-batch that fits; `--mesh.fsdp`, `--remat`,
+#   `--global-batch-size` and every other field of the config are options of `plan`, too.
 # - `notebooks/guides/tpu_pods.md`: create the slice, start on all hosts, resume.

@@ -10,13 +10,12 @@ import venv
 import zipfile
 
 import build
+import jupytext
 import pytest
 import yaml
 
 import modernbert_jax
-from convert import cli as convert_cli
 from modernbert_jax import cli
-from train import cli as train_cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "goldens" / "tiny"
@@ -165,7 +164,7 @@ def test_the_installed_commands(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_extra_in_an_empty_environment(built, tmp_path):
+def test_an_empty_environment(built, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     bin = tmp_path / "venv" / "bin"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -178,7 +177,13 @@ def test_the_training_extra_in_an_empty_environment(built, tmp_path):
             stdout=subprocess.PIPE,
         ).stdout  # fmt: skip
 
-    run(str(bin / "pip"), "install", "--quiet", f"modernbert_jax[train] @ {built[1].as_uri()}")
+    # The first cell of a notebook installs the wheel and finds `train` in it.
+    cell = jupytext.read(ROOT / "notebooks" / "01_fill_mask.py").cells[1].source
+    assert 'SOURCE = "..."' in cell
+    cell = cell.replace('SOURCE = "..."', f"SOURCE = {built[1].as_uri()!r}")
+    check = "\nimport train.configs\nprint(train.configs.__file__)"
+    shown = run(str(bin / "python"), "-c", cell + check)
+    assert str(tmp_path / "venv") in shown.splitlines()[-1]
     command = str(bin / "modernbert-jax")
     run(
         command, *"pretrain --config demo --sequence-length 64 --global-batch-size 8".split(),
@@ -203,10 +208,10 @@ def test_a_missing_extra_is_one_line(command, module, extra, monkeypatch, capsys
 
     monkeypatch.setitem(sys.modules, module, None)  # the import raises
     if module == "tyro":
-        monkeypatch.delitem(sys.modules, "train.cli")
+        monkeypatch.delitem(sys.modules, "train.cli", raising=False)
     else:
-        monkeypatch.setattr(convert_cli, "main", imports_it)
-        monkeypatch.setattr(train_cli, "main", imports_it)
+        monkeypatch.setattr("convert.cli.main", imports_it)
+        monkeypatch.setattr("train.cli.main", imports_it)
     assert cli.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
