@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 
 from tests.xml_files import article, deletion, jats, package, write
+from train.corpora.build.revisions import resolve
 from train.corpora.readers import archives, markup
 from train.corpora.source import Report
 from train.corpora.sources import pmc, pubmed
@@ -268,7 +269,7 @@ def revised(tmp_path):
 
 def resolved(root: pathlib.Path, folder: pathlib.Path, workers: int = 1) -> dict[str, str]:
     parts = pubmed.SOURCE.parts(root)
-    newest = pubmed.SOURCE.revisions.resolve(parts, folder, workers)
+    newest = resolve(pubmed.SOURCE.revisions, parts, folder, workers)
     newest = pickle.loads(pickle.dumps(newest))
     kept = {}
     for part in parts:
@@ -298,7 +299,7 @@ def test_revisions_and_deletions(revised, tmp_path):
 def test_resolving_again_scans_what_is_new(revised, tmp_path, monkeypatch):
     index = tmp_path / "index"
     assert resolved(revised, index, workers=2) == EXPECTED
-    before = pubmed.SOURCE.revisions.resolve(pubmed.SOURCE.parts(revised), index).fingerprint
+    before = resolve(pubmed.SOURCE.revisions, pubmed.SOURCE.parts(revised), index).fingerprint
     scanned = []
     scan = pubmed.SOURCE.revisions.scan
 
@@ -308,7 +309,7 @@ def test_resolving_again_scans_what_is_new(revised, tmp_path, monkeypatch):
 
     source = pubmed.SOURCE.revisions.__class__(pubmed.age, spy, pubmed.key)
     write(revised / "a" / "pubmed26n0011.xml.gz", deletion((1, 1)))
-    after = source.resolve(pubmed.SOURCE.parts(revised), index)
+    after = resolve(source, pubmed.SOURCE.parts(revised), index)
     assert scanned == ["pubmed26n0011.xml.gz"] and after.fingerprint != before
     assert resolved(revised, index) == {k: v for k, v in EXPECTED.items() if k != "1.1"}
 
@@ -564,7 +565,7 @@ def test_damaged_packages_fail_with_one_line(tmp_path):
         path.write_bytes(broken)
         assert "damaged or cut" in fails(pmc.SOURCE, path)
     path.write_bytes(gzip.compress(b"secret" * 1000))
-    assert "expected a whole .tar" in fails(pmc.SOURCE, path)
+    assert "expected a complete .tar" in fails(pmc.SOURCE, path)
     plain = package(
         tmp_path / "oa_comm_xml.tar", ("PMC1.xml", jats("1", "<p>" + "w " * 9000 + "</p>"))
     )
@@ -587,7 +588,7 @@ def test_the_newest_package_has_the_article(tmp_path):
     package(root / same_day, ("PMC5.xml", jats("5", "<p>Same day.</p>")))
     (root / "alone.nxml").write_bytes(jats("4"))
     parts = pmc.SOURCE.parts(root)
-    newest = pmc.SOURCE.revisions.resolve(parts, tmp_path / "index")
+    newest = resolve(pmc.SOURCE.revisions, parts, tmp_path / "index")
     kept = {
         example.id: (part.name.split(".")[1], example.text.split("\n")[-1])
         for part in parts

@@ -108,13 +108,13 @@ def test_prepared_folders_and_a_run_that_obeys(prepared, tmp_path):
 def test_refusals(prepared, args, problem):
     with pytest.raises(ValueError, match=problem):
         mixture((str(prepared / "out"),), **args)
-    with pytest.raises(FileNotFoundError, match="expected a folder that"):
+    with pytest.raises(FileNotFoundError, match="expected an output of"):
         mixture((str(prepared / "tokenizer"),))
     with pytest.raises(ValueError, match="each source once"):
         mixture((str(prepared / "out"), str(prepared / "out" / "b")))
 
 
-def test_corpora_without_held_out_documents(prepared, tmp_path):
+def test_corpora_without_an_evaluation_split(prepared, tmp_path):
     """One alone is refused before training; beside another it is only not scored."""
     none = tmp_path / "none"
     prepare(

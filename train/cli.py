@@ -9,10 +9,10 @@ import tyro
 
 USAGE = """usage: python -m train VERB ...
 
-  corpora        what there is to train on: access, license, size, what is on disk
-  prepare        a corpus to text and shards of tokens, once
-  mixture        tokens and shares of prepared corpora, and the flags that train on them
-  decontaminate  documents of a corpus that share word spans with an evaluation set
+  corpora        lists the corpora: access, license, size, what is on disk
+  prepare        turns a corpus into text and shards of tokens, once
+  mixture        shows tokens and shares of prepared corpora, with the flags that train on them
+  decontaminate  finds documents of a corpus that share word spans with a test set
   pretrain       masked-LM pretraining in phases; takes up a run that was interrupted
   plan           compile a run for devices that are not here: memory, exchanges, hours
   average        the mean of several checkpoints
@@ -108,9 +108,9 @@ def _mixture(args: list[str]) -> int:
 
 
 def _decontaminate(args: list[str]) -> int:
-    from .corpora.reports.decontaminate import overlap
+    from .corpora.reports.decontaminate import decontaminate
 
-    print(tyro.cli(overlap, prog="python -m train decontaminate", args=args))
+    print(tyro.cli(decontaminate, prog="python -m train decontaminate", args=args))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""python -m train corpora: what the corpora are, and which of them are at hand."""
+"""python -m train corpora: lists the corpora and which of them are available locally."""
 
 import json
 import pathlib
@@ -10,11 +10,11 @@ from .mixture import aligned
 
 
 def catalogue(source: str = "", out: str = "") -> str:
-    """A table of all corpora: access, license, size; what is on disk, what is prepared.
+    """Tabulates all corpora: access, license, size, the files on disk and what is prepared.
 
     Args:
-        source: folder of folders by name, as downloaded; empty: nothing is looked for.
-        out: where `prepare --corpus all` put them; empty: nothing is looked for.
+        source: folder of downloads, each in a folder with the corpus's name; empty: not checked.
+        out: output folder of `prepare --corpus all`; empty: not checked.
     """
     head = ["name", "access", "license", "expected documents", "tokens"]
     head += ["files"] * bool(source) + ["documents", "tokens"] * bool(out)

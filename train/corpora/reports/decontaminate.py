@@ -1,8 +1,8 @@
-"""python -m train decontaminate: documents of a corpus that share word spans with an evaluation set.
+"""python -m train decontaminate: finds documents of a corpus that share word spans with a test set.
 
-A span is 13 words in a row: runs of letters, digits and "_", in lower case, whatever stands
-between. The set's spans are kept as 64-bit hashes. Only where 13 words in a row all occur somewhere
-in the set is a document of the corpus hashed. What is reported are ids and counts, never a text.
+A span is 13 consecutive words: runs of letters, digits and "_", in lower case, with anything
+between them. The test set's spans are kept as 64-bit hashes; a document is hashed only where all
+words of a span occur somewhere in the test set. The report has ids and counts, never any text.
 """
 
 import collections
@@ -25,17 +25,17 @@ from ..build.tokenize import read_shard
 from ..readers.text import find_files, read_documents, read_file
 
 _WORD = re.compile(r"\w+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: no word of a span is lost in the product
-_PIECES = 20_000  # of a token folder, for one worker at a time
-_NAMED = 5  # ids of the set in a line of the report
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that every word of a span affects its hash
+_CHUNKS = 20_000  # of a token folder, for one worker at a time
+_NAMED = 5  # ids of the test set on one line of the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """The spans of an evaluation set.
+    """The spans of a test set.
 
     words: a number from 1 for each word in it. values: uint64 [words + 1]. hashes: uint64, sorted,
-    one for each (span, document) pair, and documents: int32, which document each is of.
+    one for each (span, document) pair; documents: int32, the document of each.
     """
 
     length: int
@@ -46,23 +46,23 @@ class Spans:
 
     @classmethod
     def of(cls, texts: Iterator[str], length: int) -> "Spans":
-        """From the documents of the set, which are held in memory as numbers."""
+        """Computes the spans of documents. length: words in a span."""
         words: dict[str, int] = {}
         ids = [
             np.array([words.setdefault(w, len(words) + 1) for w in _words(text)], np.int64)
             for text in texts
         ]
         values = np.random.default_rng(0).integers(0, 2**64, len(words) + 1, np.uint64)
-        hashes = [np.unique(_hashes(document, values, length)[1]) for document in ids]
+        hashes = [np.unique(_hashes(document, values, length)) for document in ids]
         owners = np.repeat(np.arange(len(ids), dtype=np.int32), [len(h) for h in hashes])
         joined = np.concatenate([np.zeros(0, np.uint64), *hashes])
         order = np.argsort(joined, kind="stable")
         return cls(length, words, values, joined[order], owners[order])
 
     def shared(self, text: str) -> tuple[int, list[int]]:
-        """How many places of a text begin a span of the set; the set's documents that have them."""
+        """Counts the positions where a span of the set starts; lists the documents that have one."""
         ids = np.array([self.words.get(word, 0) for word in _words(text)], np.int64)
-        _, hashes = _hashes(ids, self.values, self.length)
+        hashes = _hashes(ids, self.values, self.length)
         if not len(hashes) or not len(self.hashes):
             return 0, []
         first = np.searchsorted(self.hashes, hashes)
@@ -75,30 +75,30 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _hashes(ids: np.ndarray, values: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(places, hashes) of the spans without an unknown word (0)."""
+def _hashes(ids: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """The hashes of the spans without an unknown word (0)."""
     if len(ids) < length:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+        return np.zeros(0, np.uint64)
     unknown = np.concatenate([[0], np.cumsum(ids == 0)])
-    places = np.flatnonzero(unknown[length:] == unknown[:-length])
-    hashes = np.zeros(len(places), np.uint64)
+    positions = np.flatnonzero(unknown[length:] == unknown[:-length])
+    hashes = np.zeros(len(positions), np.uint64)
     for offset in range(length):
-        hashes = hashes * _FACTOR + values[ids[places + offset]]
-    return places, hashes
+        hashes = hashes * _FACTOR + values[ids[positions + offset]]
+    return hashes
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a worker looks at: a shard of text, a file, or some pieces of a token folder."""
+    """The input of one worker: a shard of text, a file, or some chunks of a token folder."""
 
     path: pathlib.Path
     report: pathlib.Path
     split: str = ""
-    pieces: tuple[int, int] = (0, 0)
+    chunks: tuple[int, int] = (0, 0)
     name: str = ""  # of a file
 
 
-def overlap(
+def decontaminate(
     corpus: str,
     task: str,
     task_column: str = "",
@@ -108,17 +108,17 @@ def overlap(
     words: int = 13,
     workers: int = 0,
 ) -> str:
-    """Documents of a corpus that share spans of words with an evaluation set. Returns a summary.
+    """Finds documents of a corpus that share word spans with a test set. Returns a summary.
 
     Args:
-        corpus: what `prepare` made, or a folder or file of text; a token folder needs a tokenizer.
-        task: the evaluation set: a file or folder of .txt, .jsonl, .csv or .tsv.
-        task_column: its column with text; empty: text, notes, note, ...
-        text_column: the corpus's, where it is .jsonl, .csv or .tsv.
+        corpus: an output of `prepare`, or a folder or file of text; tokens alone need a tokenizer.
+        task: the test set: a file or folder of .txt, .jsonl, .csv or .tsv.
+        task_column: its text column; empty: text, notes, note, ...
+        text_column: text column of the corpus, if it is .jsonl, .csv or .tsv.
         tokenizer: folder or hub id, for a token folder without its text.
         out: file for the report: a line of JSON for each document found, with ids and counts.
-        words: of a span.
-        workers: processes; 0: a process for each core.
+        words: number of words in a span.
+        workers: number of processes; 0 starts one for each core.
     """
     if words < 1:
         raise ValueError(f"words: expected at least 1, got {words}")
@@ -135,7 +135,7 @@ def overlap(
         parts = _parts(pathlib.Path(corpus), text_column, tokenizer, pathlib.Path(folder))
         decoder = _decoder(tokenizer) if any(part.split for part in parts) else ""
         find = functools.partial(_find, spans, text_column, decoder)
-        run_all(find, parts, "overlap", workers or len(os.sched_getaffinity(0)))
+        run_all(find, parts, "decontaminate", workers or len(os.sched_getaffinity(0)))
         total, touched = collections.Counter(), set()
         with open(out or os.devnull, "w", encoding="utf-8") as report:
             for part in parts:
@@ -152,8 +152,8 @@ def overlap(
                         report.write(json.dumps(found, ensure_ascii=False) + "\n")
     return (
         f"{total['found']:,} of {total['documents']:,} documents of {corpus} share {words}-word "
-        f"spans with {task} ({total['spans']:,} places); {len(touched):,} of its {len(names):,} "
-        f"documents are concerned ({short:,} are too short to tell)"
+        f"spans with {task} ({total['spans']:,} positions); {len(touched):,} of its {len(names):,} "
+        f"documents are affected ({short:,} are too short to check)"
         + (f"; report: {out}" if out else "")
     )
 
@@ -164,7 +164,7 @@ def _parts(
     reports = (folder / f"{number:06d}.jsonl" for number in range(10**9))
     for text in (corpus, corpus / "text", corpus.parent / "text"):
         facts = _manifest(text)
-        # The text beside a token folder is that of the tokens.
+        # Text next to a token folder is used if the tokens were made from it.
         if "shards" in facts and (
             text.parent != corpus.parent
             or text == corpus
@@ -175,9 +175,9 @@ def _parts(
         if not tokenizer:
             raise ValueError(f"{corpus}: tokens without their text; pass --tokenizer to read them")
         return [
-            Part(corpus, next(reports), split, (first, min(first + _PIECES, len(store.lengths))))
+            Part(corpus, next(reports), split, (first, min(first + _CHUNKS, len(store.lengths))))
             for split, store in open_store(corpus).items()
-            for first in range(0, len(store.lengths), _PIECES)
+            for first in range(0, len(store.lengths), _CHUNKS)
         ]
     files = find_files(corpus, text_column or None)
     return [Part(file.path, next(reports), name=file.name) for file in files]
@@ -199,9 +199,9 @@ def _find(spans: Spans, text_column: str, decoder: str, part: Part) -> None:
     with part.report.open("w", encoding="utf-8") as report:
         for name, text in _texts(part, text_column, decoder):
             documents += 1
-            places, found = spans.shared(text)
-            if places:
-                report.write(json.dumps({"id": name, "spans": places, "task": found}) + "\n")
+            positions, found = spans.shared(text)
+            if positions:
+                report.write(json.dumps({"id": name, "spans": positions, "task": found}) + "\n")
         report.write(json.dumps({"documents": documents}) + "\n")
 
 
@@ -209,8 +209,8 @@ def _texts(part: Part, text_column: str, decoder: str) -> Iterator[tuple[str, st
     if part.split:
         backend = tokenizers.Tokenizer.from_str(decoder)
         store: Any = open_store(part.path)[part.split]
-        for first in range(*part.pieces, 256):
-            numbers = np.arange(first, min(first + 256, part.pieces[1]))
+        for first in range(*part.chunks, 256):
+            numbers = np.arange(first, min(first + 256, part.chunks[1]))
             texts = backend.decode_batch([ids.tolist() for ids in store.read(numbers)])
             yield from ((f"{part.split}:{n}", t) for n, t in zip(numbers, texts, strict=True))
     elif part.name:

@@ -1,8 +1,8 @@
-"""python -m train mixture: what a run is made of, in tokens, source by source.
+"""python -m train mixture: shows the tokens and share of each source in a run's phases.
 
-BioClinical ModernBERT: phase 1 is three epochs of everything, phase 2 three epochs of the clinical
-corpora. Prepared folders give the numbers; `python -m train mixture` without any takes those of the
-model card, as a plan.
+BioClinical ModernBERT trains three epochs on everything in phase 1 and three epochs on the clinical
+corpora in phase 2. The numbers come from prepared folders; without any, they are those of the model
+card, as a plan.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ..sources import sources
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A corpus in a mixture. tokens: of one epoch of its train split. epochs: in each phase."""
+    """A corpus in a mixture. tokens: in one epoch of its train split. epochs: in each phase."""
 
     name: str
     kind: str  # clinical, biomedical or generic
@@ -28,12 +28,12 @@ class Part:
 
 
 def budget(parts: Sequence[Part], phase: int) -> int:
-    """Tokens of a phase."""
+    """The number of tokens in a phase."""
     return sum(part.epochs[phase] * part.tokens for part in parts)
 
 
 def flags(parts: Sequence[Part], phase: int) -> str:
-    """The flags of `pretrain` for a phase: a corpus that is named twice counts twice an epoch."""
+    """The flags of `pretrain` for a phase. A corpus listed n times is repeated n times per epoch."""
     used = [part for part in parts if part.epochs[phase] and part.folder]
     common = math.gcd(*(part.epochs[phase] for part in used)) or 1
     folders = [part.folder for part in used for _ in range(part.epochs[phase] // common)]
@@ -49,13 +49,13 @@ def mixture(
     repeat: tuple[str, ...] = (),
     png: str = "",
 ) -> str:
-    """A table of documents, tokens and shares of each source, and the flags that train on it.
+    """Tabulates documents, tokens and shares of each source, with the flags that train on them.
 
     Args:
-        prepared: folders that `prepare` made, or a folder of them (--corpus all); none: the plan.
-        epochs: of everything in phase 1, of the clinical corpora in phase 2.
-        repeat: other epochs of a source, NAME=PHASE 1,PHASE 2, such as medqa=3,6.
-        png: file for the same as a picture.
+        prepared: outputs of `prepare`, or a folder of them (--corpus all); none shows the plan.
+        epochs: number of epochs on everything in phase 1, on the clinical corpora in phase 2.
+        repeat: other epochs for a source, NAME=PHASE 1,PHASE 2, such as medqa=3,6.
+        png: file for a chart of the table.
     """
     parts = [_prepared(folder) for name in prepared for folder in _folders(pathlib.Path(name))]
     if not prepared:
@@ -74,13 +74,13 @@ def mixture(
 
 def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
     found = [folder, *sorted(folder.iterdir())] if folder.is_dir() else []
-    whole = [f for f in found if (f / "tokens" / "manifest.json").is_file()]
-    if not whole:
+    complete = [f for f in found if (f / "tokens" / "manifest.json").is_file()]
+    if not complete:
         raise FileNotFoundError(
-            f"prepared {folder}: expected a folder that `python -m train prepare` made, or a "
-            "folder of them, found none"
+            f"prepared {folder}: expected an output of `python -m train prepare`, or a folder of "
+            "them, found none"
         )
-    return whole
+    return complete
 
 
 def _prepared(folder: pathlib.Path) -> Part:
@@ -93,7 +93,7 @@ def _prepared(folder: pathlib.Path) -> Part:
 def _planned() -> list[Part]:
     clinical = [source for source in sources() if source.kind == "clinical"]
     return [
-        # Both together, as the reference's training configuration has it; no card tells them apart.
+        # The reference's training configuration gives only their sum.
         Part("pubmed + pmc", "biomedical", 0, 50_735_000_000, ()),
         *(
             Part(source.name, "clinical", source.documents, source.tokens, ())
@@ -127,7 +127,7 @@ def _with_epochs(parts: list[Part], epochs: int, repeat: tuple[str, ...]) -> lis
 
 
 def table(parts: Sequence[Part]) -> str:
-    """Documents, tokens of an epoch, and for each phase the epochs, tokens and share."""
+    """Formats documents, tokens in an epoch and, for each phase, the epochs, tokens and share."""
     head = ["source", "kind", "documents", "tokens"]
     for phase in (1, 2):
         head += [f"phase {phase}", "tokens", "share"]
@@ -148,7 +148,7 @@ def table(parts: Sequence[Part]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows as columns of text; the first `left` of them flush left."""
+    """Aligns rows in columns; the first `left` columns are flush left, the others flush right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -161,7 +161,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def picture(parts: Sequence[Part]) -> bytes:
-    """A PNG: tokens of each source in each phase, on a logarithmic scale, with its share."""
+    """Plots the tokens of each source in each phase, with their shares; returns a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import NullFormatter
@@ -170,25 +170,25 @@ def picture(parts: Sequence[Part]) -> bytes:
     height = 1.2 + 0.26 * len(parts)
     figure = Figure(figsize=(11, height), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    colours = {"clinical": "tab:blue", "biomedical": "tab:green", "generic": "tab:grey"}
+    colors = {"clinical": "tab:blue", "biomedical": "tab:green", "generic": "tab:grey"}
     names = [part.name for part in ordered]
     for phase, axis in enumerate(axes):
         total = budget(parts, phase)
         tokens = [part.epochs[phase] * part.tokens for part in ordered]
-        axis.barh(names, tokens, color=[colours[part.kind] for part in ordered])
+        axis.barh(names, tokens, color=[colors[part.kind] for part in ordered])
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(title=f"phase {phase + 1}: {total:,} tokens", xlabel="tokens, all epochs")
-        for place, count in enumerate(tokens):
+        for position, count in enumerate(tokens):
             if count:
                 axis.annotate(
-                    f" {100 * count / total:.3g}%", (count, place), va="center", fontsize=7
+                    f" {100 * count / total:.3g}%", (count, position), va="center", fontsize=7
                 )
         axis.grid(axis="x", alpha=0.3)
     counts = [e * part.tokens for part in parts for e in part.epochs if e * part.tokens] or [1]
-    axes[0].set_xlim(min(counts) / 5, max(counts) * 8)  # room for the shares
+    axes[0].set_xlim(min(counts) / 5, max(counts) * 8)  # leaves room for the shares
     kinds = dict.fromkeys(part.kind for part in reversed(ordered))
-    axes[1].legend(handles=[Patch(color=colours[kind], label=kind) for kind in kinds], fontsize=8)
+    axes[1].legend(handles=[Patch(color=colors[kind], label=kind) for kind in kinds], fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()

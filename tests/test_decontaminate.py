@@ -10,7 +10,7 @@ from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.corpora.build.prepare import prepare
 from train.corpora.reports import decontaminate as module
-from train.corpora.reports.decontaminate import Spans, overlap
+from train.corpora.reports.decontaminate import Spans, decontaminate
 
 WORDS = "the patient was seen for chest pain and left arm numbness on day two of stay".split()
 
@@ -33,15 +33,15 @@ def test_shared_against_sets_of_strings(n):
     everything = set().union(*by_document)
     for text in corpus:
         own = spans_of(text, n)
-        places = sum(span in everything for span in own)
+        positions = sum(span in everything for span in own)
         documents = [i for i, some in enumerate(by_document) if some & set(own)]
-        assert spans.shared(text) == (places, documents)
+        assert spans.shared(text) == (positions, documents)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A task of three texts and a corpus that has a span of the first, with other punctuation."""
-    root = tmp_path_factory.mktemp("overlap")
+    root = tmp_path_factory.mktemp("decontaminate")
     span = "one two three four five six seven eight nine ten eleven twelve thirteen"
     task = [f"Before {span} after it", "short", f"{span} again, and {span} more"]
     task.append("alpha " * 20)
@@ -66,12 +66,18 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("corpus", ["corpus.jsonl", "out", "out/text", "out/tokens"])
 def test_every_kind_of_corpus(folders, corpus, tmp_path, capsys):
     report = tmp_path / "report.jsonl"
-    command = ["decontaminate", "--corpus", str(folders / corpus), "--task", str(folders / "task.tsv")]
+    command = [
+        "decontaminate",
+        "--corpus",
+        str(folders / corpus),
+        "--task",
+        str(folders / "task.tsv"),
+    ]
     command += ["--task-column", "sentence", "--out", str(report), "--workers", "1"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert "1 of 25 documents" in said and "(1 places); 2 of its 4 documents" in said
-    assert "(1 are too short to tell)" in said
+    assert "1 of 25 documents" in said and "(1 positions); 2 of its 4 documents" in said
+    assert "(1 are too short to check)" in said
     assert [json.loads(line) for line in report.read_text().splitlines()] == [
         {
             "id": "corpus.jsonl:2",
@@ -87,9 +93,11 @@ def test_tokens_without_their_text(folders, tmp_path, monkeypatch):
     task = str(folders / "task.tsv")
     arguments = {"task_column": "sentence", "workers": 2, "out": str(tmp_path / "r.jsonl")}
     with pytest.raises(ValueError, match="pass --tokenizer"):
-        overlap(str(tmp_path / "alone"), task, **arguments)
-    monkeypatch.setattr(module, "_PIECES", 4)
-    line = overlap(str(tmp_path / "alone"), task, tokenizer=str(folders / "tokenizer"), **arguments)
+        decontaminate(str(tmp_path / "alone"), task, **arguments)
+    monkeypatch.setattr(module, "_CHUNKS", 4)
+    line = decontaminate(
+        str(tmp_path / "alone"), task, tokenizer=str(folders / "tokenizer"), **arguments
+    )
     assert line.startswith("1 of 25 documents") and "2 of its 4 documents" in line
     found = json.loads((tmp_path / "r.jsonl").read_text())
     assert re.fullmatch(r"(train|eval):\d+", found["id"]) and found["spans"] == 1
@@ -97,4 +105,4 @@ def test_tokens_without_their_text(folders, tmp_path, monkeypatch):
 
 def test_words_must_be_positive(folders):
     with pytest.raises(ValueError, match="words: expected at least 1"):
-        overlap(str(folders / "out"), str(folders / "task.tsv"), words=0)
+        decontaminate(str(folders / "out"), str(folders / "task.tsv"), words=0)
