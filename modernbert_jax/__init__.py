@@ -35,6 +35,6 @@ from modernbert_jax.inference.pipelines import (
     pipeline as pipeline,
 )
 from modernbert_jax.model import ModernBertModel as ModernBertModel
-from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer, Tokenizer as Tokenizer
+from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer
 
 __version__ = "0.1.0"

@@ -46,17 +46,14 @@ def small_tokenizer():
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-    from modernbert_jax import Tokenizer
+    from modernbert_jax.tokenizer import from_backend
 
-    special = {
-        f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "CLS", "SEP", "MASK", "UNK")
-    }
     bpe = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     words = ["the patient has no fever, denies cough and pain; seen today with a rash"] * 9
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special.values()), show_progress=False,
+        vocab_size=300, special_tokens=["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(words, trainer)
@@ -64,4 +61,4 @@ def small_tokenizer():
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )  # fmt: skip
-    return Tokenizer.from_tokenizers(bpe, **special)
+    return from_backend(bpe)

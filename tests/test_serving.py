@@ -175,7 +175,10 @@ class TestCommand:
     @pytest.mark.slow
     def test_time_runs_two_processes(self, embedding, tmp_path, capfd):
         cache = tmp_path / "cache"
-        assert main(["benchmark", str(embedding), "--task", "embed", "--compile-cache", str(cache)]) == 0
+        assert (
+            main(["benchmark", str(embedding), "--task", "embed", "--compile-cache", str(cache)])
+            == 0
+        )
         out = capfd.readouterr().out
         assert out.index("one process:") < out.index("the next:")
         assert out.count("cold start, in all") == 2

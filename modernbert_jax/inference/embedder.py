@@ -1,10 +1,12 @@
 """Texts to vectors: Embedder packs texts of any lengths into full rows."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ from modernbert_jax.heads import pool
 from modernbert_jax.inference.export import Function, batch_tokens_here, load, save
 from modernbert_jax.model import ModernBertModel
 from modernbert_jax.packing import batch_rows, fill_rows, segment_slots
-from modernbert_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # What mteb passes to `encode` beside the texts.
 MTEB = {"task_metadata", "hf_split", "hf_subset", "prompt_type", "batch_size", "precision"}
@@ -34,7 +38,7 @@ class Embedder:
     """
 
     model: ModernBertModel
-    tokenizer: Tokenizer
+    tokenizer: PreTrainedTokenizerFast
     pooling: str = "mean"
     layer: int = -1
     normalize: bool = True
@@ -90,7 +94,7 @@ class Embedder:
         revision: str | None = None,
         compile_cache: str | os.PathLike[str] | None = None,
         **options: Any,
-    ) -> "Embedder":
+    ) -> Embedder:
         """The encoder of a checkpoint with its tokenizer.
 
         options: the fields. compile_cache: a folder that keeps compiled programs for later

@@ -10,6 +10,8 @@ Such a file is a program of array operations that jax compiles and runs: serve y
 For a platform that is not at hand attention is exported as XLA has it, without a kernel.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -17,7 +19,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,7 +28,10 @@ from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.packing import row_size
-from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
+from modernbert_jax.tokenizer import AutoTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FUNCTIONS = "functions"
 
@@ -135,7 +140,7 @@ class Function:
         return sizes
 
 
-def save(folder: str | os.PathLike[str], model: Any, tokenizer: Tokenizer) -> None:
+def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """The checkpoint that exported functions stand beside.
 
     Raises FileExistsError where `folder` holds a model of another class: it would lose its head.
@@ -150,7 +155,7 @@ def save(folder: str | os.PathLike[str], model: Any, tokenizer: Tokenizer) -> No
 
 def load(
     cls: type, model: Any, tokenizer: Any, options: dict[str, Any], compile_cache: Any = None
-) -> tuple[Any, Tokenizer, pathlib.Path | None]:
+) -> tuple[Any, PreTrainedTokenizerFast, pathlib.Path | None]:
     """(model, tokenizer, folder or None) of a folder, a hub id, or a model of `cls`.
 
     options: those of from_pretrained. Raises TypeError for anything else, ValueError where the
@@ -171,8 +176,13 @@ def load(
         )
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError("tokenizer: expected a folder, a hub id or a Tokenizer, got none of them")
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise TypeError(
+            "tokenizer: expected a folder, a hub id or a fast tokenizer of transformers, got "
+            f"{type(tokenizer).__name__}"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: expected at most the model's {model.config.vocab_size:,} tokens, got "

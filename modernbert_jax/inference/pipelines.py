@@ -1,9 +1,11 @@
 """Texts in, answers in transformers' form out: fill-mask, text- and token-classification."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,7 +19,9 @@ from modernbert_jax.heads import (
 from modernbert_jax.inference.embedder import progress
 from modernbert_jax.inference.export import Function, batch_tokens_here, load, save
 from modernbert_jax.packing import batch_rows, fill_rows, segment_slots
-from modernbert_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # What transformers' pipeline takes, and what stands for it here.
 NOT_TAKEN = {
@@ -30,7 +34,7 @@ NOT_TAKEN = {
 def pipeline(
     task: str = "",
     model: Any = None,
-    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerFast | str | os.PathLike[str] | None = None,
     *,
     compile_cache: str | os.PathLike[str] | None = None,
     dtype: Any = None,
@@ -69,7 +73,7 @@ class _Pipeline:
     def __init__(
         self,
         model: Any,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         folder: str | os.PathLike[str] | None = None,
         *,
         batch_tokens: int | None = None,
@@ -77,7 +81,7 @@ class _Pipeline:
         """folder: where exported functions may be. batch_tokens: of a packed row, at most; by
         default 16,384, on a CPU 512."""
         self.model: Any = model
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerFast = tokenizer
         self.batch_tokens: int = batch_tokens or batch_tokens_here()
         self.longest: int = model.config.max_position_embeddings
         self._params = flatten(model)
@@ -133,7 +137,7 @@ class FillMask(_Pipeline):
     def __init__(
         self,
         model: Any,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         folder: str | os.PathLike[str] | None = None,
         *,
         top_k: int = 5,
@@ -243,7 +247,7 @@ class TextClassification(_Pipeline):
     def __init__(
         self,
         model: Any,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         folder: str | os.PathLike[str] | None = None,
         *,
         top_k: int | None | str = "",
@@ -330,7 +334,7 @@ class TokenClassification(_Pipeline):
     def __init__(
         self,
         model: Any,
-        tokenizer: Tokenizer,
+        tokenizer: PreTrainedTokenizerFast,
         folder: str | os.PathLike[str] | None = None,
         *,
         aggregation_strategy: str = "none",

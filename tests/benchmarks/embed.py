@@ -34,22 +34,23 @@ def checkpoint(folder: pathlib.Path, size: str, tokenizer_files: str | None) -> 
     """A seeded model in HF's layout with a tokenizer that keeps a word a token."""
     import torch
     import transformers
-    from tokenizers import Tokenizer as Backend, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    from modernbert_jax import AutoTokenizer, Tokenizer
+    from modernbert_jax import AutoTokenizer
+    from modernbert_jax.tokenizer import from_backend
 
     if tokenizer_files:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_files)
     else:
         names = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *WORDS]
-        backend = Backend(
+        backend = Tokenizer(
             models.WordLevel({n: i for i, n in enumerate(dict.fromkeys(names))}, "[UNK]")
         )
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
         )
-        tokenizer = Tokenizer.from_tokenizers(backend)
+        tokenizer = from_backend(backend)
     torch.manual_seed(0)
     sizes = {
         "base": {},

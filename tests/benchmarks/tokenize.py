@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import tokenizers
 
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, backend_json
 from train.corpora.build import dataset as builder
 from train.corpora.build.tokenize import Recipe, tokenize
 from train.corpora.sources import find
@@ -71,9 +71,7 @@ def measure(folder: pathlib.Path, tokenizer: str, notes: int, workers: int) -> d
     encoder = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
     ends = encoder.cls_token_id, encoder.sep_token_id
     assert ends[0] is not None and ends[1] is not None
-    recipe = Recipe(
-        encoder.backend_tokenizer.to_str(), len(encoder), (ends[0], ends[1]), sequence_length=8192
-    )
+    recipe = Recipe(backend_json(encoder), len(encoder), (ends[0], ends[1]), sequence_length=8192)
     shards = {"train": [(p, str(p)) for p in sorted(text.glob("*.array_record-*"))]}
     before, start = cpu_seconds(), time.perf_counter()
     facts = tokenize(shards, recipe, folder / "work" / "t", folder / "tokens", "", {}, workers)[

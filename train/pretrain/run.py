@@ -8,6 +8,8 @@ Everything that can be refused is refused before the first step. What a run leav
 Every process of a job runs this; the first one writes.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
@@ -18,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -28,7 +30,6 @@ from modernbert_jax import FillMask, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.files import write_bytes, write_text
 from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.packing import IGNORE_INDEX
-from modernbert_jax.tokenizer import Tokenizer
 
 from ..common import flops, watch
 from ..common.hosts import barrier, connect, first_then_others, is_first, to_host, total
@@ -50,6 +51,9 @@ from .setup import (
     with_corpora,
 )
 from .step import Trainer, TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Store = dict[str, TokenStore]  # a corpus: split -> its chunks
 
@@ -125,13 +129,13 @@ def _hardware(mesh: jax.sharding.Mesh) -> str:
     return f"{grid} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes)"
 
 
-def _prepare(config: TrainConfig) -> tuple[Any, Tokenizer, list[dict[str, Store]]]:
+def _prepare(config: TrainConfig) -> tuple[Any, PreTrainedTokenizerFast, list[dict[str, Store]]]:
     """(workdir, tokenizer, each phase's corpora by name); finds again what is there."""
     workdir = open_workdir(config, say)
     config = with_corpora(config, workdir, say)
     tokenizer = run_tokenizer(config, workdir, say)
     for number, sentence in enumerate(config.fill_mask, start=1):
-        if (tokenizer.mask_token or "[MASK]") not in sentence:
+        if str(tokenizer.mask_token) not in sentence:
             raise ValueError(
                 f"fill_mask: expected {tokenizer.mask_token} in each sentence, sentence {number} "
                 "has none"
@@ -311,7 +315,7 @@ class _Session:
             "segments": flops.segment_lengths(batch.arrays["segment_ids"]),
         }
 
-    def _report(self, pending, bar: tqdm, clock: "_Clock") -> None:
+    def _report(self, pending, bar: tqdm, clock: _Clock) -> None:
         if pending is None:
             return
         step, metrics, facts = pending
@@ -437,7 +441,10 @@ def _scores(sums: np.ndarray) -> dict[str, float]:
 
 
 def _export(
-    model: ModernBertForMaskedLM, tokenizer: Tokenizer, folder: Any, facts: dict[str, Any]
+    model: ModernBertForMaskedLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Any,
+    facts: dict[str, Any],
 ) -> None:
     if isinstance(folder, pathlib.Path):
         return model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
@@ -459,7 +466,7 @@ def unigram_accuracy(train: TokenStore, masking: Masking, held_out: list[dict]) 
 
 
 def _filled(
-    model: ModernBertForMaskedLM, tokenizer: Tokenizer, sentences: Sequence[str]
+    model: ModernBertForMaskedLM, tokenizer: PreTrainedTokenizerFast, sentences: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The likeliest tokens for the first [MASK] of each sentence: {"sentence", "top"}."""
     if not sentences:
@@ -492,11 +499,11 @@ class _Clock:
         def __exit__(self, *_):
             self.done(time.perf_counter() - self.start)
 
-    def waiting(self) -> "_Clock._Span":
+    def waiting(self) -> _Clock._Span:
         """Time in here is waiting for data."""
         return self._Span(lambda s: setattr(self, "waited", self.waited + s))
 
-    def paused(self) -> "_Clock._Span":
+    def paused(self) -> _Clock._Span:
         """Time in here counts for nothing."""
         return self._Span(lambda s: setattr(self, "start", self.start + s))
 

@@ -3,6 +3,8 @@
 All that can be refused is refused here, with one line.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -10,7 +12,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.files import copy_tokenizer, write_text
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten
-from modernbert_jax.tokenizer import AutoTokenizer, Tokenizer
+from modernbert_jax.tokenizer import AutoTokenizer
 
 from ..common.hosts import is_first
 from ..common.optimizer import StableAdamWState
@@ -34,6 +36,9 @@ from ..tokens.store import is_store
 from .config import TrainConfig
 from .data import Masking
 from .step import Trainer, TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Say = Callable[[str], None]
 
@@ -154,7 +159,7 @@ def prepare_corpus(config: TrainConfig, workdir: Any, corpus: str, say: Say) -> 
     return out
 
 
-def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> Tokenizer:
+def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> PreTrainedTokenizerFast:
     """The run's tokenizer, kept in WORKDIR/tokenizer."""
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
@@ -191,7 +196,7 @@ def run_tokenizer(config: TrainConfig, workdir: Any, say: Say) -> Tokenizer:
     return tokenizer
 
 
-def run_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModernBertConfig:
+def run_model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> ModernBertConfig:
     """The model that is trained: init_from's architecture, the run's dtypes and dropout."""
     model = config.model
     if config.init_from:
@@ -221,9 +226,9 @@ def run_model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModernBertCon
     return model.replace(**ids)
 
 
-def masking_of(config: TrainConfig, tokenizer: Tokenizer, rate: float) -> Masking:
+def masking_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rate: float) -> Masking:
     """What is masked at this rate."""
-    mask_id = tokenizer.mask_token_id
+    mask_id: Any = tokenizer.mask_token_id
     assert mask_id is not None  # _tokenizer refused the others
     return Masking(
         rate=rate,

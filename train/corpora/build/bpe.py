@@ -1,10 +1,13 @@
 """Train a byte-level BPE tokenizer of ModernBERT's kind."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tokenizers import (
     AddedToken,
-    Tokenizer as Backend,
+    Tokenizer,
     decoders,
     models,
     normalizers,
@@ -13,7 +16,10 @@ from tokenizers import (
     trainers,
 )
 
-from modernbert_jax.tokenizer import Tokenizer
+from modernbert_jax.tokenizer import from_backend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Ids 0 to 4. The space before [MASK] belongs to it, so that "is [MASK]." predicts " Paris".
 SPECIAL_TOKENS = (
@@ -26,7 +32,7 @@ SPECIAL_TOKENS = (
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with ModernBERT's normalizer, pre-tokenizer, special tokens and [CLS] A [SEP].
 
     The same texts give the same tokenizer. The vocabulary has `vocab_size` tokens, or fewer where
@@ -35,7 +41,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be {SMALLEST_VOCABULARY} or more, got {vocab_size}")
-    backend = Backend(models.BPE())
+    backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -51,11 +57,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[(t, backend.token_to_id(t)) for t in ("[CLS]", "[SEP]")],
     )
-    return Tokenizer.from_tokenizers(
-        backend,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        mask_token="[MASK]",
-    )
+    return from_backend(backend)

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import modernbert_jax
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint
 
 from ...tokens.store import SPLITS
 from ..source import Source
@@ -121,7 +121,7 @@ def _prepare_one(
     text = prepare_text(source, root, folder, eval_fraction, workers, beam)
     facts = {
         # Fingerprint of the files: a model comes with one tokenizer, with and without the space.
-        "tokenizer": AutoTokenizer.from_pretrained(tokenizer).fingerprint,
+        "tokenizer": fingerprint(AutoTokenizer.from_pretrained(tokenizer)),
         "add_prefix_space": add_prefix_space,
         "sequence_length": sequence_length,
         "text_sha256": text["sha256"],
@@ -130,8 +130,8 @@ def _prepare_one(
     if tokens:
         _same(folder / "tokens", tokens, facts)
     else:
-        ends = encoder.cls_token_id, encoder.sep_token_id
-        recipe = Recipe(encoder.backend_tokenizer.to_str(), len(encoder), ends, sequence_length)
+        ends: Any = encoder.cls_token_id, encoder.sep_token_id
+        recipe = Recipe(backend_json(encoder), len(encoder), ends, sequence_length)
         shards: dict[str, list[tuple[pathlib.Path, str]]] = {split: [] for split in SPLITS}
         for shard in text["shards"]:
             shards[shard["split"]].append((folder / "text" / shard["name"], shard["sha256"]))

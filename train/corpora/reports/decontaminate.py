@@ -189,9 +189,9 @@ def _manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _decoder(tokenizer: str) -> str:
-    from modernbert_jax.tokenizer import AutoTokenizer
+    from modernbert_jax.tokenizer import AutoTokenizer, backend_json
 
-    return AutoTokenizer.from_pretrained(tokenizer).backend_tokenizer.to_str()
+    return backend_json(AutoTokenizer.from_pretrained(tokenizer))
 
 
 def _find(spans: Spans, text_column: str, decoder: str, part: Part) -> None:
