@@ -44,10 +44,10 @@ REAL = bool(os.environ.get("MODERNBERT_REAL"))  # compile the plan below instead
 # of clinical text alone, in rows of 8,192 tokens.
 
 # %%
-from train.configs.bioclinical_base import get_config
+from train import configs
 
 TOPOLOGY = "v5e:4x4"  # 16 chips
-config = get_config()
+config = configs.load("bioclinical_base")
 for phase in config.phases:
     print(
         f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, "
@@ -126,7 +126,7 @@ figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
 names = [f"{size}\n{slice_}" for size, slice_ in plans]
 bottom = np.zeros(len(plans))
 for kind in kinds:
-    part = np.array([plan["bytes"][kind] / 2**30 for plan in plans.values()])
+    part = np.array([plan["memory_bytes"][kind] / 2**30 for plan in plans.values()])
     axis.bar(names, part, bottom=bottom, label=kind, width=0.6)
     bottom += part
 for x, plan in enumerate(plans.values()):
@@ -141,23 +141,26 @@ plt.show()
 # fewest micro-batches that fit.
 
 # %%
-print(f"{'':14}{'micro-batches':>14}{'empty rows':>12}{'sent':>13}{'floor':>9}{'at 40 %':>9}")
+print(
+    f"{'':14}{'micro-batches':>14}{'padding':>12}{'communication':>15}{'at least':>11}"
+    f"{'at 40 %':>9}"
+)
 for (size, slice_), plan in plans.items():
-    sent = sum(entry["sent_bytes"] for entry in plan["collectives"].values())
+    communication = sum(entry["communication_bytes"] for entry in plan["collectives"].values())
     first = plan["phases"][0]
     print(
         f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}"
-        f"{plan['waste']:>12.1%}{sent / 1e9:>10.1f} GB"
-        f"{first['arithmetic_floor_seconds']:>7.2f} s{first['seconds_a_step']:>7.2f} s"
+        f"{plan['batch_padding']:>12.1%}{communication / 1e9:>12.1f} GB"
+        f"{first['compute_lower_bound_seconds']:>9.2f} s{first['seconds_per_step']:>7.2f} s"
     )
 
 # %% [markdown]
-# The count by hand agrees with the plan's, empty rows aside.
+# The count by hand agrees with the plan's, apart from padding.
 
 # %%
 base = plans["base", "v5e:4x4"]
 for phase, planned in zip(config.phases, base["phases"], strict=True):
-    own = hours(phase, base["device"], base["chips"], base["mfu"]) / (1 - base["waste"])
+    own = hours(phase, base["device"], base["chips"], base["mfu"]) / (1 - base["batch_padding"])
     assert abs(own / planned["hours"] - 1) < 0.01
     print(f"{phase.name:16} by hand {own:5.1f} h, planned {planned['hours']:5.1f} h")
 

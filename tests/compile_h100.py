@@ -1,15 +1,11 @@
 """Compiles the GPU attention kernels to machine code on a machine without a GPU, and reads it.
 
-    python tests/compile_h100.py [--table] [--target sm90|sm80|sm89] [--quick]
+    python -m train.plan.install_cuda --target DIR
+    python tests/compile_h100.py DIR [--table] [--target sm90|sm80|sm89] [--quick]
 
-Prints JSON, one record a kernel: tensor-core instructions, spilled bytes, registers and barriers
-from the PTX and the report of ptxas; `--table` prints the Markdown table of the docs. It says what
-the compiler made and nothing about numbers or speed.
-
-The compiler comes from two wheels of the version of the installed jax, without their dependencies
-(cuDNN and the like are not needed), and ptxas from a third where it is not on the PATH. They are
-installed by pip into `.venv-h100/`, a folder of their own that only this script puts on its path:
-in an environment of the project they would make every other program look for a GPU.
+Prints JSON with one record per kernel: tensor-core instructions, spilled bytes, registers and
+barriers, from the PTX and the report of ptxas; `--table` prints the Markdown table of the docs. It
+reports what the compiler generated and nothing about numerical results or speed.
 """
 
 import argparse
@@ -24,13 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from train.plan.topologies import H100, WHEELS, install_cuda, ptxas_folder  # noqa: E402
+from train.plan.topologies import H100, environment  # noqa: E402
 
 LENGTHS = (1024, 8192)
 HEADS = {"base": 12, "large": 16}
 WINDOWS = {"global": None, "local": 64}
 
-# What differs in an A100 and an L4 from the device limits of an H100.
+# How the device limits of an A100 and an L4 differ from those of an H100.
 _SM8 = {
     "    feature_extension: ACCELERATED_FEATURES\n": "",
 }
@@ -49,35 +45,32 @@ ARCHITECTURES = {"sm90": "sm_90a", "sm80": "sm_80", "sm89": "sm_89"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile the GPU kernels for an absent GPU")
+    parser.add_argument("cuda_compiler", metavar="DIR", help="that install_cuda filled")
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
     parser.add_argument("--target", choices=TARGETS, default="sm90")
     parser.add_argument("--quick", action="store_true", help="one length and one model size")
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--wheels", type=Path, default=WHEELS, help="where they go")
     arguments = parser.parse_args()
     try:
-        folder = install_cuda(arguments.wheels)
-    except RuntimeError as error:
+        settings = environment("h100:1x1x1", arguments.cuda_compiler)
+    except ValueError as error:
         sys.exit(f"compile_h100: {error}")
     with tempfile.TemporaryDirectory() as dump:
-        prepare(folder, Path(dump))
+        prepare(settings, arguments.cuda_compiler, Path(dump))
         records = list(compile_all(arguments, Path(dump)))
     print(table(records) if arguments.table else json.dumps(records, indent=1))
 
 
-def prepare(folder: Path, dump: Path) -> None:
-    """The settings that jax reads when it is imported."""
-    sys.path.insert(0, str(folder))
-    paths = [os.environ.get("PATH", ""), str(ptxas_folder(folder))]
-    os.environ["PATH"] = os.pathsep.join(paths)
+def prepare(settings: dict[str, str], cuda_compiler: str, dump: Path) -> None:
+    """Applies the settings that jax reads when it is imported."""
+    sys.path.insert(0, cuda_compiler)
     os.environ.update(
-        JAX_PLATFORMS="cpu",
-        JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+        settings,
         XLA_FLAGS=f"--xla_dump_to={dump} --xla_dump_emitter_re=ptx",
         MOSAIC_GPU_DUMP_TO=str(dump),
         MOSAIC_GPU_DUMP_PTX="1",
     )
-    # A cached executable would leave nothing to read.
+    # A cached executable would write no PTX.
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 
@@ -112,7 +105,7 @@ def compile_all(arguments: argparse.Namespace, dump: Path):
 
 
 def compile_one(name: str, shape: tuple, window: int | None, device, dump: Path):
-    """(kernel, its PTX files) for forward, dq and dk/dv, each compiled for itself."""
+    """Yields (kernel, its PTX files) for forward, dq and dk/dv, each compiled separately."""
     import importlib
 
     import jax
@@ -138,7 +131,7 @@ def compile_one(name: str, shape: tuple, window: int | None, device, dump: Path)
     back = (q, q, q, q, lse, edge, edge, q)
     for kernel, function, inputs in (
         ("forward", forward, (q, q, q, edge, edge)),
-        # What a result does not need is not compiled.
+        # The compiler removes what a result does not need.
         ("dq", lambda *x: backward(*x)[0], back),
         ("dk/dv", lambda *x: backward(*x)[1:], back),
     ):
@@ -149,7 +142,7 @@ def compile_one(name: str, shape: tuple, window: int | None, device, dump: Path)
 
 
 def absent_gpu(device):
-    """What tells jax 0.11 and later, at lowering, which GPU a Triton kernel is for."""
+    """Tells jax 0.11 and later, at lowering, which GPU a Triton kernel is for."""
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
@@ -157,7 +150,7 @@ def absent_gpu(device):
 
 
 def read(files: list[Path], architecture: str) -> dict:
-    """What the PTX of the one attention kernel among `files` holds, and what ptxas makes of it."""
+    """Counts instructions in the PTX of the attention kernel among `files`, and runs ptxas on it."""
     texts = {file: file.read_text() for file in files}
     entry = r"\.entry \w*(attention|mosaic_gpu)\w*"
     ours = [file for file, text in texts.items() if re.search(entry, text)]
@@ -181,7 +174,7 @@ def read(files: list[Path], architecture: str) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    """A row a kernel and layer kind; what differs between lengths and heads is listed."""
+    """One row per kernel and kind of layer; values that differ between shapes are listed."""
     columns = ["wgmma", "mma_sync", "spilled_bytes", "registers", "barriers"]
     head = [
         "file",

@@ -1,6 +1,9 @@
 """Settings that must be in place before jax is imported, and the fixtures that many files use."""
 
+import fcntl
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +40,23 @@ def shared() -> Path:
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no folder `shared` beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cuda_compiler() -> Path:
+    """The folder of the CUDA compiler for absent GPUs, installed if it is missing."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / ".venv-h100" / f"jax-{jax.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be installing it
+        if not any(folder.glob("jax_cuda*_plugin-*.dist-info")):
+            command = [sys.executable, "-m", "train.plan.install_cuda", "--target", str(folder)]
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+            if done.returncode and not os.environ.get("CI"):  # CI has a package index
+                pytest.skip(f"pip could not install the CUDA compiler: {done.stderr[-200:]}")
+            assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 

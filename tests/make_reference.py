@@ -105,7 +105,8 @@ def _verbs(main: Any) -> str:
     with mock.patch.dict(os.environ, COLUMNS="200"), contextlib.suppress(SystemExit):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             main(["--help"])
-    verbs = re.findall(r"^ {2,4}(\w[\w-]*)(?: {2,}|\n {8,})(.+)$", out.getvalue(), re.M)
+    plain = re.sub("[│•]", " ", out.getvalue())  # tyro draws boxes
+    verbs = re.findall(r"^ {2,6}(\w[\w-]*)(?: {2,}|\n {8,})(.+?) *$", plain, re.M)
     return "\n".join(["| verb | |", "|---|---|", *(f"| {verb} | {text} |" for verb, text in verbs)])
 
 

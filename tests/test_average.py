@@ -16,7 +16,8 @@ from modernbert_jax import (
 )
 from modernbert_jax.checkpoint.orbax import save_orbax
 from modernbert_jax.checkpoint.params import flatten, module_of
-from train.average import average, main
+from train import cli
+from train.average import average
 
 CONFIG = ModernBertConfig.tiny(
     vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=3
@@ -89,9 +90,12 @@ def test_bfloat16_stays(tmp_path):
 
 
 def test_command(folders, tmp_path, capsys):
-    assert main([*map(str, folders), "--out", str(tmp_path / "mean")]) == 0
+    command = ["average", *map(str, folders), "--out", str(tmp_path / "mean")]
+    assert cli.main(command) == 0
     assert "3 checkpoints" in capsys.readouterr().out
     assert (tmp_path / "mean" / "config.json").exists()
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err.endswith("expected a new folder, found a checkpoint\n")
 
 
 class TestRefusals:

@@ -162,7 +162,7 @@ import resource, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pathlib
 from test_checkpoint import keeper, state_at, MODEL
-from train.common.hosts import leave
+from train.cli import leave
 model = MODEL.replace(hidden_size=256, vocab_size=1024)
 checkpoints = keeper(pathlib.Path({workdir!r}), model=model)
 checkpoints.save(state_at(checkpoints, 3), {{"row": 3}})

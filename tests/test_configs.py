@@ -10,6 +10,7 @@ import tyro
 
 from modernbert_jax import ModernBertConfig
 from train import configs
+from train.configs._recipe import large
 from train.pretrain.config import Phase, TrainConfig
 
 B = 10**9
@@ -215,7 +216,7 @@ class TestBatchSizeWarmup:
 
 def test_large_applies_changes_last():
     base = configs.load("bioclinical_base")
-    made = configs.large(base, seed=3)
+    made = large(base, seed=3)
     assert made.model == base.model.replace(
         hidden_size=1024, intermediate_size=2624, num_hidden_layers=28, num_attention_heads=16
     )

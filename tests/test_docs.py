@@ -42,7 +42,7 @@ from train.corpora.build.bpe import train_bpe
 from train.corpora.sources import sources
 from train.corpora.synthetic import synthetic_notes
 from train.finetune import retrieval, run as finetune
-from train.plan import search as plan, topologies as absent
+from train.plan import topologies
 from train.pretrain import run as loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -407,8 +407,7 @@ class World:
         for flag, instead in REPLACED.items():
             more += f" {instead}" if flag in words else ""
         if verb == "plan" and not (self.really and importlib.util.find_spec("libtpu")):
-            arguments, rest = plan._parser().parse_known_args(words[1:])
-            plan._config(arguments.config, rest)[0].validate()
+            cli.plan_arguments(words[1:], "plan")[2].validate()
         else:
             help_alone = ["--help"] if "--help" in words else []
             done(cli.main, [*words, *shlex.split(more), *help_alone] if self.really else words)
@@ -482,7 +481,7 @@ def test_blocks(document, enter):
 
 @by_name
 def test_blocks_in_full(document, enter, things, monkeypatch):
-    for name, value in absent.environment("v5e").items():  # so that plan stays in this process
+    for name, value in topologies.environment("v5e").items():  # so that plan stays in this process
         monkeypatch.setenv(name, value)
     use_compile_cache(things / "compiled")  # documents run the same recipes again and again
     run_document(enter(document, really=True))

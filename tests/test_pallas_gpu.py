@@ -6,7 +6,6 @@ memory, barriers and TMA) and machine code. No test of this file has run on a GP
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import types
@@ -258,13 +257,11 @@ def test_hopper_does_not_touch_tiles_outside_the_bounds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm90", "sm80", "sm89"])
-def test_compiles_for_an_absent_gpu(target):
+def test_compiles_for_an_absent_gpu(target, cuda_compiler):
     """Every kernel to machine code, in a process of its own: wgmma where it must be, no spills."""
     script = Path(__file__).with_name("compile_h100.py")
-    command = [sys.executable, str(script), "--target", target]
+    command = [sys.executable, str(script), str(cuda_compiler), "--target", target]
     done = subprocess.run(command, capture_output=True, text=True)
-    if "pip could not install" in done.stderr and not os.environ.get("CI"):  # CI has an index
-        pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-2000:]
     records = json.loads(done.stdout)
     implementations = 2 if target == "sm90" else 1

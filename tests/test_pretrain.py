@@ -329,7 +329,7 @@ class TestBadInput:
         assert cli.main(["pretrain", "--config", "nothing"]) == 2
         assert "demo, " in capsys.readouterr().err
         assert cli.main(["fly"]) == 2
-        assert "expected one of prepare, pretrain" in capsys.readouterr().err
+        assert "Available subcommands: corpora, prepare," in capsys.readouterr().err
         assert cli.main(["--help"]) == 0
         assert "configs: " in capsys.readouterr().out
 

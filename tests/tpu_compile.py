@@ -1,6 +1,6 @@
-"""Compile attention for a TPU that is not there, and print a line of JSON a case.
+"""Compiles attention for an absent TPU and prints one line of JSON per case.
 
-Run in a process of its own: libtpu keeps a lock and reads its flags once.
+Run it in a separate process: libtpu holds a lock and reads its flags once.
 
     python tests/tpu_compile.py v6e:2x2 base:8192:64 large:1024:none
 """
@@ -34,7 +34,7 @@ def one_device_mesh(topology: str) -> Mesh:
 
 
 def compile_case(mesh: Mesh, heads: int, length: int, window: int | None):
-    """Forward and `jax.vjp` of the kernels on [1, length, heads, 64] in bfloat16, compiled."""
+    """Compiles the kernels and their `jax.vjp` for [1, length, heads, 64] in bfloat16."""
     sharding = NamedSharding(mesh, PartitionSpec())
     qkv = jax.ShapeDtypeStruct((1, length, heads, HEAD_DIM), jnp.bfloat16, sharding=sharding)
     segment_ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)

@@ -1,10 +1,4 @@
-import sys
-
-from . import cli
-from .common.hosts import leave
+from .cli import leave, main
 
 if __name__ == "__main__":
-    code = cli.main()
-    if code:
-        leave(code)
-    sys.exit(code)
+    leave(main())

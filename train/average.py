@@ -1,18 +1,12 @@
-"""The mean of several checkpoints' weights, as an HF folder.
+"""Averages the weights of several checkpoints."""
 
-    python -m train average CKPT CKPT ... --out DIR
-
-ModernBERT-base was released as the mean of its three best checkpoints of the decay phase and the
-last one (arXiv 2412.13663, A.4); for large the best one alone was better.
-"""
-
-import argparse
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+import tyro
 
 from modernbert_jax.auto import read_params
 from modernbert_jax.checkpoint.files import CONFIG_FILE
@@ -21,34 +15,46 @@ from modernbert_jax.checkpoint.hub import resolve
 
 from .common.card import start_facts
 
-# What may differ between the checkpoints: none of it changes what the weights mean.
-_FREE = {
+# Fields that may differ between the checkpoints: they do not change the meaning of the weights.
+_MAY_DIFFER = {
     "hf_extra", "dtype", "param_dtype", "residual_dtype", "embedding_dropout", "attention_dropout",
     "attention_out_dropout", "mlp_dropout", "classifier_dropout",
 }  # fmt: skip
 
 
-def average(checkpoints: Sequence[str | os.PathLike], out: str | os.PathLike) -> None:
-    """Writes the mean of the checkpoints' weights to `out`, an HF folder.
+Checkpoints = Annotated[
+    tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT CHECKPOINT ...")
+]
 
-    checkpoints: HF folders, hub ids or Orbax directories, at least two; tokenizer, config and dtype
-    are the first one's. Sums are float64; one checkpoint at a time is in memory beside them.
-    Raises ValueError for fewer than two, for another architecture and for a weight that is not
-    finite, FileExistsError where `out` holds a checkpoint, FileNotFoundError or OSError where a
-    source is none.
+
+def average(checkpoints: Checkpoints, out: str) -> str:
+    """Average the weights of several checkpoints into a Hugging Face folder. Returns a summary.
+
+    ModernBERT-base was released as the mean of its last checkpoint and the three best ones of the
+    decay phase (arXiv 2412.13663, A.4); for large the best checkpoint alone was better.
+
+    Sums are in float64; besides them, one checkpoint at a time is in memory. Raises ValueError for
+    fewer than two checkpoints, for another architecture and for weights that are not finite,
+    FileExistsError if `out` holds a checkpoint, and FileNotFoundError or OSError if a source holds
+    none.
+
+    Args:
+        checkpoints: At least two Hugging Face folders, hub ids or Orbax directories. Tokenizer,
+            config and dtype are taken from the first one.
+        out: A new Hugging Face folder.
     """
     if len(checkpoints) < 2:
         raise ValueError(f"average: expected at least 2 checkpoints, got {len(checkpoints)}")
-    out = pathlib.Path(out)
-    if (out / CONFIG_FILE).exists():
-        raise FileExistsError(f"{out}: expected a new folder, found a checkpoint")
+    target = pathlib.Path(out)
+    if (target / CONFIG_FILE).exists():
+        raise FileExistsError(f"{target}: expected a new folder, found a checkpoint")
     folders = [resolve(source) for source in checkpoints]
     cls, config, weights = read_params(folders[0])
     dtypes = {path: w.dtype for path, w in weights.items()}
     total = {path: np.zeros(w.shape, np.float64) for path, w in weights.items()}
     for folder in folders:
         _, found, weights = read_params(folder)
-        _refuse_others(folders[0], config, set(total), folder, found, set(weights))
+        _check_architecture(folders[0], config, set(total), folder, found, set(weights))
         for path, sum_ in total.items():
             if not np.isfinite(weights[path]).all():
                 raise ValueError(f"{folder}: {path}: expected finite weights, found NaN or inf")
@@ -56,37 +62,21 @@ def average(checkpoints: Sequence[str | os.PathLike], out: str | os.PathLike) ->
         del weights
     mean = {path: (total.pop(path) / len(folders)).astype(dtypes[path]) for path in dtypes}
     write_hf(
-        out, config, params_to_hf(cls, config, mean, in_place=True),
+        target, config, params_to_hf(cls, config, mean, in_place=True),
         tokenizer_dir=folders[0], architecture=cls.__name__,
         card={"training": {"Mean of": [start_facts(os.fspath(c))["name"] for c in checkpoints]}},
     )  # fmt: skip
+    return f"averaged {len(checkpoints)} checkpoints into {out}"
 
 
-def _refuse_others(first, config, paths, folder, found, found_paths) -> None:
+def _check_architecture(first, config, paths, folder, found, found_paths) -> None:
     for field in dataclasses.fields(config):
         expected, got = getattr(config, field.name), getattr(found, field.name)
-        if field.name not in _FREE and expected != got:
+        if field.name not in _MAY_DIFFER and expected != got:
             raise ValueError(
                 f"{folder}: another architecture: {field.name}: expected {expected} as in {first}, "
                 f"got {got}"
             )
     if paths != found_paths:
         odd = ", ".join(sorted(paths ^ found_paths)[:3])
-        raise ValueError(f"{folder}: another architecture: not in both it and {first}: {odd}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb `average`; raises what `average` raises."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train average",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="CKPT", help="an HF folder, hub id or Orbax directory"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new HF folder")
-    args = parser.parse_args(argv)
-    average(args.checkpoints, args.out)
-    print(f"the mean of {len(args.checkpoints)} checkpoints: {args.out}")
-    return 0
+        raise ValueError(f"{folder}: another architecture: only one of it and {first} has {odd}")

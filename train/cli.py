@@ -1,152 +1,226 @@
-"""python -m train VERB: the command line, made from the dataclasses."""
+"""The command line: `python -m train VERB`, and the training commands of `modernbert-jax`.
 
-import importlib
-import pathlib
-import pkgutil
+`main` chooses the verb; each verb's function imports what it needs and lets tyro make the flags
+from the signature and the docstring of the function or dataclass that does the work.
+"""
+
+import json
+import os
+import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
-USAGE = """usage: python -m train VERB ...
+from . import configs
 
-  corpora        lists the corpora: access, license, size, what is on disk
-  prepare        turns a corpus into text and shards of tokens, once
-  mixture        shows tokens and shares of prepared corpora, with the flags that train on them
-  decontaminate  finds documents of a corpus that share word spans with a test set
-  pretrain       masked-LM pretraining in phases; takes up a run that was interrupted
-  plan           compile a run for devices that are not here: memory, exchanges, hours
-  average        the mean of several checkpoints
-  finetune       a task over seeds and a grid, with its table of scores; or retrieval
+if TYPE_CHECKING:
+    from .plan.run import Options
+    from .pretrain.config import TrainConfig
 
-  python -m train pretrain --config demo
-  python -m train pretrain --config demo --corpus notes/ --workdir runs/notes
-  python -m train pretrain --config demo --phases.0.learning-rate 1e-3 --global-batch-size 16
-  python -m train VERB --help                 (pretrain: --config NAME --help, with its values)
+T = TypeVar("T")
+# The fields of a dataclass become flags of the command: --seed, not --run.seed.
+Flat = Annotated[T, tyro.conf.arg(name="")]
+ConfigName = Annotated[
+    str,
+    tyro.conf.arg(metavar="NAME", help="An experiment in train/configs; its values are defaults."),
+]
 
-configs: {configs}
-"""
+DESCRIPTION = """Train ModernBERT encoders: corpora, pretraining, plans and fine-tuning.
+
+Examples:
+
+    {prog} pretrain --config demo
+    {prog} pretrain --config demo --corpus notes/ --workdir runs/notes
+    {prog} pretrain --config demo --phases.0.learning-rate 1e-3 --global-batch-size 16
+    {prog} pretrain --config demo --help      every flag, with the values of that config
+    {prog} VERB --help                        the flags of a verb
+
+configs: {configs}"""
 
 
-def config_names() -> list[str]:
-    """The experiments in train/configs."""
-    folder = pathlib.Path(__file__).parent / "configs"
-    return sorted(m.name for m in pkgutil.iter_modules([str(folder)]))
+def corpora(args: list[str], prog: str) -> int:
+    """List the corpora: access, license, size, and what is on disk."""
+    from .corpora.reports.catalogue import catalogue
+
+    return _print_result(catalogue, args, prog)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, or 2 with one line on stderr for bad input."""
+def prepare(args: list[str], prog: str) -> int:
+    """Turn a corpus into text and shards of tokens, once."""
+    from .corpora.build.prepare import prepare
+
+    return _print_result(prepare, args, prog)
+
+
+def mixture(args: list[str], prog: str) -> int:
+    """Report tokens and proportions of prepared corpora, and the flags to train on them."""
+    from .corpora.reports.mixture import mixture
+
+    return _print_result(mixture, args, prog)
+
+
+def decontaminate(args: list[str], prog: str) -> int:
+    """Find documents of a corpus that share word spans with an evaluation set."""
+    from .corpora.reports.decontaminate import decontaminate
+
+    return _print_result(decontaminate, args, prog)
+
+
+def pretrain(args: list[str], prog: str) -> int:
+    """Masked-LM pretraining in phases; resumes an interrupted run."""
+    from .pretrain.config import TrainConfig
+
+    name = _peek(args).config
+    default, description = _experiment(name)
+
+    def command(config: ConfigName = name, run: Flat[TrainConfig] = default) -> None:
+        from .pretrain import run as loop
+
+        loop.run(run, recipe=config)
+
+    tyro.cli(command, args=args, prog=prog, description=description or pretrain.__doc__)
+    return 0
+
+
+def plan(args: list[str], prog: str) -> int:
+    """Compile a run for devices you do not have: memory, collectives, hours."""
+    from .plan import topologies
+
+    given = _peek(args)
+    if given.topology and not {"-h", "--help"} & set(args):
+        settings = topologies.environment(given.topology, given.cuda_compiler)
+        if any(os.environ.get(name) != value for name, value in settings.items()):
+            # A new process: jax reads these variables when it is first imported.
+            command_line = [sys.executable, "-m", str(__package__), "plan", *args]
+            return subprocess.run(command_line, env=os.environ | settings).returncode
+    from .plan.report import table
+    from .plan.run import plan
+
+    options, config, run = plan_arguments(args, prog)
+    found = plan(
+        run,
+        options,
+        gradient_accumulation_steps=given.gradient_accumulation_steps,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    found = {"config": config, "command": " ".join([prog, *args])} | found
+    print(table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if found["fits"] else 1
+
+
+def plan_arguments(args: list[str], prog: str) -> "tuple[Options, str, TrainConfig]":
+    """Parses the flags of `plan`: (its options, the name of the config, the run)."""
+    from .plan import run as planner
+    from .pretrain.config import TrainConfig
+
+    name = _peek(args).config
+    default, _ = _experiment(name)
+
+    def command(
+        options: Flat[planner.Options],
+        config: ConfigName = name,
+        run: Flat[TrainConfig] = default,
+    ) -> tuple[planner.Options, str, TrainConfig]:
+        return options, config, run
+
+    return tyro.cli(command, args=args, prog=prog, description=planner.__doc__)
+
+
+def average(args: list[str], prog: str) -> int:
+    """Average the weights of several checkpoints."""
+    from .average import average
+
+    return _print_result(average, args, prog)
+
+
+def finetune(args: list[str], prog: str) -> int:
+    """Fine-tune on a task over seeds and a grid of settings, or train for retrieval."""
+    if _peek(args).task == "retrieval":
+        from .finetune import retrieval
+
+        def command(task: Literal["retrieval"], run: Flat[retrieval.RetrievalConfig]) -> None:
+            retrieval.train(run)
+
+        description = retrieval.RetrievalConfig.__doc__
+        tyro.cli(command, args=args, prog=prog, description=description)
+        return 0
+    from .finetune import run as finetuning
+
+    finetuning.finetune(tyro.cli(finetuning.FinetuneConfig, args=args, prog=prog))
+    return 0
+
+
+VERBS = (corpora, prepare, mixture, decontaminate, pretrain, plan, average, finetune)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "") -> int:
+    """Runs a verb. Returns its exit code: 0, or 2 after a line on stderr for bad input.
+
+    `plan` returns 1 if the run does not fit. prog: the name of the program in help, by default
+    `modernbert-jax` or `python -m train`, whichever was called.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
-    usage = USAGE.format(configs=", ".join(config_names()))
-    if not args or args[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if args else 2
-    verbs = {
-        "prepare": _prepare,
-        "pretrain": _pretrain,
-        "plan": _plan,
-        "finetune": _finetune,
-        "average": _average,
-        "corpora": _corpora,
-        "mixture": _mixture,
-        "decontaminate": _decontaminate,
-    }
-    if args[0] not in verbs:
-        print(
-            f"error: expected one of {', '.join(verbs)}, got {args[0]!r}\n\n{usage}",
-            file=sys.stderr,
-        )
-        return 2
+    called = Path(sys.argv[0]).name
+    prog = prog or (called if called == "modernbert-jax" else f"python -m {__package__}")
+    app = tyro.extras.SubcommandApp()
+    for verb in VERBS:
+        app.command(_constant(verb), name=verb.__name__, help=verb.__doc__)
+    description = DESCRIPTION.format(prog=prog, configs=", ".join(configs.names()))
     try:
-        return verbs[args[0]](args[1:])
+        verb = app.cli(args=args[:1], prog=prog, description=description)
+        return verb(args[1:], f"{prog} {args[0]}")
+    except SystemExit as end:  # of tyro, after --help or after its own message
+        return int(end.code or 0)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
 
 
-def _pretrain(args: list[str]) -> int:
-    from .pretrain import run as loop
+def leave(code: int) -> NoReturn:
+    """Ends the process. After a failed save, Orbax's threads never end: this does not wait for
+    them if the exit code is not 0."""
+    if not code:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@dataclass(frozen=True)
+class _Peek:
+    """Flags that are read first, because they decide which others there are or how to start."""
+
+    config: str = ""
+    task: str = ""
+    topology: str = ""
+    cuda_compiler: str = ""
+    gradient_accumulation_steps: int | None = None  # None: chosen by `plan`
+
+
+def _peek(args: list[str]) -> _Peek:
+    return tyro.cli(_Peek, args=args, add_help=False, return_unknown_args=True)[0]
+
+
+def _experiment(name: str) -> "tuple[TrainConfig, str]":
+    """(the configuration of that name, its description); without a name the defaults and ""."""
     from .pretrain.config import TrainConfig
 
-    name, rest = _take(args, "--config")
-    default = TrainConfig()
-    description = "Masked-LM pretraining in phases."
-    if name is not None:
-        if name not in config_names():
-            raise ValueError(f"--config: expected one of {', '.join(config_names())}, got {name!r}")
-        module = importlib.import_module(f".configs.{name}", __package__)
-        default, description = module.get_config(), module.__doc__ or description
-    config = tyro.cli(
-        TrainConfig, prog="python -m train pretrain", args=rest, default=default,
-        description=description,
-    )  # fmt: skip
-    loop.run(config, recipe=name or "")
+    return (configs.load(name), configs.describe(name)) if name else (TrainConfig(), "")
+
+
+def _print_result(function: Callable[..., str], args: list[str], prog: str) -> int:
+    print(tyro.cli(function, args=args, prog=prog))
     return 0
 
 
-def _prepare(args: list[str]) -> int:
-    from .corpora.build.prepare import prepare
-
-    print(tyro.cli(prepare, prog="python -m train prepare", args=args))
-    return 0
-
-
-def _corpora(args: list[str]) -> int:
-    from .corpora.reports.catalogue import catalogue
-
-    print(tyro.cli(catalogue, prog="python -m train corpora", args=args))
-    return 0
-
-
-def _mixture(args: list[str]) -> int:
-    from .corpora.reports.mixture import mixture
-
-    print(tyro.cli(mixture, prog="python -m train mixture", args=args))
-    return 0
-
-
-def _decontaminate(args: list[str]) -> int:
-    from .corpora.reports.decontaminate import decontaminate
-
-    print(tyro.cli(decontaminate, prog="python -m train decontaminate", args=args))
-    return 0
-
-
-def _finetune(args: list[str]) -> int:
-    name, rest = _take(args, "--task")
-    if name == "retrieval":
-        from .finetune import retrieval
-
-        prog = "python -m train finetune --task retrieval"
-        retrieval.train(tyro.cli(retrieval.RetrievalConfig, prog=prog, args=rest))
-        return 0
-    from .finetune.run import FinetuneConfig, finetune
-
-    finetune(tyro.cli(FinetuneConfig, prog="python -m train finetune", args=args))
-    return 0
-
-
-def _average(args: list[str]) -> int:
-    from .average import main
-
-    return main(args)
-
-
-def _plan(args: list[str]) -> int:
-    from .plan.search import main
-
-    return main(args)
-
-
-def _take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of one flag and the other arguments."""
-    for i, arg in enumerate(args):
-        if arg == flag:
-            if i + 1 == len(args):
-                raise ValueError(f"{flag}: expected a name after it")
-            return args[i + 1], args[:i] + args[i + 2 :]
-        if arg.startswith(flag + "="):
-            return arg.removeprefix(flag + "="), args[:i] + args[i + 1 :]
-    return None, args
+def _constant(value: T) -> Callable[[], T]:
+    return lambda: value

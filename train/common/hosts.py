@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -61,13 +60,6 @@ def _several() -> bool:
         return False
     # On a Cloud TPU each worker asks the metadata server; that is right for one worker as well.
     return bool(glob.glob("/dev/accel*") or env.get("TPU_WORKER_HOSTNAMES"))
-
-
-def leave(code: int) -> None:
-    """Ends this process now: after a save that failed, Orbax's threads wait for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def is_first() -> bool:

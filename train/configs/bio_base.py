@@ -11,6 +11,7 @@ the tokens; the learning rate decays as 1 - sqrt over the whole phase.
 Hardware: the reference used 8 H100 SXM. Hours there: about 31, derived from ModernBERT's published
 throughput for sequences of 8192 (239,000 tokens/s per GPU, 231,000 in the decay phase). Ours is not
 measured.
+
 Expect: about 34,004 and 10,752 steps. No scores are published with the weights.
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,

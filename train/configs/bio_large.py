@@ -11,6 +11,7 @@ of the tokens; the learning rate decays as 1 - sqrt over the whole phase.
 Hardware: the reference used 8 H100 SXM. Hours there: about 64, derived from ModernBERT's published
 throughput for sequences of 8192 (116,000 tokens/s per GPU, 113,000 in the decay phase). Ours is not
 measured; use --mesh.fsdp 16 on a v5e-16.
+
 Expect: about 31,796 and 10,054 steps. No scores are published with the weights.
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,

@@ -18,6 +18,7 @@ Hardware: the reference used 8 H100 SXM. Hours there: about 24.5, derived from M
 published throughput for sequences of 8192 (239,000 tokens/s per GPU), not from a published figure
 for this run. Ours is not measured on 8 H100 or a v5e-16; `python -m train plan --config
 bioclinical_base --topology v5e:4x4` reports what fits and a lower bound on the time.
+
 Expect: about 34,004 and 1,748 steps (tokens / (sequences x 8192); each percent of padding adds one
 percent). After fine-tuning, the model card reports ChemProt 89.9, Phenotype 58.1, COS 95.1,
 SocialHistory 58.5 and DEID 82.7. No masked-LM accuracy on a validation split is published.
@@ -39,7 +40,7 @@ evaluates every 40 steps and saves every 160.
 from modernbert_jax import ModernBertConfig
 
 from ..pretrain.config import Phase, TrainConfig
-from . import recipe
+from ._recipe import recipe
 
 
 def get_config() -> TrainConfig:

@@ -13,6 +13,7 @@ Hardware: the reference used 8 H100 SXM. Hours there: about 51, derived from Mod
 throughput for sequences of 8192 (116,000 tokens/s per GPU). Ours is not measured on 8 H100 or a
 v5e-16 (there with --mesh.fsdp 16); `python -m train plan` reports what fits, and what is lost when
 the devices do not divide a micro-batch of 56 sequences.
+
 Expect: about 31,796 and 1,634 steps; the learning rate decays in the last 545. After fine-tuning,
 the model card reports ChemProt 90.8, Phenotype 60.8, COS 95.1, SocialHistory 57.1 and DEID 83.8.
 
@@ -24,7 +25,8 @@ and 1e-6 here). It evaluates and saves every 3,000 steps in phase 1, every 150 i
 import dataclasses
 
 from ..pretrain.config import TrainConfig
-from . import bioclinical_base, large
+from . import bioclinical_base
+from ._recipe import large
 
 
 def get_config() -> TrainConfig:

@@ -10,6 +10,7 @@ first run are kept.
 
 Hardware: 8 H100. Hours there, published: 39.9, including 36.3 of training (239,000 tokens/s per
 GPU, derived). Ours is not measured.
+
 Expect: about 52,980 steps (the published checkpoint is from step 52,988).
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,

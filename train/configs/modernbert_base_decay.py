@@ -11,6 +11,7 @@ mean of the three best checkpoints of this run and its last one:
 
 Hardware: 8 H100. Hours there, published: 11.5, including 7.5 of training (231,000 tokens/s per GPU,
 derived). Ours is not measured.
+
 Expect: about 10,600 steps; a checkpoint is saved every 500 steps and none is deleted.
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,

@@ -14,6 +14,7 @@ code, science) is not published.
 
 Hardware: 8 H100. Hours there, published: 194.2, including 191.1 of training (312,000 tokens/s per
 GPU, derived). Ours is not measured.
+
 Expect: about 372,000 steps, some 7,600 more than without the batch-size warm-up. No masked-LM
 accuracy on a validation split is published.
 
@@ -25,7 +26,7 @@ of all GPUs; neither counts padding.
 from modernbert_jax import ModernBertConfig
 
 from ..pretrain.config import Phase, TrainConfig
-from . import recipe
+from ._recipe import recipe
 
 
 def get_config() -> TrainConfig:

@@ -10,6 +10,7 @@ first run are kept.
 
 Hardware: 8 H100. Hours there, published: 80.7, including 75.1 of training (116,000 tokens/s per
 GPU, derived). Ours is not measured; use --mesh.fsdp 16 on a v5e-16.
+
 Expect: about 49,540 steps (the published checkpoint is from step 49,552).
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,
@@ -17,7 +18,8 @@ Quirks of the reference, off here (bioclinical_base describes them): --loss-weig
 """
 
 from ..pretrain.config import TrainConfig
-from . import large, modernbert_base_context
+from . import modernbert_base_context
+from ._recipe import large
 
 
 def get_config() -> TrainConfig:

@@ -10,6 +10,7 @@ best checkpoint of this run; averaging did not help.
 
 Hardware: 8 H100. Hours there, published: 21.7, including 15.3 of training (113,000 tokens/s per
 GPU, derived). Ours is not measured; use --mesh.fsdp 16 on a v5e-16.
+
 Expect: about 9,780 steps; a checkpoint is saved every 500 steps and none is deleted.
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,
@@ -17,7 +18,8 @@ Quirks of the reference, off here (bioclinical_base describes them): --loss-weig
 """
 
 from ..pretrain.config import TrainConfig
-from . import large, modernbert_base_decay
+from . import modernbert_base_decay
+from ._recipe import large
 
 
 def get_config() -> TrainConfig:

@@ -14,8 +14,10 @@ both, because the decay of a step is lr / max_learning_rate x 1e-5.
     python -m train pretrain --config modernbert_large_pretrain --corpus DIR
 
 Then run modernbert_large_context and modernbert_large_decay (modernbert_base_pretrain shows how).
+
 Hardware: 8 H100. Hours there, published: 425.3, including 420.4 of training (142,000 tokens/s per
 GPU, derived). Ours is not measured.
+
 Expect: about 342,000 steps. No masked-LM accuracy on a validation split is published.
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,
@@ -25,7 +27,8 @@ Quirks of the reference, off here (bioclinical_base describes them): --loss-weig
 import dataclasses
 
 from ..pretrain.config import Phase, TrainConfig
-from . import large, modernbert_base_pretrain
+from . import modernbert_base_pretrain
+from ._recipe import large
 
 
 def get_config() -> TrainConfig:

@@ -1,1 +1,1 @@
-"""Compiles a run for hardware that is absent and reports memory, collectives and time."""
+"""Compiles a training step for devices you do not have; reports memory, collectives, hours."""

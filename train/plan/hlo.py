@@ -1,11 +1,11 @@
-"""What a compiled program says of itself: what its devices exchange and copy, and how often."""
+"""Reads the collectives and copies of a compiled program, and how often they run, from its text."""
 
 import dataclasses
 import re
 from collections import defaultdict
 
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
-LARGE_COPY = 2**20  # bytes; smaller ones are not activations
+LARGE_COPY = 2**20  # bytes; activations are larger
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPCODE = re.compile(r"[})\]] ([a-z][a-z\-]*)\(")
@@ -19,25 +19,25 @@ _CONSTANT = re.compile(r"[su]\d+\[\]\S* constant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange. bytes: of the whole array on each device, gathered or not yet scattered."""
+    """A collective. bytes: the array on each device after gathering or before scattering."""
 
     kind: str
     bytes: int
-    group: int  # devices that take part
-    times: int  # a run of the program
+    group: int  # number of devices that communicate with each other
+    count: int  # executions in one run of the program
 
     @property
-    def sent(self) -> float:
-        """Bytes that each device sends in a run, with the ring algorithms."""
+    def communication_bytes(self) -> float:
+        """Bytes that each device sends in one run, with ring algorithms."""
         others = (self.group - 1) / self.group
         share = {"all-reduce": 2 * others, "collective-permute": 1.0}.get(self.kind, others)
-        return self.times * self.bytes * share
+        return self.count * self.bytes * share
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """copies: (bytes, times) of each copy or transpose of at least LARGE_COPY bytes that is an
-    instruction of its own. unknown_loops: loops taken to run once, for want of their count."""
+    """copies: (bytes, count) of each unfused copy or transpose of at least LARGE_COPY bytes.
+    unknown_loops: the number of loops whose trip count is unknown; they are counted once."""
 
     collectives: list[Collective]
     copies: list[tuple[int, int]]
@@ -45,29 +45,29 @@ class Program:
 
 
 def read(text: str, devices: int) -> Program:
-    """Reads a compiled module's text (`compiled.as_text()`) for a program on this many devices."""
+    """Reads the text of a compiled module (`compiled.as_text()`) for a number of devices."""
     computations, entry = _computations(text)
-    times, unknown = _times(computations, entry)
+    counts, unknown = _counts(computations, entry)
     collectives, copies = [], []
     for name, lines in computations.items():
-        if not times[name]:
+        if not counts[name]:
             continue
         for line in lines:
             opcode = _opcode(line)
             kind = opcode.removesuffix("-start")
             if kind in KINDS:
                 group = _group(line, devices)
-                size = _whole(line, opcode, kind, group)
-                collectives.append(Collective(kind, size, group, times[name]))
+                size = _array_bytes(line, opcode, kind, group)
+                collectives.append(Collective(kind, size, group, counts[name]))
             elif opcode in ("copy", "transpose"):
                 size = _bytes(_result(line, opcode))
                 if size >= LARGE_COPY:
-                    copies.append((size, times[name]))
+                    copies.append((size, counts[name]))
     return Program([c for c in collectives if c.group > 1], copies, unknown)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """(name -> its instructions, the name of the entry)."""
+    """Returns (instructions by computation, the name of the entry computation)."""
     found: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -80,16 +80,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
-    """(name -> how often a run executes it, loops whose count is unknown).
+def _counts(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
+    """Returns (executions per run by computation, the number of loops with unknown trip count).
 
-    A computation stands after those that it calls, so callers come first in reverse order.
+    A computation is printed after those that it calls, so reverse order visits callers first.
     """
-    times: dict[str, int] = defaultdict(int)
-    times[entry] = 1
+    counts: dict[str, int] = defaultdict(int)
+    counts[entry] = 1
     unknown = 0
     for name in reversed(computations):
-        for line in computations[name] if times[name] else ():
+        for line in computations[name] if counts[name] else ():
             trips = 1
             if " while(" in line:
                 found = _trips(line, computations)
@@ -99,12 +99,12 @@ def _times(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, in
             if branches := _BRANCHES.search(line):
                 called += [part.strip(" %") for part in branches[1].split(",")]
             for callee in called:
-                times[callee] += trips * times[name]
-    return times, unknown
+                counts[callee] += trips * counts[name]
+    return counts, unknown
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a loop's body runs: as the compiler notes it, or the limit that its test names."""
+    """The trip count of a loop: the compiler's annotation, or the constant in its condition."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
     condition = _CONDITION.search(line)
@@ -119,7 +119,7 @@ def _opcode(line: str) -> str:
 
 
 def _result(line: str, opcode: str) -> str:
-    """The type of an instruction, as text."""
+    """The text of an instruction's result type."""
     return line.partition(" = ")[2].partition(f" {opcode}(")[0]
 
 
@@ -134,8 +134,8 @@ def _bytes(types: str) -> int:
     return total
 
 
-def _whole(line: str, opcode: str, kind: str, group: int) -> int:
-    """Bytes of the whole array. A `-start` lists what goes in beside what comes out."""
+def _array_bytes(line: str, opcode: str, kind: str, group: int) -> int:
+    """Bytes of the complete array. The type of a `-start` has the operand beside the result."""
     types = _result(line, opcode)
     if kind == "collective-permute":
         first = _SHAPE.search(types)
@@ -150,7 +150,7 @@ def _whole(line: str, opcode: str, kind: str, group: int) -> int:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices exchange with each other."""
+    """The number of devices that communicate with each other."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(part.strip().split("=") for part in match[1].split(","))
         group = 1
@@ -161,4 +161,4 @@ def _group(line: str, devices: int) -> int:
         return int(match[1])
     if match := re.search(r"replica_groups=\{\{([^}]*)\}", line):
         return len(match[1].split(","))
-    return devices  # named by none: all of them; a permutation lists pairs
+    return devices  # no groups means all devices; a permutation lists pairs
