@@ -150,7 +150,7 @@ def absent_gpu(device):
 
 
 def read(files: list[Path], architecture: str) -> dict:
-    """Counts instructions in the PTX of the attention kernel among `files`, and runs ptxas on it."""
+    """Counts instructions in the PTX of the attention kernel among `files`; runs ptxas on it."""
     texts = {file: file.read_text() for file in files}
     entry = r"\.entry \w*(attention|mosaic_gpu)\w*"
     ours = [file for file, text in texts.items() if re.search(entry, text)]
