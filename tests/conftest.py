@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# libtpu is here to compile for absent TPUs; without this it asks a cloud server where it runs.
+# libtpu is installed to compile for absent TPUs. Without this it queries a cloud metadata server.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-# No test may reach for the hub.
+# No test may download from the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Quiet and safe where a test starts processes after using a tokenizer.
+# Tokenizers warn, and may deadlock, if a process forks after using them in parallel.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# A program is compiled once: tests, the processes that they start and the next run share it.
+# A program is compiled once: tests, the processes that they start and the next run share a cache.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
 )
@@ -29,14 +29,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 # A silent broadcast between ranks hides a missing axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compiling takes longer than any deadline; the same examples every time, so that CI is repeatable.
+# Compiling takes longer than any deadline. The examples are fixed, so that CI is repeatable.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real corpora beside the checkout; the test is skipped where there is none."""
+    """The folder of real corpora beside the checkout. Skips the test if there is none."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no folder `shared` beside the checkout")
@@ -62,7 +62,7 @@ def cuda_compiler() -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
-    """A byte-level BPE of 300 tokens with ModernBERT's special ones: any text goes in and out."""
+    """A byte-level BPE of 300 tokens with ModernBERT's special tokens. It encodes any text."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
