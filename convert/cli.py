@@ -1,202 +1,225 @@
-"""python -m convert VERB: checkpoints between HF's layout, Orbax and Composer."""
+"""The commands that convert checkpoints between Hugging Face's layout, Orbax and Composer."""
 
-import argparse
 import contextlib
 import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 if TYPE_CHECKING:
     from .files import Checkpoint
 
-# The verbs import jax (through .files) when they run: --help answers at once.
+# The commands import jax (through .files) when they run, so that --help answers at once.
 
-EXAMPLES = """examples:
-  python -m convert from-hf answerdotai/ModernBERT-base base/
-  python -m convert to-hf runs/notes/final exported/
-  python -m convert from-composer ep0-ba52988-rank0.pt start/ --optimizer
-  python -m convert to-composer runs/notes/final latest-rank0.pt --optimizer
-  python -m convert check exported/ --json parity.json
+# In a wheel this package is modernbert_jax.convert, which `python -m convert` does not find.
+PROGRAM = "python -m convert" if __package__ == "convert" else "modernbert-jax convert"
 
-An HF folder holds config.json and model.safetensors (or shards, or pytorch_model.bin); an Orbax
-folder holds config.json and params/. Values and dtypes are kept bit for bit. Nothing in a file is
-executed. Exit code: 0, 1 for a failed check, 2 for bad input (one line on stderr, DST untouched).
+DESCRIPTION = f"""Converts ModernBERT checkpoints between three forms:
+
+- a Hugging Face folder: config.json and model.safetensors (or its shards, or pytorch_model.bin)
+- an Orbax folder, which training reads and writes: config.json and params/, perhaps optimizer/
+- a Composer file (.pt), the form in which ModernBERT was trained; needs torch
+
+Examples:
+
+  {PROGRAM} from-hf answerdotai/ModernBERT-base base/
+  {PROGRAM} to-hf runs/notes/final exported/
+  {PROGRAM} from-composer ep0-ba52988-rank0.pt start/ --optimizer
+  {PROGRAM} to-composer runs/notes/final latest-rank0.pt --optimizer
+  {PROGRAM} check exported/ --json parity.json
+
+Every value keeps its bits and its dtype. Nothing in a file is executed. DST appears only when it is
+complete. The exit code is 0, 1 if a check fails, and 2 for bad input (one line on stderr).
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
-    args = _parser().parse_args(argv)
-    # A conversion needs no accelerator and must not take one's memory.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
-        return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; DST is untouched", file=sys.stderr)
-        return 130
+@dataclass
+class _Conversion:
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    """The checkpoint to read."""
 
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """The folder or file to create."""
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert",
-        description="Checkpoints between HF's layout, Orbax and Composer.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    overwrite: bool = False
+    """Replace the checkpoint at DST."""
 
-    def verb(name: str, run: Any, text: str, src: str, dst: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run, verb=name)
-        sub.add_argument("src", metavar="SRC", help=src)
-        sub.add_argument("dst", metavar="DST", type=Path, help=dst)
-        sub.add_argument("--overwrite", action="store_true", help="replace what is at DST")
-        sub.add_argument(
-            "--allow-nonfinite", action="store_true", help="convert NaN and infinite weights too"
-        )
-        return sub
+    allow_nonfinite: bool = False
+    """Also convert weights that are NaN or infinite, which are refused otherwise."""
 
-    folder = "HF folder, hub id or Orbax folder"
-    optimizer = "bring StableAdamW's moments and step along"
-    verb("from-hf", _to_orbax, "HF's layout to Orbax", folder, "Orbax folder to make")
-    verb("to-hf", _to_hf, "Orbax to HF's layout", folder, "HF folder to make")
-    sub = verb(
-        "from-composer",
-        _to_orbax,
-        "a Composer checkpoint of FlexBERT to Orbax",
-        "Composer's .pt file",
-        "Orbax folder to make",
-    )
-    sub.add_argument("--optimizer", action="store_true", help=optimizer)
-    sub.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="the configuration, where SRC has none: JSON of a FlexBertConfig or HF's config.json",
-    )
-    sub = verb(
-        "to-composer", _to_composer, "a masked LM to Composer's format", folder, ".pt file to make"
-    )
-    sub.add_argument("--optimizer", action="store_true", help=optimizer)
-    sub.add_argument("--lr", type=float, default=3e-4, help="of its groups (%(default)s)")
-    sub.add_argument("--weight-decay", type=float, default=1e-5, help="likewise (%(default)s)")
+    def run(self) -> int:
+        """Converts, prints a report and returns the exit code."""
+        from . import files
 
-    text = "a parity certificate: this model against transformers, layer by layer"
-    sub = verbs.add_parser("check", help=text, description=text)
-    sub.set_defaults(run=_check, verb="check")
-    sub.add_argument("src", metavar="DIR", help=folder)
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the certificate there")
-    sub.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        help="largest error, relative to the reference's largest value (%(default)s)",
-    )
-    return parser
+        started = time.perf_counter()
+        is_file = isinstance(self, ToComposer)
+        new = files.new(self.dst, self.overwrite, is_file)
+        with new as temporary, tempfile.TemporaryDirectory() as scratch:
+            checkpoint = self._load(Path(scratch))
+            checkpoint.refuse_values(self.allow_nonfinite)
+            self._save(checkpoint, temporary)
+        self._report(checkpoint, time.perf_counter() - started)
+        return 0
 
+    def _load(self, scratch: Path) -> "Checkpoint":
+        from . import files
 
-def _to_orbax(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    from modernbert_jax.checkpoint import orbax
+        return files.load(self.src)
 
-    from . import files
+    def _save(self, checkpoint: "Checkpoint", path: Path) -> None:
+        from modernbert_jax.checkpoint import orbax
 
-    with files.new(args.dst, args.overwrite) as temporary, tempfile.TemporaryDirectory() as folder:
-        checkpoint = _load(args, folder)
         orbax.save_orbax(
-            temporary,
+            path,
             architecture=checkpoint.cls.__name__,
             config=checkpoint.config,
             params=checkpoint.params,
             optimizer=checkpoint.optimizer,
             tokenizer_dir=checkpoint.tokenizer_dir,
         )
-    return _report(args, checkpoint, started)
+
+    def _report(self, checkpoint: "Checkpoint", seconds: float) -> None:
+        params, size, state = checkpoint.params, checkpoint.size, checkpoint.optimizer
+        count = sum(array.size for array in params.values())
+        dtypes = ", ".join(sorted({str(array.dtype) for array in params.values()}))
+        moments = f", moments at step {state['step']:,}" if state else ""
+        peak = peak_memory()
+        name = next(name for name, command in COMMANDS.items() if command is type(self))
+        print(f"{name}: {len(params)} tensors, {count:,} parameters, {dtypes}{moments}")
+        print(f"  {self.src} ({size / 2**20:.1f} MiB) -> {self.dst}")
+        memory = f"peak memory {peak / 2**20:.0f} MiB ({peak / size:.2f} times the file)"
+        print(f"  {seconds:.1f} s, {memory}")
 
 
-def _to_hf(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    from modernbert_jax.checkpoint import hf
+@dataclass
+class FromHf(_Conversion):
+    """Converts a Hugging Face folder or hub id (SRC) to an Orbax folder (DST)."""
 
-    from . import files
 
-    with files.new(args.dst, args.overwrite) as temporary:
-        checkpoint = _load(args)
+@dataclass
+class ToHf(_Conversion):
+    """Converts an Orbax folder (SRC) to a Hugging Face folder (DST) with a model card."""
+
+    def _save(self, checkpoint: "Checkpoint", path: Path) -> None:
+        from modernbert_jax.checkpoint import hf
+
+        from . import files
+
         hf.write_hf(
-            temporary,
+            path,
             checkpoint.config,
             files.to_hf(checkpoint, checkpoint.params),
             architecture=checkpoint.cls.__name__,
             tokenizer_dir=checkpoint.tokenizer_dir,
-            card={"training": {"Converted from": Path(args.src).name}},
+            card={"training": {"Converted from": Path(self.src).name}},
         )
-    return _report(args, checkpoint, started)
 
 
-def _to_composer(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    from . import composer, files, torch_file
+@dataclass
+class FromComposer(_Conversion):
+    """Converts a Composer checkpoint of FlexBERT (SRC, a .pt file) to an Orbax folder (DST)."""
 
-    with files.new(args.dst, args.overwrite, is_file=True) as temporary:
-        checkpoint = _load(args)
-        config, state, optimizers = checkpoint.config, checkpoint.optimizer, None
-        if state is not None:
-            optimizers = composer.write_moments(
-                state["step"],
-                files.to_hf(checkpoint, state["mu"]),
-                files.to_hf(checkpoint, state["nu"]),
-                lr=args.lr,
-                weight_decay=args.weight_decay,
-            )
-        tensors = files.to_hf(checkpoint, checkpoint.params)
-        tokenizer = files.tokenizer_json(checkpoint.tokenizer_dir)
-        obj = composer.checkpoint_of(config.to_dict(), tensors, tokenizer, optimizers)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        torch_file.write(temporary, obj)
-    return _report(args, checkpoint, started)
+    optimizer: bool = False
+    """Also convert the moments and the step of StableAdamW, so that training can resume."""
+
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """The configuration, if SRC holds none: JSON of a FlexBertConfig or Hugging Face's
+    config.json."""
+
+    def _load(self, scratch: Path) -> "Checkpoint":
+        from . import files
+
+        return files.load_composer(Path(self.src), scratch, self.config, self.optimizer)
 
 
-def _check(args: argparse.Namespace) -> int:
-    from . import check
+@dataclass
+class ToComposer(_Conversion):
+    """Converts a masked LM (SRC: Orbax folder, Hugging Face folder or hub id) to a Composer
+    checkpoint (DST, a .pt file)."""
 
-    return check.run(args.src, args.json, args.tolerance)
+    optimizer: bool = False
+    """Also convert the moments and the step of StableAdamW; only an Orbax folder holds them."""
+
+    lr: float = 3e-4
+    """Learning rate of the optimizer's parameter groups, which our checkpoints do not hold."""
+
+    weight_decay: float = 1e-5
+    """Weight decay of the optimizer's parameter groups; norms and biases have none."""
+
+    def _load(self, scratch: Path) -> "Checkpoint":
+        from . import files, torch_file
+
+        torch_file.require_torch("writing")
+        return files.load(self.src, self.optimizer)
+
+    def _save(self, checkpoint: "Checkpoint", path: Path) -> None:
+        from . import files
+
+        files.save_composer(checkpoint, path, lr=self.lr, weight_decay=self.weight_decay)
 
 
-def _load(args: argparse.Namespace, folder: str = "") -> "Checkpoint":
-    from . import files
+@dataclass
+class Check:
+    """Compares this library with transformers on the same checkpoint, layer by layer, in float32.
 
-    optimizer = getattr(args, "optimizer", False)
-    if args.verb == "from-composer":
-        checkpoint = files.load_composer(Path(args.src), Path(folder), args.config, optimizer)
-    else:
-        checkpoint = files.load(args.src, optimizer)
-    checkpoint.refuse_values(args.allow_nonfinite)
-    return checkpoint
+    Prints a parity report: the largest error of each layer relative to the largest value of the
+    reference. Needs torch and transformers. The exit code is 1 if an error exceeds the tolerance.
+    """
+
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    """A Hugging Face folder, a hub id or an Orbax folder."""
+
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write the report to this file, as JSON with hashes and versions."""
+
+    tolerance: float = 1e-5
+    """The largest relative error that passes."""
+
+    def run(self) -> int:
+        """Prints the report and returns the exit code."""
+        from . import check
+
+        return check.run(self.src, self.json, self.tolerance)
 
 
-def _report(args: argparse.Namespace, checkpoint: "Checkpoint", started: float) -> int:
-    params, size, state = checkpoint.params, checkpoint.size, checkpoint.optimizer
-    count = sum(array.size for array in params.values())
-    dtypes = ", ".join(sorted({str(array.dtype) for array in params.values()}))
-    moments = f", moments at step {state['step']:,}" if state else ""
-    seconds, peak = time.perf_counter() - started, peak_memory()
-    print(f"{args.verb}: {len(params)} tensors, {count:,} parameters, {dtypes}{moments}")
-    print(f"  {args.src} ({size / 2**20:.1f} MiB) -> {args.dst}")
-    print(
-        f"  {seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB ({peak / size:.2f} times the file)"
+COMMANDS = {
+    "from-hf": FromHf,
+    "to-hf": ToHf,
+    "from-composer": FromComposer,
+    "to-composer": ToComposer,
+    "check": Check,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input."""
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return 0
+    # A conversion needs no accelerator and must not take memory on one.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        return command.run()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; DST is unchanged", file=sys.stderr)
+        return 130
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
-    with contextlib.suppress(OSError):  # Linux, where getrusage counts the parent's as well
+    """Returns the largest amount of memory that this process has used, in bytes."""
+    with contextlib.suppress(OSError):  # On Linux getrusage counts the parent process, too.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What the verbs read and write: a checkpoint in any form, and a DST made whole or not at all."""
+"""Reads a checkpoint in any form, and writes a destination completely or not at all."""
 
 import contextlib
 import json
@@ -12,12 +12,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modernbert_jax import ModernBertConfig
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.auto import class_of
 from modernbert_jax.checkpoint import hf, hub, orbax
 from modernbert_jax.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, read_config
 
-from . import composer, torch_file
+from . import composer, flexbert, moments, torch_file
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 BIN_FILE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -25,9 +25,8 @@ BIN_FILE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Parameters by our paths; their keys and shapes are those of the configuration.
+    """The parameters {path: array} of the model class `cls`, and what belongs to them.
 
-    cls: the model class that they belong to.
     optimizer: {"step": int, "mu": {path: array}, "nu": {path: array}} or None. tokenizer_dir: a
     folder that may hold tokenizer files. size: bytes of the files that hold the arrays.
     """
@@ -40,7 +39,7 @@ class Checkpoint:
     size: int
 
     def refuse_values(self, allow_nonfinite: bool) -> None:
-        """Raises ValueError for a dtype that is no float, and unless allowed for NaN and inf."""
+        """Raises ValueError for integer weights, and for NaN and infinity unless allowed."""
         _refuse_values(self.params, allow_nonfinite)
         if self.optimizer is not None:
             for name in ("mu", "nu"):
@@ -51,7 +50,10 @@ class Checkpoint:
 
 
 def load(source: str, optimizer: bool = False) -> Checkpoint:
-    """Reads an HF folder, a hub id or an Orbax folder. Raises ValueError or OSError (one line)."""
+    """Reads a Hugging Face folder, a hub id or an Orbax folder.
+
+    Raises ValueError or OSError, with one line.
+    """
     folder = hub.resolve(source)
     return _load_orbax(folder, optimizer) if orbax.is_orbax(folder) else _load_hf(folder, optimizer)
 
@@ -63,7 +65,7 @@ def _load_orbax(folder: Path, optimizer: bool) -> Checkpoint:
         raise
     except Exception as error:
         kind = type(error).__name__
-        raise ValueError(f"{folder}: not a whole Orbax checkpoint ({kind}: {error})") from error
+        raise ValueError(f"{folder}: not a complete Orbax checkpoint ({kind}: {error})") from error
     parts = ("params", "optimizer") if optimizer else ("params",)
     return Checkpoint(
         cls=class_of(loaded["params"], loaded["architecture"]),
@@ -90,15 +92,15 @@ def _load_hf(folder: Path, optimizer: bool) -> Checkpoint:
     return Checkpoint(cls, config, params, None, folder, _size(paths))
 
 
-def _shards(folder: Path, whole: str, index: str) -> list[Path]:
-    """The one file of weights, or those that the index names."""
-    if (folder / whole).exists():
-        return [folder / whole]
+def _shards(folder: Path, single: str, index: str) -> list[Path]:
+    """Returns the single file of weights, or the files that the index names."""
+    if (folder / single).exists():
+        return [folder / single]
     return sorted({folder / name for name in hf.read_index(folder / index).values()})
 
 
 class _OneByOne(dict[str, np.ndarray]):
-    """Mapped tensors: reading one lets go of the memory that the one before took."""
+    """Tensors mapped from a file; each access releases the memory that the last one took."""
 
     def __getitem__(self, key: str) -> np.ndarray:
         array = super().__getitem__(key)
@@ -107,7 +109,7 @@ class _OneByOne(dict[str, np.ndarray]):
 
 
 def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of pytorch_model.bin, or of the shards that its index names."""
+    """Reads the tensors of pytorch_model.bin, or of the shards that its index names."""
     if not (folder / BIN_FILE).exists() and not (folder / BIN_INDEX).exists():
         raise ValueError(
             f"{folder}: expected {hf.WEIGHTS_FILE}, {BIN_FILE} or an index of shards, found none"
@@ -135,30 +137,29 @@ def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
 def load_composer(
     path: Path, folder: Path, config_file: Path | None = None, optimizer: bool = False
 ) -> Checkpoint:
-    """Reads a Composer checkpoint; the tokenizer's files in it are written to `folder`.
+    """Reads a Composer checkpoint and writes the tokenizer's files inside it to `folder`.
 
-    config_file: a FlexBertConfig or an HF config.json, for a checkpoint without its own.
+    config_file: a FlexBertConfig or an HF config.json, for a checkpoint that holds none.
     """
     checkpoint = torch_file.read(path)
     with _naming(path):
         tensors = _OneByOne(composer.to_hf_keys(composer.model_of(checkpoint)))
         tokenizer = composer.tokenizer_of(checkpoint)
-        flex = read_json(config_file) if config_file else composer.flex_config_of(checkpoint)
-        if flex is None:
+        values = read_json(config_file) if config_file else composer.flex_config_of(checkpoint)
+        if values is None:
             raise ValueError(
                 "holds no configuration (state -> integrations): give one with --config FILE, a "
                 "FlexBertConfig or an HF config.json"
             )
-        is_hf = flex.get("model_type") == "modernbert"
-        values = flex if is_hf else composer.hf_config(flex, tokenizer)
+        if values.get("model_type") != "modernbert":
+            values = flexbert.hf_config(values, tokenizer)
         dtype = next((str(array.dtype) for array in tensors.values()), "float32")
         config = ModernBertConfig.from_dict(values | {"dtype": dtype})
-        cls = class_of(tensors, None)
+        cls, state = ModernBertForMaskedLM, None
         params = hf.hf_to_params(cls, config, tensors)
-        state = None
         if optimizer:
-            step, *moments = composer.read_moments(checkpoint)
-            mu, nu = (hf.hf_to_params(cls, config, _OneByOne(m)) for m in moments)
+            step, *pair = moments.read_moments(checkpoint)
+            mu, nu = (hf.hf_to_params(cls, config, _OneByOne(m)) for m in pair)
             state = {"step": step, "mu": mu, "nu": nu}
         for name in TOKENIZER_FILES:
             if name in tokenizer:
@@ -169,29 +170,23 @@ def load_composer(
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before what is wrong with it."""
+    """Puts the name of the file before an error about its content."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        # A file whose parts have other types than any that Composer or transformers writes.
+        # The parts of the file have types that neither Composer nor transformers writes.
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError that names the file."""
+    """Reads the JSON object in a file. Raises ValueError that names the file."""
     with _naming(path):
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, got {type(data).__name__}")
         return data
-
-
-def tokenizer_json(folder: Path) -> dict[str, Any]:
-    """The tokenizer files of a folder: {name: JSON}."""
-    paths = [folder / name for name in TOKENIZER_FILES]
-    return {path.name: read_json(path) for path in paths if path.exists()}
 
 
 def _size(paths: Iterable[Path]) -> int:
@@ -219,21 +214,35 @@ def _refuse_values(params: Mapping[str, np.ndarray], allow_nonfinite: bool, what
 
 
 def to_hf(checkpoint: Checkpoint, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """HF's tensors in the memory of `params`, where it can be written to."""
+    """Converts parameters or moments to HF tensors, in the memory of `params` if it is writable."""
     in_place = all(array.flags.writeable for array in params.values())
     return hf.params_to_hf(checkpoint.cls, checkpoint.config, params, in_place=in_place)
 
 
+def save_composer(checkpoint: Checkpoint, path: Path, *, lr: float, weight_decay: float) -> None:
+    """Writes a Composer checkpoint; lr and weight_decay go into the optimizer's groups, if any."""
+    state, optimizers = checkpoint.optimizer, None
+    if state is not None:
+        mu, nu = (to_hf(checkpoint, state[name]) for name in ("mu", "nu"))
+        optimizers = moments.write_moments(state["step"], mu, nu, lr=lr, weight_decay=weight_decay)
+    tensors = to_hf(checkpoint, checkpoint.params)
+    paths = [checkpoint.tokenizer_dir / name for name in TOKENIZER_FILES]
+    tokenizer = {file.name: read_json(file) for file in paths if file.exists()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = composer.checkpoint_of(checkpoint.config, tensors, tokenizer, optimizers)
+    torch_file.write(path, parts)
+
+
 @contextlib.contextmanager
 def new(path: Path, overwrite: bool, is_file: bool = False) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block succeeds.
+    """Yields a path beside `path` to write to; it replaces `path` when the block succeeds.
 
-    Raises ValueError where something is at `path` already, unless `overwrite`; a folder that is no
+    Raises ValueError if something exists at `path`, unless `overwrite`; a folder that is not a
     checkpoint is never replaced.
     """
     path = path.resolve()
     if path.is_dir() if is_file else path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: expected a {'file' if is_file else 'folder'} to make")
+        raise ValueError(f"{path}: expected a {'file' if is_file else 'folder'} to create")
     if path.exists() and (is_file or any(path.iterdir())):
         if not overwrite:
             raise ValueError(f"{path}: exists already; choose another DST or give --overwrite")

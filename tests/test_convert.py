@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import check, cli, composer, torch_file
+from convert import check, cli, composer, flexbert, torch_file
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, model
 from modernbert_jax.checkpoint import hf as hf_layout, hub, orbax
 from modernbert_jax.checkpoint.params import param_shapes
@@ -643,7 +643,7 @@ def test_a_checkpoint_without_its_configuration_needs_one(tmp_path, tensors, cap
 
 
 def test_modernberts_own_vocabulary_needs_no_tokenizer():
-    config = composer.hf_config(flex_content(vocab_size=50368))
+    config = flexbert.hf_config(flex_content(vocab_size=50368))
     assert [config[k] for k in ("pad_token_id", "cls_token_id", "sep_token_id")] == [
         50283, 50281, 50282,
     ]  # fmt: skip
@@ -655,7 +655,7 @@ def test_modernberts_own_vocabulary_needs_no_tokenizer():
 @pytest.mark.parametrize("local", [-1, -1.0, 0, None])
 def test_bug_a_no_local_theta_means_the_global_one(local):
     flex = flex_content(rotary_emb_base=10000.0, local_attn_rotary_emb_base=local)
-    config = composer.hf_config(flex, TOKENIZER)
+    config = flexbert.hf_config(flex, TOKENIZER)
     assert (config["global_rope_theta"], config["local_rope_theta"]) == (10000.0, 10000.0)
 
 
@@ -676,7 +676,7 @@ def test_bug_b_the_mlm_head_has_its_own_activation_and_bias(pred, expected):
     flex = flex_content(
         head_pred_act=pred, head_class_act="relu", head_pred_bias=True, head_class_bias=False
     )
-    config = composer.hf_config(flex, TOKENIZER)
+    config = flexbert.hf_config(flex, TOKENIZER)
     assert config["classifier_activation"] == expected
     assert config["classifier_bias"] is True
 
@@ -685,7 +685,7 @@ def test_what_flexbert_leaves_out_is_its_own_default():
     flex = flex_content()
     for name in ("head_pred_act", "norm_kwargs", "decoder_bias", "tie_word_embeddings"):
         flex.pop(name, None)
-    config = composer.hf_config(flex, TOKENIZER)
+    config = flexbert.hf_config(flex, TOKENIZER)
     assert config["classifier_activation"] == "silu"
     assert (config["norm_eps"], config["norm_bias"]) == (1e-5, True)  # torch's LayerNorm
     assert config["decoder_bias"] is True and config["tie_word_embeddings"] is True
@@ -724,15 +724,15 @@ def test_what_flexbert_leaves_out_is_its_own_default():
 def test_refuses_options_that_hf_lacks_by_name(changes):
     name = next(iter(changes))
     with pytest.raises(ValueError, match=f"FlexBERT's {name}: HF's ModernBERT has only"):
-        composer.hf_config(flex_content(**changes), TOKENIZER)
+        flexbert.hf_config(flex_content(**changes), TOKENIZER)
 
 
 def test_layers_all_full_and_all_sliding():
-    full = composer.hf_config(
+    full = flexbert.hf_config(
         flex_content(sliding_window=-1, global_attn_every_n_layers=-1), TOKENIZER
     )
     assert set(full["layer_types"]) == {"full_attention"}
-    sliding = composer.hf_config(flex_content(global_attn_every_n_layers=-1), TOKENIZER)
+    sliding = flexbert.hf_config(flex_content(global_attn_every_n_layers=-1), TOKENIZER)
     assert set(sliding["layer_types"]) == {"sliding_attention"}
 
 
@@ -754,8 +754,8 @@ def test_layers_all_full_and_all_sliding():
 )
 def test_configuration_there_and_back(changes):
     config = config_of(**changes)
-    flex = json.loads(json.dumps(composer.flex_config(config.to_dict())))
-    back = ModernBertConfig.from_dict(composer.hf_config(flex))
+    flex = json.loads(json.dumps(flexbert.flex_config(config)))
+    back = ModernBertConfig.from_dict(flexbert.hf_config(flex))
     assert back.to_dict() == config.to_dict()
 
 
@@ -773,7 +773,7 @@ def test_configuration_there_and_back(changes):
 )
 def test_refuses_what_flexbert_lacks(changes, message):
     with pytest.raises(ValueError, match=message):
-        composer.flex_config(config_of(**changes).to_dict())
+        flexbert.flex_config(config_of(**changes))
 
 
 # Refusals, and what they leave behind: nothing.
@@ -1058,8 +1058,8 @@ def test_dst_is_replaced_only_when_asked_and_only_a_checkpoint(tmp_path, hf, cap
     file = tmp_path / "c.pt"
     file.write_text("mine")
     refused(capsys, "exists already", "to-composer", hf, file)
-    refused(capsys, "expected a folder to make", "from-hf", hf, file, "--overwrite")
-    refused(capsys, "expected a file to make", "to-composer", hf, tmp_path / "notes")
+    refused(capsys, "expected a folder to create", "from-hf", hf, file, "--overwrite")
+    refused(capsys, "expected a file to create", "to-composer", hf, tmp_path / "notes")
     ok("to-composer", hf, file, "--overwrite")
     assert composer.model_of(torch_file.read(file))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.pt", "dst", "hf", "notes"]
@@ -1094,7 +1094,7 @@ def test_interrupted(tmp_path, hf, capsys, monkeypatch):
 
     monkeypatch.setattr(orbax, "save_orbax", interrupt)
     assert run("from-hf", hf, tmp_path / "dst") == 130
-    assert "DST is untouched" in capsys.readouterr().err
+    assert "DST is unchanged" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
@@ -1108,12 +1108,19 @@ def python(*args, **kwargs):
 
 
 def test_only_pt_files_need_torch(tmp_path, hf):
-    program = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        "from convert import cli; "
-        "print([cli.main(['from-hf', *sys.argv[1:3]]), cli.main(['to-hf', *sys.argv[2:4]])], "
-        "cli.main(['to-composer', sys.argv[2], sys.argv[4]]))"
-    )
+    program = """
+import sys
+
+class Absent:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent)
+from convert import cli
+codes = [cli.main(["from-hf", *sys.argv[1:3]]), cli.main(["to-hf", *sys.argv[2:4]])]
+print(codes, cli.main(["to-composer", sys.argv[2], sys.argv[4]]))
+"""
     made = [tmp_path / name for name in ("orbax", "back", "c.pt")]
     done = python("-c", program, hf, *made)
     assert done.stdout.endswith("[0, 0] 2\n"), done.stderr

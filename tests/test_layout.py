@@ -21,7 +21,7 @@ import modernbert_jax
 ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("modernbert_jax", "train", "convert")
-# Reading with any of these can run what the file says. `convert` has its own restricted unpickler.
+# Reading with any of these can run what the file says. `convert` only checks names with pickle.
 RUNS_FILES = {"_pickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 RUNS_TEXT = {"__import__", "eval", "exec", "import_module", "importlib.import_module"}
 
