@@ -196,15 +196,20 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input."""
-    command: Any = tyro.extras.subcommand_cli_from_dict(
+def parse(argv: list[str] | None = None) -> Any:
+    """Returns the command that the arguments describe; exits with code 2 for wrong arguments."""
+    return tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog=PROGRAM,
         description=DESCRIPTION,
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad input."""
+    command = parse(argv)
     # A conversion needs no accelerator and must not take memory on one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:

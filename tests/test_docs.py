@@ -348,7 +348,7 @@ class World:
                 self.train(words)
             case ["python", "-m", "convert", *words]:
                 if words[0] == "check" and not self.really:  # torch, and a model a time
-                    convert_cli._parser().parse_args(words)
+                    convert_cli.parse(words)
                 else:
                     done(convert_cli.main, words)
             case ["python", "-m", "modernbert_jax.attention", *words]:
