@@ -346,6 +346,8 @@ class World:
         match call:
             case ["python" | "python3", "-m", "train", *words]:
                 self.train(words)
+            case ["python", "-m", "train.plan.install_cuda", "--target", _]:
+                pass  # 400 MB; test_plan.py runs it
             case ["python", "-m", "convert", *words]:
                 if words[0] == "check" and not self.really:  # torch, and a model a time
                     convert_cli.parse(words)
@@ -406,7 +408,8 @@ class World:
         more = SMALLER.get(verb, "")
         for flag, instead in REPLACED.items():
             more += f" {instead}" if flag in words else ""
-        if verb == "plan" and not (self.really and importlib.util.find_spec("libtpu")):
+        compiles = importlib.util.find_spec("libtpu") and "--cuda-compiler" not in words
+        if verb == "plan" and not (self.really and compiles):
             cli.plan_arguments(words[1:], "plan")[2].validate()
         else:
             help_alone = ["--help"] if "--help" in words else []

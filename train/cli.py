@@ -170,13 +170,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "") -> int:
     prog = prog or (called if called == "modernbert-jax" else f"python -m {__package__}")
     app = tyro.extras.SubcommandApp()
     for verb in VERBS:
-        app.command(_constant(verb), name=verb.__name__, help=verb.__doc__)
+        app.command(name=verb.__name__, help=verb.__doc__)(_constant(verb))
     description = DESCRIPTION.format(prog=prog, configs=", ".join(configs.names()))
     try:
         verb = app.cli(args=args[:1], prog=prog, description=description)
         return verb(args[1:], f"{prog} {args[0]}")
     except SystemExit as end:  # of tyro, after --help or after its own message
-        return int(end.code or 0)
+        return end.code if isinstance(end.code, int) else 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
