@@ -196,9 +196,7 @@ def test_changelog_begins_with_this_version():
 
 
 def test_declared_dependencies_are_the_imports():
-    graph = grimp.build_graph(
-        *PACKAGES, include_external_packages=True, exclude_type_checking_imports=True
-    )
+    graph = grimp.build_graph(*PACKAGES, include_external_packages=True)
     ours = {name for name in graph.modules if name.split(".")[0] in PACKAGES}
 
     def imports(package: str) -> set[str]:
