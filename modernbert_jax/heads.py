@@ -1,36 +1,36 @@
 """The heads: masked LM, and sequence, token, question-answering and multiple-choice classifiers.
 
-Calls take what ModernBertModel takes and pass it on (`attention=`, `scan_layers=`, ...).
-Source: transformers' modeling_modernbert; init of the MLM head as ModernBERT's own training.
+Every call takes the arguments of `ModernBertModel.__call__`, which documents them.
+Source: transformers' modeling_modernbert; the MLM head is initialized as in ModernBERT's training.
 """
 
-import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from modernbert_jax.attention import attention as default_attention, make_segment_ids
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import ModernBertConfig, init_std
-from modernbert_jax.model import (
+from modernbert_jax.layers import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
-    ModernBertModel,
-    accepts_hf_names,
-    as_segment_ids,
+    Op,
     dropout,
     fold,
-    precision_of,
     truncated_normal,
 )
+from modernbert_jax.model import Array, BaseModelOutput, ModernBertModel, Remat, refuse_inputs
+from modernbert_jax.precision import einsum
 
-_HEAD_KEY = 1_000_000  # the head's dropout key, beyond those of any layer
+_HEAD_KEY = 1_000_000  # the number of the head's dropout key, beyond those of any layer
 
 
 @struct.dataclass
 class MaskedLMOutput:
-    """logits_BLV, or logits_BPV where positions were asked for; float32."""
+    """logits: float32 [B, L, V], or [B, P, V] at the predicted positions."""
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
@@ -39,7 +39,10 @@ class MaskedLMOutput:
 
 @struct.dataclass
 class ClassifierOutput:
-    """logits: [B, labels], packed rows [B, S, labels], tokens [B, L, labels], [B, choices]."""
+    """logits: float32 [B, E], [B, S, E] for packed sequences, [B, L, E] for tokens, or [B, C].
+
+    E is the number of labels, C the number of choices.
+    """
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
@@ -48,7 +51,7 @@ class ClassifierOutput:
 
 @struct.dataclass
 class QuestionAnsweringOutput:
-    """start_logits_BL and end_logits_BL, float32."""
+    """start_logits and end_logits: float32 [B, L]."""
 
     start_logits: jax.Array
     end_logits: jax.Array
@@ -57,14 +60,13 @@ class QuestionAnsweringOutput:
 
 
 class PredictionHead(nnx.Module):
-    """norm(act(dense(x))), for [B, L, D]."""
+    """norm(act(dense(x))) for [B, L, D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs, std: float):
         self.activation = config.classifier_activation
         D = config.hidden_size
-        self.dense = Linear(
-            "...D,DE->...E", (D, D), (D,) if config.classifier_bias else None, std, config, rngs
-        )
+        bias = (D,) if config.classifier_bias else None
+        self.dense = Linear("...D,DE->...E", (D, D), bias, std, config, rngs)
         self.norm = LayerNorm(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,7 +76,7 @@ class PredictionHead(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The bias [V] and, where it is not tied to the embedding, the weight [V, D]."""
+    """The bias [V] and, unless it is tied to the embedding, the weight [V, D]."""
 
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
@@ -85,7 +87,7 @@ class Decoder(nnx.Module):
 
 
 class ModernBertForMaskedLM(Pretrained, nnx.Module):
-    """The encoder with its masked-LM head; the decoder is tied to the embedding by default."""
+    """The encoder with its masked-LM head; by default the decoder is tied to the embedding."""
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
         self.config: ModernBertConfig = config
@@ -95,101 +97,102 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
 
     @property
     def decoder_weight_VD(self) -> jax.Array:
-        """The output embedding, as stored."""
+        """The output embedding in its stored dtype."""
         if self.config.tie_word_embeddings:
             return self.model.embeddings.tok_embeddings.weight[...]
         return self.decoder.weight[...]
 
     @property
     def decoder_bias_V(self) -> jax.Array | None:
-        """The output bias, as stored, or None."""
+        """The output bias in its stored dtype, or None."""
         return self.decoder.bias[...] if self.config.decoder_bias else None
 
-    @accepts_hf_names
     def predict_hidden(
-        self, input_ids_BL, *args, predict_positions_BP: jax.Array | None = None, **kwargs
-    ) -> jax.Array:
-        """The input of the decoder at the positions asked for, hidden_BPD (hidden_BLD without).
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        predict_positions: Array | None = None, inputs_embeds: Array | None = None,
+        dropout_key: jax.Array | None = None, attention: Op = default_attention,
+        scan_layers: bool = False, remat: Remat = False, **unsupported: Any,
+    ) -> jax.Array:  # fmt: skip
+        """Returns the decoder's input at the predicted positions, hidden_BPD (or hidden_BLD).
 
-        predict_positions_BP: indices into the row, 0 <= p < L; the same one may come twice.
-        Training chunks this against `decoder_weight_VD` in its loss: no [tokens, V] array exists.
+        predict_positions: [B, P], indices 0 <= p < L; repeats are allowed. The loss of training
+        multiplies chunks of this by `decoder_weight_VD`, so that no [tokens, V] array exists.
         """
-        hidden_BLD = self.model(input_ids_BL, *args, **kwargs).last_hidden_state
-        return self.head(_gather(hidden_BLD, predict_positions_BP))
+        hidden_BLD = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            **unsupported,
+        ).last_hidden_state  # fmt: skip
+        return self.head(_gather(hidden_BLD, predict_positions))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32 logits [..., V] of what `predict_hidden` gave."""
+        """Returns the float32 logits [..., V] of the output of `predict_hidden`."""
         dtype = jnp.dtype(self.config.dtype)
-        logits = jnp.einsum(
-            "...D,VD->...V",
-            hidden.astype(dtype),
-            self.decoder_weight_VD.astype(dtype),
-            precision=precision_of(dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = einsum("...D,VD->...V", hidden.astype(dtype), self.decoder_weight_VD.astype(dtype))
         if self.config.decoder_bias:
             bias_V = self.decoder.bias[...].astype(jnp.float32)
             logits = logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
         return logits
 
-    @accepts_hf_names
     def __call__(
-        self, input_ids_BL, *args, predict_positions_BP: jax.Array | None = None, **kwargs
-    ) -> MaskedLMOutput:
-        """Logits of every position, or of `predict_positions_BP` only."""
-        out = self.model(input_ids_BL, *args, **kwargs)
-        hidden = self.head(_gather(out.last_hidden_state, predict_positions_BP))
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        predict_positions: Array | None = None,
+        inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
+        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+    ) -> MaskedLMOutput:  # fmt: skip
+        """Returns logits at every position, or at `predict_positions` [B, P] only."""
+        out = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **unsupported,
+        )  # fmt: skip
+        hidden = self.head(_gather(out.last_hidden_state, predict_positions))
         return MaskedLMOutput(self.logits(hidden), out.hidden_states, out.attentions)
 
 
-def _gather(hidden_BLD: jax.Array, positions_BP: jax.Array | None) -> jax.Array:
+def _gather(hidden_BLD: jax.Array, positions_BP: Array | None) -> jax.Array:
     if positions_BP is None:
         return hidden_BLD
     return jnp.take_along_axis(hidden_BLD, jnp.asarray(positions_BP)[..., None], axis=1)
 
 
 def pool(
-    hidden_BLD: jax.Array, segment_ids_BL: jax.Array, num_segments: int = 1, pooling: str = "mean"
+    hidden_states: Array, segment_ids: Array, num_segments: int = 1, pooling: str = "mean"
 ) -> jax.Array:
-    """One vector a segment, hidden_BSD in float32: its first token ("cls") or its mean ("mean").
+    """Pools each segment into one float32 vector, hidden_BSD: its first token or its mean.
 
-    Segment s (counted from 1, as in segment_ids) is at index s - 1; S is `num_segments`. A segment
-    that the row lacks gives 0.
+    hidden_states: [B, L, D]. segment_ids: [B, L]. num_segments: S; segment s (counted from 1, as in
+    segment_ids) is at index s - 1, and is 0 if the row has no such segment. pooling: "cls" or
+    "mean".
     """
     s_1S1 = jnp.arange(1, num_segments + 1)[None, :, None]
-    member_BSL = jnp.asarray(segment_ids_BL)[:, None, :] == s_1S1
+    member_BSL = jnp.asarray(segment_ids)[:, None, :] == s_1S1
     if pooling == "cls":
         first_BS = jnp.argmax(member_BSL, axis=-1)
-        picked_BSD = jnp.take_along_axis(hidden_BLD, first_BS[..., None], axis=1)
+        picked_BSD = jnp.take_along_axis(jnp.asarray(hidden_states), first_BS[..., None], axis=1)
         present_BS1 = jnp.any(member_BSL, axis=-1, keepdims=True)
         return jnp.where(present_BS1, picked_BSD.astype(jnp.float32), 0.0)
     if pooling != "mean":
         raise ValueError(f"pooling: expected 'cls' or 'mean', got {pooling!r}")
-    sum_BSD = jnp.einsum(
-        "BSL,BLD->BSD",
-        member_BSL.astype(jnp.float32),
-        hidden_BLD.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    hidden_BLD = jnp.asarray(hidden_states, jnp.float32)
+    sum_BSD = einsum("BSL,BLD->BSD", member_BSL.astype(jnp.float32), hidden_BLD)
     return sum_BSD / jnp.maximum(jnp.sum(member_BSL, axis=-1, keepdims=True), 1)
 
 
 class _Classifier(Pretrained, nnx.Module):
-    """What the classifiers share: model, head, dropout, a linear classifier with a bias."""
+    """The encoder, the prediction head, dropout and a linear classifier with a bias."""
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
         self.config: ModernBertConfig = config
         self.model = ModernBertModel(config, rngs=rngs)
         self.head = PredictionHead(config, rngs, init_std(config, "out"))
-        n = self.outputs(config)
-        self.classifier = Linear(
-            "...D,DE->...E",
-            (config.hidden_size, n),
-            (n,),
-            init_std(config, "classifier"),
-            config,
-            rngs,
-        )
+        shape = (config.hidden_size, self.outputs(config))
+        std = init_std(config, "classifier")
+        self.classifier = Linear("...D,DE->...E", shape, shape[1:], std, config, rngs)
 
     @staticmethod
     def outputs(config: ModernBertConfig) -> int:
@@ -199,112 +202,150 @@ class _Classifier(Pretrained, nnx.Module):
         h = dropout(self.head(hidden), self.config.classifier_dropout, fold(key, _HEAD_KEY))
         return self.classifier(h).astype(jnp.float32)
 
-    def _pooled(
-        self, input_ids, attention_mask, segment_ids, positions, num_segments, kwargs
-    ) -> ClassifierOutput:
-        out = self.model(input_ids, attention_mask, segment_ids, positions, **kwargs)
-        ids_BL = as_segment_ids(jnp.asarray(input_ids), attention_mask, segment_ids)
+    def _classify_segments(
+        self, out: BaseModelOutput, mask: Array | None, segment_ids: Array | None,
+        num_segments: int | None, key: jax.Array | None,
+    ) -> jax.Array:  # fmt: skip
+        """Logits of the pooled segments [B, S, E], or [B, E] if num_segments is None."""
+        ids_BL = make_segment_ids(out.last_hidden_state.shape[:2], mask, segment_ids)
         pooled_BSD = pool(
             out.last_hidden_state, ids_BL, num_segments or 1, self.config.classifier_pooling
         )
-        logits_BSE = self._classify(pooled_BSD, kwargs.get("dropout_key"))
-        return ClassifierOutput(
-            logits_BSE if num_segments else logits_BSE[:, 0], out.hidden_states, out.attentions
-        )
+        logits_BSE = self._classify(pooled_BSD, key)
+        return logits_BSE if num_segments else logits_BSE[:, 0]
 
 
 class ModernBertForSequenceClassification(_Classifier):
-    """One prediction a sequence: pooling, head, classifier."""
+    """Predicts one label per sequence: pooling, head, classifier."""
 
-    @accepts_hf_names
     def __call__(
-        self,
-        input_ids_BL,
-        attention_mask_BL=None,
-        segment_ids_BL=None,
-        positions_BL=None,
-        *,
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
-        **kwargs,
-    ) -> ClassifierOutput:
-        """logits [B, labels]; with `num_segments` (packed rows) [B, S, labels], in segment order.
+        inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
+        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+    ) -> ClassifierOutput:  # fmt: skip
+        """Returns logits [B, E], or [B, S, E] for packed sequences, in segment order.
 
-        With left padding "cls" is the first token, not position 0 as in transformers.
+        num_segments: S, the largest number of sequences packed into one; an int. "cls" pools the
+        first token, also with padding on the left, where transformers pools position 0.
         Raises ValueError for segment_ids without num_segments.
         """
-        if segment_ids_BL is not None and num_segments is None:
+        if segment_ids is not None and num_segments is None:
             raise ValueError(
-                "segment_ids: packed rows need num_segments, the most sequences of a row (an int)"
+                "segment_ids: packed sequences need num_segments, the largest number of segments "
+                "in a row (an int)"
             )
-        return self._pooled(
-            input_ids_BL, attention_mask_BL, segment_ids_BL, positions_BL, num_segments, kwargs
+        out = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **unsupported,
+        )  # fmt: skip
+        logits = self._classify_segments(
+            out, attention_mask, segment_ids, num_segments, dropout_key
         )
+        return ClassifierOutput(logits, out.hidden_states, out.attentions)
 
 
 class ModernBertForTokenClassification(_Classifier):
-    """One prediction a token."""
+    """Predicts one label per token."""
 
-    @accepts_hf_names
-    def __call__(self, input_ids_BL, *args, **kwargs) -> ClassifierOutput:
-        """logits [B, L, labels]; packed rows need nothing more."""
-        out = self.model(input_ids_BL, *args, **kwargs)
-        logits = self._classify(out.last_hidden_state, kwargs.get("dropout_key"))
+    def __call__(
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
+        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+    ) -> ClassifierOutput:  # fmt: skip
+        """Returns logits [B, L, E], for packed sequences too."""
+        out = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **unsupported,
+        )  # fmt: skip
+        logits = self._classify(out.last_hidden_state, dropout_key)
         return ClassifierOutput(logits, out.hidden_states, out.attentions)
 
 
 class ModernBertForQuestionAnswering(_Classifier):
-    """Start and end of a span."""
+    """Predicts the start and the end of a span."""
 
-    @accepts_hf_names
-    def __call__(self, input_ids_BL, *args, **kwargs) -> QuestionAnsweringOutput:
-        """start_logits_BL and end_logits_BL. Raises ValueError unless num_labels is 2."""
+    def __call__(
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
+        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+    ) -> QuestionAnsweringOutput:  # fmt: skip
+        """Returns start_logits and end_logits [B, L]. Raises ValueError unless num_labels is 2."""
         if self.config.num_labels != 2:
             raise ValueError(f"num_labels: expected 2 (start, end), got {self.config.num_labels}")
-        out = self.model(input_ids_BL, *args, **kwargs)
-        logits_BLE = self._classify(out.last_hidden_state, kwargs.get("dropout_key"))
+        out = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **unsupported,
+        )  # fmt: skip
+        logits_BLE = self._classify(out.last_hidden_state, dropout_key)
         return QuestionAnsweringOutput(
             logits_BLE[..., 0], logits_BLE[..., 1], out.hidden_states, out.attentions
         )
 
 
 class ModernBertForMultipleChoice(_Classifier):
-    """One score a choice."""
+    """Scores the choices of a question."""
 
     @staticmethod
     def outputs(config: ModernBertConfig) -> int:
         return 1
 
-    @accepts_hf_names
     def __call__(
-        self,
-        input_ids_BL,
-        attention_mask_BL=None,
-        segment_ids_BL=None,
-        positions_BL=None,
-        *,
+        self, input_ids: Array, attention_mask: Array | None = None,
+        segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
-        **kwargs,
-    ) -> ClassifierOutput:
-        """logits [B, C] of inputs [B, C, L]; of packed rows [B, L], whose segments are the choices,
-        [B, S] with `num_segments`."""
-        if num_segments is not None:
-            out = self._pooled(
-                input_ids_BL, attention_mask_BL, segment_ids_BL, positions_BL, num_segments, kwargs
-            )
-            return dataclasses.replace(out, logits=out.logits[..., 0])
-        if jnp.ndim(input_ids_BL) != 3:
-            raise ValueError(
-                f"input_ids: expected [B, choices, L], got shape {jnp.shape(input_ids_BL)}; packed "
-                "rows need num_segments"
-            )
-        B, C, L = jnp.shape(input_ids_BL)
-        rows = lambda x: None if x is None else jnp.reshape(jnp.asarray(x), (B * C, L))  # noqa: E731
-        out = self._pooled(
-            rows(input_ids_BL),
-            rows(attention_mask_BL),
-            rows(segment_ids_BL),
-            rows(positions_BL),
-            None,
-            kwargs,
+        inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
+        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+    ) -> ClassifierOutput:  # fmt: skip
+        """Returns logits [B, C] for inputs [B, C, L].
+
+        With num_segments (an int), the inputs are packed sequences [B, L] whose segments are the
+        choices, and the logits are [B, S].
+        """
+        refuse_inputs(
+            unsupported, input_ids=input_ids, attention_mask=attention_mask,
+            segment_ids=segment_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        rows = jnp.shape(input_ids)[:1]
+        if num_segments is None:
+            if jnp.ndim(input_ids) != 3:
+                raise ValueError(
+                    f"input_ids: expected [B, choices, L], got {jnp.shape(input_ids)}; packed "
+                    "sequences need num_segments"
+                )
+            rows, length = jnp.shape(input_ids)[:2], jnp.shape(input_ids)[2]
+            flat = lambda x: None if x is None else jnp.reshape(jnp.asarray(x), (-1, length))  # noqa: E731
+            attention_mask, segment_ids = flat(attention_mask), flat(segment_ids)
+            position_ids = flat(position_ids)
+            input_ids = jnp.reshape(jnp.asarray(input_ids), (-1, length))
+            if inputs_embeds is not None:
+                inputs_embeds = jnp.reshape(
+                    jnp.asarray(inputs_embeds), (*input_ids.shape, self.config.hidden_size)
+                )
+        out = self.model(
+            input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
+            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+            **unsupported,
+        )  # fmt: skip
+        logits = self._classify_segments(
+            out, attention_mask, segment_ids, num_segments, dropout_key
         )
-        return dataclasses.replace(out, logits=out.logits.reshape(B, C))
+        return ClassifierOutput(
+            logits[..., 0] if num_segments else logits.reshape(rows),
+            out.hidden_states,
+            out.attentions,
+        )

@@ -334,4 +334,4 @@ def test_the_self_check_runs_and_offers_its_file(tmp_path, capsys, monkeypatch):
     assert {r["implementation"] for r in record["results"]} == {"xla"}
     assert all(r["error"] < 2e-5 for r in record["results"])
     printed = capsys.readouterr().out
-    assert "pallas_tpu: expected" in printed and "implementation=None takes xla" in printed
+    assert "pallas_tpu: expected" in printed and "implementation=None runs xla" in printed

@@ -52,7 +52,7 @@ def test_xla_counts_the_same():
     def forward(params, ids, places):
         model = module_of(ModernBertForMaskedLM, config, params)
         op = functools.partial(attention.attention, implementation="reference")
-        return model(ids, predict_positions_BP=places, attention=op).logits
+        return model(ids, predict_positions=places, attention=op).logits
 
     params = param_shapes(ModernBertForMaskedLM, config)
     ids, places = (jax.ShapeDtypeStruct((B, n), jnp.int32) for n in (L, P))

@@ -127,7 +127,7 @@ def test_inputs_as_for_the_model():
     np.testing.assert_allclose(found, classifier(**packed).logits, atol=1e-6)
     answers = look(tiny(ModernBertForQuestionAnswering), "*_logits", input_ids=ids)
     assert list(answers) == ["start_logits", "end_logits"]
-    with pytest.raises(ValueError, match="one run of ones a row"):
+    with pytest.raises(ValueError, match="one run of ones per sequence"):
         look(classifier, "logits", input_ids=ids, attention_mask=np.array([[1, 0, 1, 1, 1, 1]]))
     with pytest.raises(ValueError, match="ids that rise along a row"):
         look(classifier, "attentions.0", input_ids=ids, segment_ids=segment_ids[:, ::-1] + 1)
@@ -146,7 +146,7 @@ class TestNewcomers:
                 tiny(cls)(input_ids=self.ids, token_type_ids=self.ids)
 
     def test_labels(self):
-        with pytest.raises(TypeError, match="labels: expected none, models give logits.*optax"):
+        with pytest.raises(TypeError, match="labels: not supported, models return logits.*optax"):
             tiny(ModernBertForMaskedLM)(input_ids=self.ids, labels=self.ids)
 
     def test_a_torch_tensor(self):
@@ -161,7 +161,7 @@ class TestNewcomers:
     def test_habits(self):
         model = tiny()
         assert model.eval() is model and model.train() is model
-        with pytest.raises(TypeError, match="to: expected none, arrays go to jax's default"):
+        with pytest.raises(TypeError, match="to: not supported, arrays go to jax's default"):
             model.to("cuda")
         mask = [[1, 1, 1, 1, 0, 0]]
         a, b = (model(self.ids, m).last_hidden_state for m in (mask, np.array(mask)))
@@ -170,7 +170,7 @@ class TestNewcomers:
     def test_a_row_that_is_too_long(self):
         model = tiny(max_position_embeddings=16)
         ids = np.zeros((1, 17), np.int32)
-        with pytest.raises(ValueError, match="at most 16 tokens a row, got 17; cut them .trunc"):
+        with pytest.raises(ValueError, match="at most 16 tokens, got 17; truncate them .trunc"):
             model(ids)
         model(ids, segment_ids=np.array([[1] * 9 + [2] * 8]))  # packed rows may be longer
         longer = tiny(max_position_embeddings=17)
@@ -184,7 +184,7 @@ class TestNewcomers:
     def test_what_from_pretrained_takes_elsewhere(self, tmp_path):
         tiny().save_pretrained(tmp_path)
         for name, value, what in (
-            ("attn_implementation", "sdpa", "a call chooses by the device"),
+            ("attn_implementation", "sdpa", "each call chooses an implementation"),
             ("device_map", "auto", "jax.default_device"),
             ("num_layer", 3, "expected a field of ModernBertConfig"),
         ):

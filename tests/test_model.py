@@ -1,6 +1,7 @@
 """What the model promises without a reference: sizes, packing, padding, locality, scan, dropout."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import modernbert_jax as mj
-from modernbert_jax.attention import attention, make_bounds, segment_ids_from_mask
+from modernbert_jax.attention import attention, make_bounds, make_segment_ids
 from modernbert_jax.config import FULL, SLIDING
 
 CONFIG = mj.ModernBertConfig.tiny(
@@ -22,6 +23,12 @@ def mlm():
     return mj.ModernBertForMaskedLM(CONFIG, rngs=nnx.Rngs(0))
 
 
+@functools.partial(nnx.jit, static_argnames="num_segments")
+def run(model, ids, **inputs):
+    """model(ids, **inputs), compiled."""
+    return model(ids, **inputs)
+
+
 def ids_of(rows, length, seed=0):
     return np.random.default_rng(seed).integers(5, 64, (rows, length)).astype(np.int32)
 
@@ -32,7 +39,7 @@ def test_published_parameter_counts(size, parameters):
     model = nnx.eval_shape(lambda: mj.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == parameters
     ids = jax.ShapeDtypeStruct((2, 8192), jnp.int32)
-    out = nnx.eval_shape(lambda m, i: m(i, predict_positions_BP=i[:, :16]), model, ids)
+    out = nnx.eval_shape(lambda m, i: m(i, predict_positions=i[:, :16]), model, ids)
     assert out.logits.shape == (2, 16, 50368)
 
 
@@ -82,8 +89,10 @@ class TestBounds:
             make_bounds(self.ids, 0)
         with pytest.raises(ValueError, match="expected ids of 0 .padding. or more, got -3"):
             make_bounds(-self.ids)
-        with pytest.raises(ValueError, match="one run of ones a row .*row 0 has 2 runs"):
-            segment_ids_from_mask(np.array([[1, 0, 1]]))
+        with pytest.raises(
+            ValueError, match="one run of ones per sequence .* 0 has 2 runs"
+        ):
+            make_segment_ids((1, 3), np.array([[1, 0, 1]]))
 
 
 def test_attention_refuses_what_it_cannot_do():
@@ -108,13 +117,13 @@ def test_packed_equals_separate():
     segments = np.repeat([1, 2, 3, 0], [*lengths, 4])[None].astype(np.int32)
 
     def loss(model, rows):
-        return sum(jnp.sum(jnp.sin(model(i, segment_ids_BL=s).logits) * (s > 0)[..., None])
+        return sum(jnp.sum(jnp.sin(model(i, segment_ids=s).logits) * (s > 0)[..., None])
                    for i, s in rows)  # fmt: skip
 
     row = [(packed, segments)]
     rows = [(p, np.ones_like(p)) for p in parts]
-    hidden = np.asarray(model.model(packed, segment_ids_BL=segments).last_hidden_state)[0]
-    alone = np.concatenate([np.asarray(model.model(p).last_hidden_state)[0] for p in parts])
+    hidden = np.asarray(run(model.model, packed, segment_ids=segments).last_hidden_state)[0]
+    alone = np.concatenate([np.asarray(run(model.model, p).last_hidden_state)[0] for p in parts])
     np.testing.assert_allclose(hidden[:36], alone, atol=1e-6 * np.abs(alone).max())
     for a, b in zip(
         jax.tree.leaves(nnx.jit(nnx.grad(loss))(model, row)),
@@ -127,11 +136,11 @@ def test_packed_equals_separate():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side):
     ids = ids_of(1, 20)
-    alone = np.asarray(mlm()(ids).logits)[0]
+    alone = np.asarray(run(mlm(), ids).logits)[0]
     before, after = (11, 0) if side == "left" else (0, 11)
     padded = np.pad(ids, ((0, 0), (before, after)), constant_values=2)
     mask = np.pad(np.ones_like(ids), ((0, 0), (before, after)))
-    got = np.asarray(mlm()(padded, mask).logits)[0][mask[0] == 1]
+    got = np.asarray(run(mlm(), padded, attention_mask=mask).logits)[0][mask[0] == 1]
     np.testing.assert_allclose(got, alone, atol=1e-6 * np.abs(alone).max())
 
 
@@ -149,7 +158,7 @@ def test_a_local_layer_sees_its_window_only():
         out = model(np.arange(30, dtype=np.int32)[None]).last_hidden_state
         return jnp.sum(out[0, 15] * jnp.arange(32.0))
 
-    grads = nnx.grad(output)(model).embeddings.tok_embeddings.weight[...]
+    grads = nnx.jit(nnx.grad(output))(model).embeddings.tok_embeddings.weight[...]
     seen = np.flatnonzero(np.abs(np.asarray(grads)).max(-1) > 0)
     np.testing.assert_array_equal(seen, np.arange(15 - 4, 15 + 4 + 1))
 
@@ -172,12 +181,12 @@ def test_scan_and_remat_change_nothing(layers, remat):
 def test_predicted_positions_are_a_choice_of_the_logits():
     ids = ids_of(2, 24)
     places = np.array([[3, 0, 23, 3], [5, 6, 7, 0]], np.int32)
-    everything = np.asarray(mlm()(ids).logits)
-    some = np.asarray(mlm()(ids, predict_positions_BP=places).logits)
+    everything = np.asarray(run(mlm(), ids).logits)
+    some = np.asarray(run(mlm(), ids, predict_positions=places).logits)
     want = np.take_along_axis(everything, places[..., None], axis=1)
     np.testing.assert_allclose(some, want, atol=1e-5)
-    hidden = mlm().predict_hidden(ids, predict_positions_BP=places)
-    np.testing.assert_allclose(mlm().logits(hidden), want, atol=1e-5)
+    predict = nnx.jit(lambda m: m.logits(m.predict_hidden(ids, predict_positions=places)))
+    np.testing.assert_allclose(predict(mlm()), want, atol=1e-5)
 
 
 class TestDropout:
@@ -190,16 +199,18 @@ class TestDropout:
         model = mj.ModernBertModel(config, rngs=nnx.Rngs(0))
         plain = mj.ModernBertModel(config.replace(**{field: 0.0}), rngs=nnx.Rngs(0))
         ids = ids_of(1, 12)
-        run = lambda m, seed: np.asarray(  # noqa: E731
-            m(ids, dropout_key=None if seed is None else jax.random.key(seed)).last_hidden_state
-        )
-        np.testing.assert_array_equal(run(model, None), run(plain, None))
-        np.testing.assert_array_equal(run(model, 1), run(model, 1))
-        assert np.abs(run(model, 1) - run(model, 2)).max() > 1e-4
-        np.testing.assert_array_equal(run(plain, 1), run(plain, None))
+
+        def hidden(model, seed):
+            key = None if seed is None else jax.random.key(seed)
+            return np.asarray(run(model, ids, dropout_key=key).last_hidden_state)
+
+        np.testing.assert_array_equal(hidden(model, None), hidden(plain, None))
+        np.testing.assert_array_equal(hidden(model, 1), hidden(model, 1))
+        assert np.abs(hidden(model, 1) - hidden(model, 2)).max() > 1e-4
+        np.testing.assert_array_equal(hidden(plain, 1), hidden(plain, None))
 
     def test_rate_and_scale(self):
-        from modernbert_jax.model import dropout
+        from modernbert_jax.layers import dropout
 
         x = np.asarray(dropout(jnp.ones((200, 200)), 0.1, jax.random.key(0)))
         assert abs((x == 0).mean() - 0.1) < 0.01
@@ -208,7 +219,7 @@ class TestDropout:
 
     def test_layers_and_sites_draw_differently(self):
         """With equal weights in two layers, dropout after attention still differs between them."""
-        from modernbert_jax.model import fold
+        from modernbert_jax.layers import fold
 
         keys = [fold(fold(jax.random.key(0), layer), site) for layer in (1, 2) for site in (0, 1)]
         assert len({tuple(np.asarray(jax.random.key_data(k))) for k in keys}) == 4
@@ -236,16 +247,54 @@ class TestPooling:
         parts = [ids_of(1, n, seed=n) for n in (9, 4, 11)]
         packed = np.concatenate(parts, axis=1)
         segments = np.repeat([1, 2, 3], [9, 4, 11])[None].astype(np.int32)
-        got = model(packed, segment_ids_BL=segments, num_segments=3).logits
+        got = run(model, packed, segment_ids=segments, num_segments=3).logits
         one = (lambda p: p[:, None]) if cls is mj.ModernBertForMultipleChoice else (lambda p: p)
-        want = [model(one(p)).logits[0] for p in parts]
+        want = [run(model, one(p)).logits[0] for p in parts]
         want = np.squeeze(want, -1) if cls is mj.ModernBertForMultipleChoice else np.array(want)
         np.testing.assert_allclose(got[0], want, atol=1e-5)
 
     def test_packed_rows_need_the_number_of_segments(self):
         model = mj.ModernBertForSequenceClassification(CONFIG, rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="need num_segments"):
-            model(self.ids, segment_ids_BL=self.ids)
+            model(self.ids, segment_ids=self.ids)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        mj.ModernBertModel.__call__,
+        mj.ModernBertForMaskedLM.__call__,
+        mj.ModernBertForMaskedLM.predict_hidden,
+        mj.ModernBertForSequenceClassification.__call__,
+        mj.ModernBertForTokenClassification.__call__,
+        mj.ModernBertForQuestionAnswering.__call__,
+        mj.ModernBertForMultipleChoice.__call__,
+    ],
+    ids=lambda call: call.__qualname__,
+)
+def test_signatures_show_every_argument(call):
+    """In the order and with the names of transformers; only refused names are not listed."""
+    parameters = inspect.signature(call).parameters
+    expected = ["self", "input_ids", "attention_mask", "segment_ids", "position_ids"]
+    assert list(parameters)[:5] == expected
+    assert {"inputs_embeds", "dropout_key", "attention", "scan_layers", "remat"} <= set(parameters)
+    hidden = [p.name for p in parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    assert hidden == ["unsupported"]
+
+
+def test_batch_encodings_of_transformers():
+    """What a tokenizer returns goes in as **inputs, also into a compiled call."""
+    transformers = pytest.importorskip("transformers")
+    inputs = transformers.BatchEncoding(
+        {"input_ids": ids_of(2, 9), "attention_mask": np.repeat([[1] * 7 + [0] * 2], 2, axis=0)}
+    )
+    forward = nnx.jit(mj.ModernBertForMaskedLM.__call__)
+    got = forward(mlm(), **inputs).logits
+    np.testing.assert_allclose(got, mlm()(**inputs).logits, atol=1e-5)
+    with pytest.raises(TypeError, match=r"input_ids: expected an array, .*model\(\*\*inputs\)"):
+        mlm()(inputs)
+    with pytest.raises(TypeError, match="decoder_input_ids: not an argument of this model"):
+        mlm()(**inputs, decoder_input_ids=inputs["input_ids"])
 
 
 def test_refuses_shapes_that_do_not_match():
@@ -258,7 +307,7 @@ def test_refuses_shapes_that_do_not_match():
 
 def test_the_two_kinds_of_layers_have_their_own_angles():
     """In either order of calls: no table may be kept under too narrow a key."""
-    from modernbert_jax.model import rope_tables
+    from modernbert_jax.layers import rope_tables
 
     config, positions = mj.ModernBertConfig(), np.arange(50)[None]
     tables = [

@@ -219,7 +219,7 @@ def test_what_a_kernel_cannot_take_is_refused_by_name():
     q = jnp.zeros((1, 64, 1, 64), jnp.float32)
     with pytest.raises(ValueError, match="pallas_hopper: expected bfloat16 or float16.*float32"):
         pallas_hopper.attention(q, q, q, bounds, scale=SCALE)
-    with pytest.raises(ValueError, match="scale: expected a number above 0, got -1.0"):
+    with pytest.raises(ValueError, match="scale: expected a positive number, got -1.0"):
         triton(q, q, q, bounds, scale=-1.0)
 
 

@@ -14,7 +14,7 @@ from modernbert_jax.attention import make_bounds
 from modernbert_jax.checkpoint.hf import hf_to_params
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.config import FULL, SLIDING
-from modernbert_jax.model import apply_rope, rope_tables
+from modernbert_jax.layers import apply_rope, rope_tables
 from modernbert_jax.weights import to_hf
 from tests.parity_cases import CASES, QUICK, hf_model, inputs, relative_error
 

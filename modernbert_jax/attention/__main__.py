@@ -1,10 +1,10 @@
-"""The self-check for whoever has a device that we do not.
+"""Checks and times every implementation of attention that can run on this device.
 
-    python -m modernbert_jax.attention                  a table in about a minute
-    python -m modernbert_jax.attention --json out.json  the same, as a file to send back
+    python -m modernbert_jax.attention                  prints a table in about a minute
+    python -m modernbert_jax.attention --json out.json  also writes it to a file
 
-Every implementation that can run here: error of the forward and backward pass against the reference
-in float32, and speed against `xla`, over packed rows, local and global.
+The table shows the error of the forward and backward pass against the reference in float32, and the
+speed relative to `xla`, for packed sequences in local and global layers.
 """
 
 import argparse
@@ -24,14 +24,14 @@ import numpy as np
 from modernbert_jax import attention as op
 
 HEADS, HEAD_DIM, WINDOW = 12, 64, 64
-# Of the largest value of the reference: rounding of inputs and products in each dtype.
+# Relative to the reference's largest value; allows for rounding of inputs and products.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 def case(
     rows: int, length: int, window: int | None, dtype: str, whole: bool = False, seed: int = 0
 ) -> tuple[Any, ...]:
-    """(q, k, v, d_out, bounds): rows packed with segments of some 300 tokens and a padded end."""
+    """Makes (q, k, v, d_out, bounds): rows packed with segments of about 300 tokens."""
     rng = np.random.default_rng(seed)
     shape = (4, rows, length, HEADS, HEAD_DIM)
     arrays = jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
@@ -45,7 +45,7 @@ def case(
 
 
 def both_passes(name: str, bounds: op.Bounds) -> Callable[..., tuple[jax.Array, ...]]:
-    """jit(q, k, v, d_out) -> (out, dq, dk, dv)."""
+    """Returns the compiled function (q, k, v, d_out) -> (out, dq, dk, dv)."""
 
     def run(q, k, v, d_out):
         f = lambda q, k, v: op.attention(  # noqa: E731
@@ -58,7 +58,7 @@ def both_passes(name: str, bounds: op.Bounds) -> Callable[..., tuple[jax.Array, 
 
 
 def error_of(name: str, dtype: str, window: int | None, whole: bool) -> float:
-    """The largest error over out, dq, dk and dv, each over the reference's largest value."""
+    """The largest error of out, dq, dk and dv, relative to the reference's largest value."""
     *arrays, bounds = case(2, 1000, window, dtype, whole)
     got = both_passes(name, bounds)(*arrays)
     exact = [x.astype(jnp.float32) for x in arrays]
@@ -70,7 +70,7 @@ def error_of(name: str, dtype: str, window: int | None, whole: bool) -> float:
 
 
 def seconds_of(run: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
-    """The shortest of a few calls."""
+    """Returns the time of the fastest of a few calls."""
     jax.block_until_ready(run(*arrays))
     times = []
     while len(times) < 5 and sum(times) < 3:
@@ -81,23 +81,21 @@ def seconds_of(run: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; the exit code is 1 if an implementation is past its tolerance."""
+    """Prints the table. Returns 1 if an implementation exceeds its tolerance, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m modernbert_jax.attention",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", type=pathlib.Path, help="write the results here")
-    parser.add_argument("--length", type=int, help="tokens a row in the timings")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the results to")
+    parser.add_argument("--length", type=int, help="sequence length in the timings, in tokens")
     args = parser.parse_args(argv)
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     length = args.length or (1024 if on_cpu else 8192)
     dtype = "float32" if on_cpu else "bfloat16"
     print(f"{device.device_kind} ({op.generation_of(device)}), jax {jax.__version__}, {dtype}")
-    print(
-        f"{'implementation':15} {'layer':14} {'error':>9} {'fwd ms':>9} {'both ms':>9}  against xla"
-    )
+    print(f"{'implementation':15} {'layer':14} {'error':>9} {'fwd ms':>9} {'both ms':>9}  vs xla")
     results, failed = [], False
     for window, whole in ((WINDOW, False), (None, False), (None, True)):
         layer = f"{'global' if window is None else 'local'}{', whole' if whole else ', packed'}"
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 row["forward_seconds"] = seconds_of(forward, arrays[:3])
                 row["both_seconds"] = seconds_of(both_passes(name, bounds), arrays)
-            except Exception as error:  # a kernel that fails here is a result, too
+            except Exception as error:  # a kernel that fails is a result too
                 first = str(error).strip().split("\n")[0]
                 row["failure"] = f"{type(error).__name__}: {first}"
                 print(f"{name:15} {layer:14} {row['failure'][:200]}")
@@ -133,11 +131,11 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{name:15} {layer:14} {row['error']:9.1e} {row['forward_seconds'] * 1e3:9.2f} "
                 f"{row['both_seconds'] * 1e3:9.2f}  {row['speed_against_xla']:.2f}x"
-                f"{'' if good else '  past the tolerance'}"
+                f"{'' if good else '  exceeds the tolerance'}"
             )
             results.append(row)
     q, *_, bounds = case(1, 1024, None, dtype)
-    print(f"implementation=None takes {op.choose(q, bounds, device).reason}")
+    print(f"implementation=None runs {op.choose(q, bounds, device).reason}")
     if args.json:
         record = {
             "command": "python -m modernbert_jax.attention",
@@ -150,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
             "results": results,
         }
         args.json.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"wrote {args.json}: please send it back, it goes into tests/benchmarks/results")
+        print(f"wrote {args.json}; contribute it as a file in tests/benchmarks/results")
     else:
-        print("--json FILE keeps this as a file to send back")
+        print("--json FILE writes these results to a file that you can contribute")
     return int(failed)
 
 

@@ -1,4 +1,4 @@
-"""The mask as two integers per query: which interval of keys it may see."""
+"""The attention mask as two integers per query: the interval of keys that it sees."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from jax.core import Tracer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Query i of a row sees the keys lo_BL[i] <= j < hi_BL[i]; none where they are equal (padding).
+    """Query i sees the keys lo_BL[i] <= j < hi_BL[i], and none if both are equal (padding).
 
     The relation is symmetric: key j is seen by the queries in its own interval. `window` is the
-    radius that is already part of the interval (None for a global layer); it is static, so that an
-    implementation can choose its tiles by it. `whole`, static too, promises that every row is one
-    segment without padding.
+    radius that the interval already includes (None for a global layer); it is static, so that an
+    implementation can choose its tiles by it. `whole` is static too and promises that every row is
+    one segment without padding.
     """
 
     lo_BL: jax.Array
@@ -25,30 +25,29 @@ class Bounds:
     whole: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def as_mask(self, key_length: int | None = None) -> jax.Array:
-        """The mask written out, mask_BLM: for tests, pictures and the reference only."""
+        """Returns the dense mask_BLM; for tests, plots and the reference only."""
         length = self.lo_BL.shape[1] if key_length is None else key_length
         j = jnp.arange(length, dtype=jnp.int32)[None, None, :]
         return (self.lo_BL[..., None] <= j) & (j < self.hi_BL[..., None])
 
 
 def make_bounds(
-    segment_ids_BL: jax.Array | np.ndarray, window: int | None = None, *, whole: bool = False
+    segment_ids: jax.Array | np.ndarray, window: int | None = None, *, whole: bool = False
 ) -> Bounds:
-    """Bounds of packed rows: a query sees its own segment, no further than `window` tokens away.
+    """Builds the bounds of packed rows: a query sees its segment, at most `window` tokens away.
 
-    A segment is a maximal run of equal non-zero ids; 0 is padding, which sees nothing and is not
-    seen. `window` is a radius, inclusive on both sides (64 for HF's local_attention=128).
-    `whole` is the caller's promise that all ids are one and the same, not 0.
-    Raises ValueError for a window below 1 or, on concrete arrays, for ids that are negative or that
-    fall along a row.
+    segment_ids: [B, L]; a segment is a maximal run of equal nonzero ids, and 0 is padding, which
+    sees nothing and is not seen. window: a radius, inclusive on both sides (64 for Hugging Face's
+    local_attention=128). whole: a promise that all ids are equal and not 0. Raises ValueError for a
+    window below 1 and, on concrete arrays, for ids that are negative or decrease along a row.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected None or a radius of at least 1 token, got {window}")
-    if segment_ids_BL.ndim != 2:
-        raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids_BL.shape}")
-    if not isinstance(segment_ids_BL, Tracer):
-        check_segment_ids(np.asarray(segment_ids_BL))
-    ids_BL = jnp.asarray(segment_ids_BL, jnp.int32)
+    if segment_ids.ndim != 2:
+        raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids.shape}")
+    if not isinstance(segment_ids, Tracer):
+        check_segment_ids(np.asarray(segment_ids))
+    ids_BL = jnp.asarray(segment_ids, jnp.int32)
     length = ids_BL.shape[1]
     i_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
     changes = ids_BL[:, 1:] != ids_BL[:, :-1]
@@ -65,46 +64,66 @@ def make_bounds(
 
 
 def check_segment_ids(ids_BL: np.ndarray) -> None:
-    """Raises ValueError for ids that are negative or that fall along a row."""
+    """Raises ValueError for ids that are negative or decrease along a row."""
     lowest = np.min(ids_BL, initial=0)
     if lowest < 0:
         raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
     so_far_BL = np.maximum.accumulate(ids_BL, axis=1)
     falls_BL = (ids_BL > 0) & (ids_BL < so_far_BL)
     if falls_BL.any():
-        row, place = (int(x[0]) for x in np.nonzero(falls_BL))
+        row, i = (int(x[0]) for x in np.nonzero(falls_BL))
         raise ValueError(
-            f"segment_ids: expected ids that rise along a row, row {row} has "
-            f"{ids_BL[row, place]} after {so_far_BL[row, place]} at token {place}"
+            f"segment_ids: expected ids that rise along a row, row {row} has {ids_BL[row, i]} "
+            f"after {so_far_BL[row, i]} at token {i}"
         )
 
 
-def segment_ids_from_mask(attention_mask_BL: jax.Array | np.ndarray) -> jax.Array:
-    """An attention_mask (1 is a token, 0 is padding) as the ids of one segment a row.
+def make_segment_ids(
+    shape: tuple[int, ...],
+    attention_mask: jax.Array | np.ndarray | None = None,
+    segment_ids: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
+    """Builds segment_ids_BL from whichever inputs a caller has; without any, all ones.
 
-    Raises ValueError, on concrete arrays only, for a mask with holes: its tokens would not be one
-    interval.
+    shape: [B, L], the shape of input_ids. attention_mask: 1 for tokens and 0 for padding; it sets
+    the ids of padding to 0. Raises ValueError for other shapes and, on concrete arrays, for a mask
+    with holes and no segment_ids: its tokens would not be one interval.
     """
-    if not isinstance(attention_mask_BL, Tracer):
-        mask = np.asarray(attention_mask_BL) != 0
+    if len(shape) != 2:
+        raise ValueError(f"input_ids: expected shape [B, L], got {tuple(shape)}")
+    for name, x in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
+        if x is not None and np.shape(x) != shape:
+            raise ValueError(
+                f"{name}: expected the shape of input_ids {tuple(shape)}, got {np.shape(x)}"
+            )
+    if attention_mask is None:
+        if segment_ids is None:
+            return jnp.ones(shape, jnp.int32)
+        return jnp.asarray(segment_ids, jnp.int32)
+    if segment_ids is not None:
+        ids_BL = jnp.asarray(segment_ids, jnp.int32)
+        return jnp.where(jnp.asarray(attention_mask) != 0, ids_BL, 0)
+    if not isinstance(attention_mask, Tracer):
+        mask = np.asarray(attention_mask) != 0
         starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
         if (starts > 1).any():
             row = int(np.argmax(starts > 1))
             raise ValueError(
-                f"attention_mask: expected one run of ones a row (padding left or right), row "
-                f"{row} has {int(starts[row])} runs; pass segment_ids for packed rows"
+                "attention_mask: expected one run of ones per sequence (padding on the left or "
+                f"right), sequence {row} has {int(starts[row])} runs; pass segment_ids for packed "
+                "sequences"
             )
-    return (jnp.asarray(attention_mask_BL) != 0).astype(jnp.int32)
+    return (jnp.asarray(attention_mask) != 0).astype(jnp.int32)
 
 
 def tile_bounds(
     bounds: Bounds, tile_q: int, tile_k: int, num_tiles_q: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The tiles of keys a tile of queries must visit: the first and one past the last, [B, T].
+    """Returns the key tiles that each query tile visits: the first and one past the last, [B, T].
 
     T is the number of query tiles (L / tile_q, rounded up, or `num_tiles_q`). A tile whose queries
-    see nothing gets (0, 0). The mask is symmetric, so with the sizes exchanged the same call says
-    which query tiles a tile of keys must visit.
+    see nothing gets (0, 0). The mask is symmetric, so the same call with the sizes swapped returns
+    the query tiles that each key tile visits.
     """
     length = bounds.lo_BL.shape[1]
     tiles = -(-length // tile_q) if num_tiles_q is None else num_tiles_q

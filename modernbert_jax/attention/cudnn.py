@@ -1,7 +1,7 @@
-"""cuDNN's flash attention through `jax.nn.dot_product_attention`, for whole global rows on a GPU.
+"""cuDNN's flash attention through `jax.nn.dot_product_attention`, for global layers on a GPU.
 
-Its public form knows neither segments nor a window without a causal mask, so it takes only rows
-that are one segment without padding (`bounds.whole`).
+The public function has no segments, and no window without a causal mask. It therefore supports only
+rows that are one segment without padding (`bounds.whole`).
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from modernbert_jax.attention.bounds import Bounds
 
 
 def supports(q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
-    """None if cuDNN takes this, else one line saying why not."""
+    """Returns None if cuDNN supports this call, else the reason in one line."""
     if device.platform not in ("gpu", "cuda"):
         return f"cudnn: expected an NVIDIA GPU, got {device.platform}"
     if bounds.window is not None:
@@ -30,6 +30,6 @@ def supports(q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
 def attention(
     q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bounds: Bounds, *, scale: float
 ) -> jax.Array:
-    """softmax(scale * q k^T) v over whole rows, with cuDNN's own backward pass."""
-    del bounds  # whole rows: nothing is hidden
+    """Computes softmax(scale * q k^T) v over whole rows, with cuDNN's own backward pass."""
+    del bounds  # every key is visible
     return jax.nn.dot_product_attention(q_BLHK, k_BMHK, v_BMHK, scale=scale, implementation="cudnn")

@@ -1,4 +1,4 @@
-"""What the two GPU kernel files share: padding to whole tiles, and which tiles each tile visits."""
+"""Shared by the GPU kernels: padding to whole tiles, and which tiles each tile visits."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from modernbert_jax.attention.bounds import Bounds, tile_bounds
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# Where a running maximum starts. Finite, so that a row without a key meets no inf - inf.
+# The start of a running maximum. It is finite so that rows without keys never compute inf - inf.
 FLOOR = -1e30
 
 
@@ -22,9 +22,9 @@ FLOOR = -1e30
 class Tiled:
     """Bounds padded to whole tiles, for kernels that own `rows` positions and stream `columns`.
 
-    lo_BL, hi_BL: the bounds, with padding that sees nothing. ranges_BT4: for each row tile the
-    column tiles [first, first whole, end of whole, end): all of a whole tile is seen by every row
-    of the row tile, so it needs no mask; the others are cut by the bounds element by element.
+    lo_BL, hi_BL: the bounds; padding sees nothing. ranges_BT4: for each row tile the column tiles
+    [first, first whole, end of whole, end). Every row of the row tile sees all of a whole tile,
+    which therefore needs no mask; the other tiles are masked element by element.
     """
 
     lo_BL: jax.Array
@@ -33,28 +33,28 @@ class Tiled:
 
 
 def check_scale(scale: float) -> None:
-    """Raises ValueError for a scale that is not above 0: the kernels take the maximum before it."""
+    """Raises ValueError unless scale > 0: the kernels take the maximum before scaling."""
     if not scale > 0:
-        raise ValueError(f"scale: expected a number above 0, got {scale}")
+        raise ValueError(f"scale: expected a positive number, got {scale}")
 
 
 def padded_length(length: int, *tiles: int) -> int:
-    """The length rounded up to a multiple of every tile size."""
+    """Rounds the length up to a multiple of every tile size."""
     step = math.lcm(*tiles)
     return -(-length // step) * step
 
 
 def pad_length(x_BL: jax.Array, length: int) -> jax.Array:
-    """Axis 1 padded with zeros to `length`; the array itself where it has that length already."""
+    """Pads axis 1 with zeros to `length`."""
     tail = length - x_BL.shape[1]
     return jnp.pad(x_BL, ((0, 0), (0, tail)) + ((0, 0),) * (x_BL.ndim - 2)) if tail else x_BL
 
 
 def tiled(bounds: Bounds, length: int, rows: int, columns: int) -> Tiled:
-    """The tiles to visit, for rows of queries and columns of keys or, by symmetry, the reverse."""
+    """Finds the tiles to visit: rows are queries and columns keys or, by symmetry, the reverse."""
     lo_BL, hi_BL = pad_length(bounds.lo_BL, length), pad_length(bounds.hi_BL, length)
     first_BT, end_BT = tile_bounds(bounds, rows, columns, length // rows)
-    # A row that sees nothing admits no whole tile.
+    # A row that sees nothing excludes whole tiles.
     some_BL = lo_BL < hi_BL
     latest_BT = jnp.max(jnp.where(some_BL, lo_BL, length).reshape(-1, length // rows, rows), -1)
     earliest_BT = jnp.min(jnp.where(some_BL, hi_BL, 0).reshape(-1, length // rows, rows), -1)
@@ -65,15 +65,15 @@ def tiled(bounds: Bounds, length: int, rows: int, columns: int) -> Tiled:
 
 
 def is_narrow(window: int | None) -> bool:
-    """Whether a band is so narrow that wide tiles waste work on it and few of them are whole."""
+    """Whether the window is so narrow that wide tiles waste work and few tiles are whole."""
     return window is not None and window <= 128
 
 
 def visit(ranges: Any, window: int | None, step: Callable[..., Any], carry: Any) -> Any:
-    """step(column, carry, masked) over the column tiles of one row tile, and no others.
+    """Loops step(column, carry, masked) over the column tiles that one row tile visits.
 
-    `ranges` are the four scalars of `Tiled.ranges_BT4`. Whole tiles have a loop of their own, with
-    no mask in it; a narrow band has hardly any, so it has one loop.
+    `ranges` are the four scalars of `Tiled.ranges_BT4`. Whole tiles have their own loop without a
+    mask; a narrow window has hardly any whole tiles and uses one loop.
     """
     first, whole, whole_end, end = ranges
     masked, unmasked = (functools.partial(step, masked=m) for m in (True, False))
@@ -87,10 +87,10 @@ def visit(ranges: Any, window: int | None, step: Callable[..., Any], carry: Any)
 def softmax_residuals(
     out_BLHK: jax.Array, d_out_BLHK: jax.Array, lse_BHL: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(lse in base 2, delta), float32 [B, H, length]: what both backward kernels read per query.
+    """Returns (lse in base 2, delta), float32 [B, H, length], for the backward kernels.
 
-    delta is sum_K(out * d_out), as in FlashAttention-2 (arXiv:2307.08691, algorithm 2). A query
-    without a key has lse -inf and gets 0 here, so that nothing in a kernel is infinite.
+    delta is sum_K(out * d_out), as in FlashAttention-2 (arXiv:2307.08691, algorithm 2). The lse of
+    a query without keys is -inf; it becomes 0, so that no value in a kernel is infinite.
     """
     f32 = jnp.float32
     delta_BHL = jnp.einsum("BLHK,BLHK->BHL", out_BLHK.astype(f32), d_out_BLHK.astype(f32))

@@ -1,4 +1,5 @@
-"""Bounded attention for sm80 to sm89 (A100, L4, RTX 30 and 40) through Pallas' Triton lowering.
+"""Bounded attention for sm80 to sm90 (A100, L4, RTX 30 and 40, H100) through Pallas' Triton
+lowering.
 
 Three kernels, each owning one tile and streaming the tiles that the bounds admit: the loop runs
 from the first to the last of them and the loads sit inside it, so a tile outside is not computed

@@ -1,4 +1,4 @@
-"""The oracle: the explicit mask and a softmax in float32, O(L*M) memory."""
+"""The reference: an explicit mask and a softmax in float32, with O(L*M) memory."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask) v, written out; a query with no key gives 0.
+    """Computes softmax(scale * q k^T + mask) v; the output of a query without keys is 0.
 
-    The only implementation that can drop probabilities (HF's attention_dropout).
+    The only implementation with dropout of the probabilities (Hugging Face's attention_dropout).
     """
     p_BHLM = probabilities(q_BLHK, k_BMHK, bounds, scale=scale)
     if dropout_rate and dropout_key is not None:
@@ -32,12 +32,12 @@ def attention(
 def probabilities(
     q_BLHK: jax.Array, k_BMHK: jax.Array, bounds: Bounds, *, scale: float
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask), p_BHLM, in float32 at least; a query with no key gets 0."""
+    """Returns softmax(scale * q k^T + mask), p_BHLM, in float32 or float64; 0 without keys."""
     mask_B1LM = bounds.as_mask(k_BMHK.shape[1])[:, None]
     q, k = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q_BLHK, k_BMHK))
     highest = jax.lax.Precision.HIGHEST
     scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", q, k, precision=highest) * scale
-    # A finite floor keeps rows without a key free of NaN, forward and backward.
+    # A finite lower bound prevents NaN in rows without keys, forward and backward.
     floor = jnp.finfo(scores_BHLM.dtype).min / 2
     scores_BHLM = jnp.where(mask_B1LM, scores_BHLM, floor)
     top_BHL1 = jax.lax.stop_gradient(jnp.max(scores_BHLM, axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""The one custom VJP that the kernels share: what is saved, and in what shape it comes back."""
+"""The custom VJP that all kernels share."""
 
 import functools
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from modernbert_jax.attention.bounds import Bounds
 
 
 class Forward(Protocol):
-    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without a key)."""
+    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without keys)."""
 
     def __call__(
         self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /
@@ -34,7 +34,7 @@ class Backward(Protocol):
 
 
 class Attention(Protocol):
-    """The op of one implementation: out_BLHK in q's dtype."""
+    """One implementation of attention: returns out_BLHK in q's dtype."""
 
     def __call__(
         self, q_BLHK: Any, k_BMHK: Any, v_BMHK: Any, bounds: Bounds, *, scale: float
@@ -42,10 +42,9 @@ class Attention(Protocol):
 
 
 def with_vjp(forward: Forward, backward: Backward) -> Attention:
-    """attention(q, k, v, bounds, *, scale) from a pair of kernels.
+    """Builds attention(q, k, v, bounds, *, scale) from a forward and a backward kernel.
 
-    Saves q, k, v, out, the log-sum-exp and the bounds, nothing else. `forward` and `backward` are
-    looked up by the arguments alone: no state is kept between calls.
+    The residuals are q, k, v, out, the log-sum-exp and the bounds.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
 from modernbert_jax.attention.vjp import Attention, with_vjp
+from modernbert_jax.precision import einsum
 
 _DENSE_LENGTH = 512  # up to here all scores of a row are kept at once
 _CHUNK_Q, _CHUNK_K = 256, 512  # queries and keys of one step of the global path
@@ -77,22 +78,14 @@ def _plan(q_BLHK, bounds: Bounds) -> tuple[str, int]:
 # One block of queries against one block of keys: [N, q, H, K], [N, m, H, K], mask [N, q, m].
 
 
-def _precision(x):
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-def _einsum(equation, x, y):
-    return jnp.einsum(equation, x, y, precision=_precision(x), preferred_element_type=jnp.float32)
-
-
 def _dense_forward(q, k, v, mask, scale):
     """(out [N, q, H, K] float32, lse [N, H, q])."""
-    s = jnp.where(mask[:, None], _einsum("nqhd,nmhd->nhqm", q, k) * scale, _FLOOR)
+    s = jnp.where(mask[:, None], einsum("nqhd,nmhd->nhqm", q, k) * scale, _FLOOR)
     top = jnp.max(s, axis=-1, keepdims=True)
     p = jnp.exp(s - top)
     total = jnp.sum(p, axis=-1)
     some = jnp.any(mask, axis=-1)[:, None]
-    out = _einsum("nhqm,nmhd->nqhd", p.astype(v.dtype), v)
+    out = einsum("nhqm,nmhd->nqhd", p.astype(v.dtype), v)
     share = jnp.where(some, 1.0 / total, 0.0)
     lse = jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)
     return out * jnp.swapaxes(share, 1, 2)[..., None], lse
@@ -100,13 +93,13 @@ def _dense_forward(q, k, v, mask, scale):
 
 def _dense_backward(q, k, v, mask, lse, delta, d_out, scale):
     """(dq, dk, dv) in float32, of the block alone."""
-    s = _einsum("nqhd,nmhd->nhqm", q, k) * scale
+    s = einsum("nqhd,nmhd->nhqm", q, k) * scale
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     p = jnp.where(mask[:, None], jnp.exp(s - lse[..., None]), 0.0)
-    dv = _einsum("nhqm,nqhd->nmhd", p.astype(d_out.dtype), d_out)
-    dp = _einsum("nqhd,nmhd->nhqm", d_out, v)
+    dv = einsum("nhqm,nqhd->nmhd", p.astype(d_out.dtype), d_out)
+    dp = einsum("nqhd,nmhd->nhqm", d_out, v)
     ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
-    return _einsum("nhqm,nmhd->nqhd", ds, k), _einsum("nhqm,nqhd->nmhd", ds, q), dv
+    return einsum("nhqm,nmhd->nqhd", ds, k), einsum("nhqm,nqhd->nmhd", ds, q), dv
 
 
 # Rows as blocks and back.
@@ -195,13 +188,13 @@ def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
             out, top, total = carry
             start = c * _CHUNK_K
             k_c, v_c = (_slice(x, row, start, _CHUNK_K) for x in (k, v))
-            s = _einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
+            s = einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
             s = jnp.where(_mask(lo_t, hi_t, start)[:, None], s, _FLOOR)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             p = jnp.exp(s - new_top[..., None])
             fade = jnp.exp(top - new_top)
             total = total * fade + jnp.sum(p, axis=-1)
-            more = _einsum("nhqm,nmhd->nhqd", p.astype(v.dtype), v_c)
+            more = einsum("nhqm,nmhd->nhqd", p.astype(v.dtype), v_c)
             return out * fade[..., None] + more, new_top, total
 
         # A floor above _FLOOR: a query that a chunk hides altogether adds exp(-inf) = 0 there.
@@ -242,10 +235,10 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
         def visit(c, dq):
             start = c * _CHUNK_K
             k_c, v_c = (_slice(x, row, start, _CHUNK_K) for x in (k, v))
-            s = _einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
+            s = einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
             p = jnp.where(_mask(lo_t, hi_t, start)[:, None], jnp.exp(s - lse_t), 0.0)
-            ds = p * (_einsum("nqhd,nmhd->nhqm", d_t, v_c) - delta_t) * scale
-            return dq + _einsum("nhqm,nmhd->nhqd", ds.astype(q.dtype), k_c)
+            ds = p * (einsum("nqhd,nmhd->nhqm", d_t, v_c) - delta_t) * scale
+            return dq + einsum("nhqm,nmhd->nhqd", ds.astype(q.dtype), k_c)
 
         zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
         dq = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, zero)
@@ -260,12 +253,12 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
             start = c * _CHUNK_K
             q_c, d_c = (_slice(x, row, start, _CHUNK_K) for x in (q, d_out))
             lse_c, delta_c = (across(_slice(x, row, start, _CHUNK_K)) for x in (lse, delta))
-            s = _einsum("nmhd,nqhd->nhmq", k_t, q_c) * scale
+            s = einsum("nmhd,nqhd->nhmq", k_t, q_c) * scale
             p = jnp.exp(s - lse_c[:, :, None, :])
             p = jnp.where(_mask(lo_t, hi_t, start)[:, None], p, 0.0)
-            dv = dv + _einsum("nhmq,nqhd->nhmd", p.astype(d_out.dtype), d_c)
-            ds = p * (_einsum("nmhd,nqhd->nhmq", v_t, d_c) - delta_c[:, :, None, :]) * scale
-            return dk + _einsum("nhmq,nqhd->nhmd", ds.astype(q.dtype), q_c), dv
+            dv = dv + einsum("nhmq,nqhd->nhmd", p.astype(d_out.dtype), d_c)
+            ds = p * (einsum("nmhd,nqhd->nhmq", v_t, d_c) - delta_c[:, :, None, :]) * scale
+            return dk + einsum("nhmq,nqhd->nhmd", ds.astype(q.dtype), q_c), dv
 
         zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
         dk, dv = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, (zero, zero))

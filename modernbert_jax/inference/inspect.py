@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from modernbert_jax.attention import segment_ids_from_mask
+from modernbert_jax.attention import make_segment_ids
 from modernbert_jax.attention.bounds import check_segment_ids
 from modernbert_jax.heads import ModernBertForQuestionAnswering
 from modernbert_jax.model import refuse_input
@@ -44,7 +44,8 @@ def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax
         refuse_input(name, value)
     # What can be seen on arrays alone: masks with holes, ids that fall.
     if (mask := inputs.get("attention_mask")) is not None:
-        segment_ids_from_mask(np.asarray(mask))
+        rows = np.reshape(mask, (-1, np.shape(mask)[-1]))
+        make_segment_ids(rows.shape, rows)
     if (ids := inputs.get("segment_ids")) is not None:
         check_segment_ids(np.asarray(ids))
     plain = {k: v for k, v in inputs.items() if v is None or isinstance(v, int)}

@@ -56,7 +56,7 @@ def our_model(reference=None):
 
     @jax.jit
     def run(state, ids, segment_ids):
-        return nnx.merge(graph, state)(ids, segment_ids_BL=segment_ids).last_hidden_state
+        return nnx.merge(graph, state)(ids, segment_ids=segment_ids).last_hidden_state
 
     return lambda ids, segment_ids=None: run(state, ids, segment_ids)
 

@@ -87,9 +87,9 @@ class Trainer:
         )
         hidden_BPD = model.predict_hidden(
             batch["input_ids"],
-            segment_ids_BL=batch["segment_ids"],
-            inputs_embeds_BLD=embeds_BLD,
-            predict_positions_BP=batch["predict_positions"],
+            segment_ids=batch["segment_ids"],
+            inputs_embeds=embeds_BLD,
+            predict_positions=batch["predict_positions"],
             dropout_key=key,
             attention=sharded(
                 self.mesh, rows=ROWS, heads=TENSOR, implementation=config.attention or None

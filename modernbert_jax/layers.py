@@ -1,0 +1,248 @@
+"""The parts of the encoder: Linear, LayerNorm, embeddings, RoPE, attention, GeGLU and the layer.
+
+Parameter paths are Hugging Face's keys ("layers.3.attn.Wqkv.weight"). Each Hugging Face tensor is
+one Param, shaped by axis:
+
+    Wqkv [D, 3, H, K]   attn.Wo [H, K, D]   Wi [D, 2, F]   mlp.Wo [F, D]   tok_embeddings [V, D]
+
+Choices that differ between frameworks are explicit: exact GELU, LayerNorm with a two-pass variance
+in float32, RoPE and softmax in float32, and float32 products at the highest precision.
+Source: arXiv 2412.13663; transformers' modeling_modernbert.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from modernbert_jax.attention import Bounds, reference
+from modernbert_jax.config import ModernBertConfig, init_std
+from modernbert_jax.precision import matmul_precision
+
+Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
+Op = Callable[..., jax.Array]  # has the signature of `modernbert_jax.attention.attention`
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity if `key` is None or the rate is 0."""
+    if key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+    """Derives the key of one use of dropout; None (no dropout) stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+def truncated_normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], std: float, config: ModernBertConfig
+) -> jax.Array:
+    """Draws from a normal truncated at the configured cutoff.
+
+    `std` is the deviation before truncation, as in torch.nn.init.trunc_normal_.
+    """
+    cut = config.initializer_cutoff_factor or 3.0
+    return (jax.random.truncated_normal(rngs.params(), -cut, cut, shape, jnp.float32) * std).astype(
+        config.param_dtype
+    )
+
+
+class Linear(nnx.Module):
+    """einsum(`equation`, x, weight) + bias, computed in config.dtype."""
+
+    def __init__(
+        self,
+        equation: str,
+        shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None,
+        std: float,
+        config: ModernBertConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.equation = equation
+        self.dtype = config.dtype
+        self.weight = nnx.Param(truncated_normal(rngs, shape, std, config))
+        if bias_shape is not None:
+            self.bias = nnx.Param(jnp.zeros(bias_shape, config.param_dtype))
+        self.has_bias = bias_shape is not None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        y = jnp.einsum(
+            self.equation,
+            x.astype(dtype),
+            self.weight[...].astype(dtype),
+            precision=matmul_precision(dtype),
+        )
+        if self.has_bias:
+            bias = self.bias[...].astype(dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, computed in float32 and returned in config.dtype."""
+
+    def __init__(self, config: ModernBertConfig):
+        self.eps, self.dtype = config.norm_eps, config.dtype
+        self.weight = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        if config.norm_bias:
+            self.bias = nnx.Param(jnp.zeros((config.hidden_size,), config.param_dtype))
+        self.has_bias = config.norm_bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        ones = (1,) * (y.ndim - 1)
+        y = y * self.weight[...].astype(jnp.float32).reshape(*ones, -1)
+        if self.has_bias:
+            y = y + self.bias[...].astype(jnp.float32).reshape(*ones, -1)
+        return y.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """weight [V, D]. pad_token_id gets no gradient, as with torch's padding_idx."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.pad_token_id = config.pad_token_id
+        self.weight = nnx.Param(
+            truncated_normal(rngs, shape, init_std(config, "embedding"), config)
+        )
+
+    def __call__(self, input_ids_BL: jax.Array) -> jax.Array:
+        x_BLD = jnp.take(self.weight[...], input_ids_BL, axis=0)
+        if self.pad_token_id is None:
+            return x_BLD
+        is_pad_BL1 = (input_ids_BL == self.pad_token_id)[..., None]
+        return jnp.where(is_pad_BL1, jax.lax.stop_gradient(x_BLD), x_BLD)
+
+
+class Embeddings(nnx.Module):
+    """Normalized token embeddings; ModernBERT has no position or type embeddings."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        self.config: ModernBertConfig = config
+        self.tok_embeddings = Embedding(config, rngs)
+        self.norm = LayerNorm(config)
+
+    def __call__(
+        self,
+        input_ids_BL: jax.Array,
+        key: jax.Array | None,
+        inputs_embeds_BLD: jax.Array | None = None,
+    ) -> jax.Array:
+        if inputs_embeds_BLD is None:
+            inputs_embeds_BLD = self.tok_embeddings(input_ids_BL)
+        x_BLD = self.norm(inputs_embeds_BLD)
+        return dropout(x_BLD.astype(self.config.residual_dtype), self.config.embedding_dropout, key)
+
+
+def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> Rope:
+    """Returns cos and sin of the RoPE angles in float32, each [B, L, K/2]; positions in tokens."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    angles = positions_BL[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BLHK: jax.Array, tables: Rope) -> jax.Array:
+    """Rotates the two halves of each head (NeoX layout, not interleaved) in float32."""
+    cos, sin = (t[:, :, None, :] for t in tables)
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHK.dtype)
+
+
+class Attention(nnx.Module):
+    """Wqkv, RoPE, bounded attention, Wo."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        self.config: ModernBertConfig = config
+        D, H, K = config.hidden_size, config.num_attention_heads, config.head_dim
+        qkv_bias, out_bias = ((3, H, K), (D,)) if config.attention_bias else (None, None)
+        std_in, std_out = init_std(config, "in"), init_std(config, "out")
+        self.Wqkv = Linear("BLD,DTHK->BLTHK", (D, 3, H, K), qkv_bias, std_in, config, rngs)
+        self.Wo = Linear("BLHK,HKD->BLD", (H, K, D), out_bias, std_out, config, rngs)
+
+    def __call__(
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+    ) -> jax.Array:
+        config = self.config
+        qkv_BLTHK = self.Wqkv(x_BLD)
+        q_BLHK = apply_rope(qkv_BLTHK[:, :, 0], rope)
+        k_BLHK = apply_rope(qkv_BLTHK[:, :, 1], rope)
+        v_BLHK = qkv_BLTHK[:, :, 2]
+        scale = config.head_dim**-0.5
+        if config.attention_dropout and key is not None:
+            # No fused kernel drops probabilities, so this option costs [B, H, L, M] of memory.
+            out_BLHK = reference.attention(
+                q_BLHK,
+                k_BLHK,
+                v_BLHK,
+                bounds,
+                scale=scale,
+                dropout_rate=config.attention_dropout,
+                dropout_key=fold(key, 0),
+            )
+        else:
+            out_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale)
+        out_BLD = self.Wo(out_BLHK)
+        out_BLD = dropout(out_BLD, config.attention_dropout, fold(key, 1))
+        return dropout(out_BLD, config.attention_out_dropout, fold(key, 2))
+
+
+class MLP(nnx.Module):
+    """GeGLU: Wo(act(first half of Wi) * second half of Wi)."""
+
+    def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
+        self.config: ModernBertConfig = config
+        D, F = config.hidden_size, config.intermediate_size
+        in_bias, out_bias = ((2, F), (D,)) if config.mlp_bias else (None, None)
+        std_in, std_out = init_std(config, "in"), init_std(config, "out")
+        self.Wi = Linear("BLD,DTF->BLTF", (D, 2, F), in_bias, std_in, config, rngs)
+        self.Wo = Linear("BLF,FD->BLD", (F, D), out_bias, std_out, config, rngs)
+
+    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+        h_BLTF = self.Wi(x_BLD)
+        act = ACTIVATIONS[self.config.hidden_activation]
+        h_BLF = act(h_BLTF[:, :, 0].astype(jnp.float32)).astype(h_BLTF.dtype) * h_BLTF[:, :, 1]
+        return self.Wo(dropout(h_BLF, self.config.mlp_dropout, key))
+
+
+class EncoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer has no attention norm."""
+
+    def __init__(self, config: ModernBertConfig, index: int, rngs: nnx.Rngs):
+        self.has_attn_norm = index > 0
+        if self.has_attn_norm:
+            self.attn_norm = LayerNorm(config)
+        self.attn = Attention(config, rngs)
+        self.mlp_norm = LayerNorm(config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+    ) -> jax.Array:
+        h_BLD = self.attn_norm(x_BLD) if self.has_attn_norm else x_BLD
+        h_BLD = self.attn(h_BLD, rope, bounds, attention, fold(key, 0))
+        x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
+        h_BLD = self.mlp(self.mlp_norm(x_BLD), fold(key, 1))
+        return x_BLD + h_BLD.astype(x_BLD.dtype)
