@@ -1,7 +1,7 @@
-"""The architecture as data: one frozen dataclass with HF's field names.
+"""The architecture as one frozen dataclass with Hugging Face's field names.
 
-`ModernBertConfig.from_dict` reads both generations of `config.json` (transformers 4.48 and 5);
-`to_dict` writes one that both read.
+`ModernBertConfig.from_dict` reads the `config.json` of transformers 4.48 and of transformers 5;
+`to_dict` writes one that both versions read.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# The names that ACT2FN of transformers gives to the functions in model.ACTIVATIONS.
+# The names of layers.ACTIVATIONS, which are those of ACT2FN in transformers.
 ACTIVATION_NAMES = (
     "gelu",
     "gelu_new",
@@ -30,9 +30,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModernBertConfig:
-    """Every choice that changes a result of the model. Defaults are ModernBERT-base's.
+    """Every option that changes a result of the model. Defaults are ModernBERT-base's.
 
-    Raises ValueError with expected and got where values cannot go together.
+    Raises ValueError for values that are invalid or inconsistent.
     Source: arXiv 2412.13663 and the `config.json` of the released checkpoints.
     """
 
@@ -41,15 +41,15 @@ class ModernBertConfig:
     intermediate_size: int = 1152  # F, one half of the GLU
     num_hidden_layers: int = 22
     num_attention_heads: int = 12
-    max_position_embeddings: int = 8192  # tokens; training refuses longer rows
+    max_position_embeddings: int = 8192  # tokens; training refuses longer sequences
 
-    layer_types: tuple[str, ...] = ()  # () derives (full, sliding, sliding) from layer 0 on
-    local_attention: int = 128  # HF's name for the whole window; the radius is half of it
+    layer_types: tuple[str, ...] = ()  # () means (full, sliding, sliding) repeated
+    local_attention: int = 128  # the whole window, as in Hugging Face; the radius is half
     global_rope_theta: float = 160_000.0
-    local_rope_theta: float | None = 10_000.0  # None or <= 0: the global theta
+    local_rope_theta: float | None = 10_000.0  # None or <= 0: equal to the global theta
 
-    hidden_activation: str = "gelu"  # exact (erf)
-    classifier_activation: str = "gelu"  # of the MLM head as well
+    hidden_activation: str = "gelu"  # the exact one (erf)
+    classifier_activation: str = "gelu"  # also of the MLM head
     norm_eps: float = 1e-5
     norm_bias: bool = False
     attention_bias: bool = False
@@ -59,17 +59,17 @@ class ModernBertConfig:
     tie_word_embeddings: bool = True
 
     embedding_dropout: float = 0.0
-    attention_dropout: float = 0.0  # HF: drops probabilities and the output of attn.Wo
-    attention_out_dropout: float = 0.0  # ours: drops the output of attn.Wo only (0.1 in training)
+    attention_dropout: float = 0.0  # of the probabilities and the output of attn.Wo
+    attention_out_dropout: float = 0.0  # of the output of attn.Wo only; not in transformers
     mlp_dropout: float = 0.0
     classifier_dropout: float = 0.0
 
     initializer_range: float = 0.02
-    initializer_cutoff_factor: float | None = 2.0  # in standard deviations; None is 3
+    initializer_cutoff_factor: float | None = 2.0  # in standard deviations; None means 3
 
     classifier_pooling: str = "cls"  # or "mean"
     num_labels: int = 2
-    id2label: tuple[str, ...] = ()  # names of the labels, in order; () when unnamed
+    id2label: tuple[str, ...] = ()  # names of the labels, in order; () if unnamed
     problem_type: str | None = None
 
     pad_token_id: int | None = 50283
@@ -78,12 +78,13 @@ class ModernBertConfig:
     cls_token_id: int | None = 50281
     sep_token_id: int | None = 50282
 
-    # How to compute; `param_dtype` is what config.json calls dtype (torch_dtype before v5).
+    # dtype is the dtype of computation; param_dtype is called dtype in config.json (torch_dtype
+    # before transformers 5).
     dtype: str = "float32"
     param_dtype: str = "float32"
     residual_dtype: str = "float32"
 
-    # Keys of a config.json that change nothing here, as JSON text, so that a round trip keeps them.
+    # The keys of a config.json without meaning here, as JSON text, so that a round trip keeps them.
     hf_extra: str = "{}"
 
     def __post_init__(self) -> None:
@@ -155,22 +156,22 @@ class ModernBertConfig:
 
     @property
     def window(self) -> int:
-        """The radius of a sliding layer: query i sees keys with |i - j| <= window."""
+        """The radius of a sliding layer in tokens: query i sees keys with |i - j| <= window."""
         return self.local_attention // 2
 
     def rope_theta(self, kind: str) -> float:
-        """RoPE's base for layers of `kind`."""
+        """The base of RoPE in layers of `kind`."""
         theta = self.global_rope_theta if kind == FULL else self.local_rope_theta
         assert theta is not None  # set in __post_init__
         return theta
 
     def replace(self, **changes: Any) -> "ModernBertConfig":
-        """A copy with some fields changed; a new depth drops a layer_types that no longer fits."""
+        """Returns a copy with changed fields; a new depth resets layer_types to the default."""
         depth = changes.get("num_hidden_layers", self.num_hidden_layers)
         if depth != self.num_hidden_layers and "layer_types" not in changes:
             changes["layer_types"] = ()
         for name in changes.keys() - {f.name for f in dataclasses.fields(self)}:
-            raise TypeError(f"{name}: expected a field of ModernBertConfig, this is none")
+            raise TypeError(f"{name}: expected a field of ModernBertConfig")
         if changes.get("num_labels", self.num_labels) != self.num_labels:
             changes.setdefault("id2label", ())
         return dataclasses.replace(self, **changes)
@@ -195,7 +196,7 @@ class ModernBertConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "ModernBertConfig":
-        """Four layers of width 128: for demonstrations and tests."""
+        """Four layers of width 128, for demonstrations and tests."""
         return cls(
             vocab_size=4096,
             hidden_size=128,
@@ -204,7 +205,7 @@ class ModernBertConfig:
             num_attention_heads=4,
             max_position_embeddings=1024,
             local_attention=128,
-            initializer_range=0.09,  # 128 ** -0.5: at 0.02 so narrow a model is slow to attend
+            initializer_range=0.09,  # 128 ** -0.5: with 0.02 so narrow a model learns slowly
             classifier_pooling="mean",
             pad_token_id=2,
             bos_token_id=0,
@@ -217,18 +218,18 @@ class ModernBertConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModernBertConfig":
-        """Reads a `config.json` of either generation.
+        """Reads a `config.json` of transformers 4.48 or 5.
 
-        Theta: rope_parameters, else global_rope_theta / local_rope_theta, else 160,000 / 10,000.
-        Raises ValueError for another model_type, a rope_type other than "default", or values that
-        do not fit.
+        The RoPE bases come from rope_parameters, then global_rope_theta and local_rope_theta, then
+        the defaults. Raises ValueError for another model_type, a rope_type other than "default", or
+        invalid values.
         """
         data = dict(data)
         model_type = data.pop("model_type", "modernbert")
         if model_type != "modernbert":
             raise ValueError(
-                f"model_type: expected 'modernbert', got {model_type!r}; only ModernBERT loads "
-                "here (`python -m train finetune --backend torch` takes any model of transformers)"
+                f"model_type: expected 'modernbert', got {model_type!r}; only ModernBERT can "
+                "be loaded (`python -m train finetune --backend torch` fine-tunes other models)"
             )
         fields: dict[str, Any] = {}
 
@@ -283,7 +284,7 @@ class ModernBertConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """A `config.json` that transformers 4.48 and 5 both read."""
+        """Returns a `config.json` that transformers 4.48 and 5 both read."""
         data = json.loads(self.hf_extra)
         data["model_type"] = "modernbert"
         skip = ("hf_extra", "dtype", "param_dtype", "residual_dtype", "layer_types", "id2label")
@@ -291,7 +292,7 @@ class ModernBertConfig:
             if field.name not in skip:
                 data[field.name] = getattr(self, field.name)
         data["layer_types"] = list(self.layer_types)
-        for n in range(1, self.num_hidden_layers + 1):  # 4.48 can say only "every n"
+        for n in range(1, self.num_hidden_layers + 1):  # 4.48 knows only "every n"
             if self.layer_types == _every_n(self.num_hidden_layers, n):
                 data["global_attn_every_n_layers"] = n
                 break
@@ -310,7 +311,7 @@ class ModernBertConfig:
 
     @classmethod
     def from_json(cls, path: Any) -> "ModernBertConfig":
-        """Reads the file `path`; ValueError names it when it is no valid configuration."""
+        """Reads a `config.json`. Raises ValueError, with the path, if it is not valid."""
         try:
             file = pathlib.Path(path) if isinstance(path, str) else path
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -351,7 +352,7 @@ def _every_n(num_layers: int, n: int) -> tuple[str, ...]:
 
 
 def init_std(config: ModernBertConfig, kind: str) -> float:
-    """Standard deviation of a weight: "in", "out", "embedding" or "classifier".
+    """Returns the initial standard deviation of a weight of a kind: in, out, embedding, classifier.
 
     Source: `_init_weights` of transformers (ModernBERT's full_megatron scheme).
     """

@@ -11,7 +11,7 @@ IGNORE_INDEX = -100  # the label of a position that no loss counts, the default 
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """Row r holds the documents `documents[starts[r]:starts[r + 1]]`, one after the other."""
+    """Row r packs the documents `documents[starts[r]:starts[r + 1]]`, in order."""
 
     documents: np.ndarray
     starts: np.ndarray
@@ -21,33 +21,32 @@ class RowPlan:
         return len(self.starts) - 1
 
     def row(self, r: int) -> np.ndarray:
-        """The documents of row r, in order."""
+        """Returns the documents of row r, in order."""
         return self.documents[self.starts[r] : self.starts[r + 1]]
 
 
 def plan_rows(
     lengths: np.ndarray, sequence_length: int, seed: tuple[int, ...] | None = None
 ) -> RowPlan:
-    """Best-fit-decreasing: each document goes to the fullest row that still has room for it.
+    """Assigns each document to the fullest row with room for it, longest documents first.
 
-    lengths in tokens. seed, e.g. (seed, epoch): which of several documents of one length goes
-    where,
-    and the order of the rows, are shuffled by it; None keeps the order given as far as it can.
-    Documents of one length move together, so the cost is about one array operation for each pair of
-    a length and a free space, not one step a document.
-    Raises ValueError for a document longer than a row or empty.
+    lengths: in tokens. seed: for example (seed, epoch), shuffles documents of equal length and the
+    order of the rows; None keeps the given order as far as possible. Documents of equal length are
+    placed together, so the cost is about one array operation per pair of a length and a free space,
+    not one step per document. Raises ValueError for a document that is empty or longer than a row.
     """
     lengths = np.asarray(lengths, np.int64)
     if lengths.size and (lengths.min() < 1 or lengths.max() > sequence_length):
         worst = lengths.min() if lengths.min() < 1 else lengths.max()
-        raise ValueError(f"lengths: expected 1 to {sequence_length} tokens a document, got {worst}")
+        raise ValueError(
+            f"lengths: expected 1 to {sequence_length} tokens per document, got {worst}"
+        )
     rng = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
     row_of = np.empty(len(lengths), np.int64)  # in `order`
-    free: list[list[np.ndarray]] = [
-        [] for _ in range(sequence_length + 1)
-    ]  # by room left: row numbers
+    # The numbers of the rows with each amount of room left.
+    free: list[list[np.ndarray]] = [[] for _ in range(sequence_length + 1)]
     some = np.zeros(sequence_length + 1, bool)
     rows = 0
 
@@ -63,11 +62,11 @@ def plan_rows(
             if some[space]:
                 taken = free[space].pop()
                 some[space] = bool(free[space])
-            else:  # open as many rows as the rest of this length needs
+            else:  # open as many rows as the remaining documents of this length need
                 space = sequence_length
                 taken = rows + np.arange(-(-(last - first) // (space // length)))
                 rows += len(taken)
-            # No free space lies between `length` and `space`, so best fit fills a row at a time.
+            # No free space lies between `length` and `space`, so best fit fills one row at a time.
             a_row = space // length
             count = min(last - first, len(taken) * a_row)
             row_of[first : first + count] = np.repeat(taken, a_row)[:count]
@@ -104,18 +103,18 @@ def row_size(tokens: int, smallest: int = 64, per_octave: int = 4) -> int:
 
 
 def segment_slots(sequence_length: int, texts: int = 1) -> int:
-    """For how many texts a row's results have room: few numbers, so few compilations.
+    """Returns the padded number of segments of a row, one of few numbers to limit compilations.
 
-    One for 16 tokens, which is enough for most rows, and more where they are needed.
+    One segment per 16 tokens is enough for most rows; rows with more texts get more.
     """
     return max(sequence_length // 16, 2 ** (texts - 1).bit_length())
 
 
 def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Batches for inference: lists of `rows` lists of texts, the longest texts first.
+    """Yields batches for inference: `rows` lists of text indices each, the longest texts first.
 
-    Texts that share a row are alike in length; a row has at most batch_tokens, or one text. The
-    last batch may have empty rows.
+    Texts in one row have similar lengths. A row holds at most batch_tokens, or a single longer
+    text. The last batch may have empty rows.
     """
     batch: list[list[int]] = [[]]
     filled = 0
@@ -137,7 +136,7 @@ def fill_rows(
     rows: Sequence[Sequence[int] | np.ndarray],
     size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids_BL and segment_ids_BL of rows that hold these texts one after the other.
+    """Packs texts into input_ids_BL and segment_ids_BL.
 
     texts: token ids. rows: for each row the indices of its texts, which get the segment ids 1, 2,
     and so on. size: L, by default the `row_size` of the fullest row.

@@ -55,5 +55,5 @@ def test_no_documents_make_no_rows():
 
 @pytest.mark.parametrize("lengths", [[3, 9], [0, 3]])
 def test_refuses_lengths_that_fit_no_row(lengths):
-    with pytest.raises(ValueError, match="expected 1 to 8 tokens a document"):
+    with pytest.raises(ValueError, match="expected 1 to 8 tokens per document"):
         plan_rows(np.array(lengths), 8)

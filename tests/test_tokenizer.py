@@ -144,11 +144,15 @@ def test_settings_of_a_call_reach_neither_fingerprint_nor_workers(tiny_folder):
 def test_an_orbax_checkpoint_holds_its_tokenizer(tiny, tiny_folder, tmp_path):
     from flax import nnx
 
-    from modernbert_jax.checkpoint.pretrained import flatten, save_orbax
+    from modernbert_jax.checkpoint.orbax import save_orbax
+    from modernbert_jax.checkpoint.params import flatten
 
     config = ModernBertConfig.tiny(vocab_size=len(tiny), num_hidden_layers=1)
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
-    save_orbax(tmp_path / "orbax", config=config, params=flatten(model), tokenizer_dir=tiny_folder)
+    save_orbax(
+        tmp_path / "orbax", architecture=type(model).__name__, config=config,
+        params=flatten(model), tokenizer_dir=tiny_folder,
+    )  # fmt: skip
     loaded = AutoTokenizer.from_pretrained(tmp_path / "orbax")
     assert fingerprint(loaded) == fingerprint(tiny) and loaded.mask_token_id == 4
 
