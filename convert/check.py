@@ -1,4 +1,4 @@
-"""The parity certificate: this model and transformers' on the same inputs, layer by layer."""
+"""The parity report: this library and transformers on the same inputs, layer by layer."""
 
 import hashlib
 import importlib.metadata
@@ -6,12 +6,14 @@ import importlib.util
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, __version__, heads, pool
 from modernbert_jax.checkpoint import hf, hub, orbax
@@ -23,8 +25,8 @@ from . import files
 PACKAGES = ("jax", "flax", "numpy", "torch", "transformers")
 SEED = 0
 
-# The published values of one checkpoint: "Hello World!", the first three positions and values.
-# Source: the integration tests of transformers (float32, SDPA), to 1e-4.
+# Published values of one checkpoint: the first three positions and channels for "Hello World!".
+# Source: the integration tests of transformers (float32, SDPA), exact to 1e-4.
 GOLDEN_ID = "answerdotai/ModernBERT-base"
 GOLDEN_TEXT, GOLDEN_TOLERANCE = "Hello World!", 1e-4
 GOLDEN_LOGITS = (
@@ -40,30 +42,32 @@ GOLDEN_HIDDEN = (
 
 
 def run(source: str, json_path: Path | None, tolerance: float) -> int:
-    """Prints the table and writes the JSON; 0 where every error is within `tolerance`, else 1.
+    """Prints a parity report, also writes it as JSON, and returns 0 if it passed, else 1.
 
-    source: an HF folder, an Orbax folder or a hub id. Raises ImportError where torch or
-    transformers is absent (except for GOLDEN_ID, whose golden values need neither), ValueError or
-    OSError for a checkpoint that cannot be read.
+    source: a Hugging Face folder, an Orbax folder or a hub id. tolerance: the largest error that
+    passes, relative to the largest value of the reference. Raises ImportError if torch or
+    transformers is missing (except for GOLDEN_ID, whose published values need neither), ValueError
+    or OSError if the checkpoint cannot be read.
     """
     folder = hub.resolve(source)
-    passed, certificate = True, {"source": source, "tolerance": tolerance, "seed": SEED}
+    report: dict[str, Any] = {"source": source, "tolerance": tolerance, "seed": SEED}
+    passed = True
     if source == GOLDEN_ID:
-        certificate["golden"] = _golden(folder)
-        passed = certificate["golden"]["passed"]
-    lacking = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-    if lacking and source != GOLDEN_ID:
+        report["golden"] = _golden(folder)
+        passed = report["golden"]["passed"]
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing and source != GOLDEN_ID:
         raise ImportError(
-            f"check compares with transformers in torch; not installed: {', '.join(lacking)}"
+            f"check compares with transformers in torch; not installed: {', '.join(missing)}"
         )
-    if lacking:
-        print(f"not compared with transformers: {', '.join(lacking)} not installed")
+    if missing:
+        print(f"not compared with transformers: {', '.join(missing)} not installed")
     else:
-        certificate |= _compare(folder, tolerance)
-        passed = passed and certificate["passed"]
-    certificate |= {"passed": passed, "versions": _versions()}
+        report |= _compare(folder, tolerance)
+        passed = passed and report["passed"]
+    report |= {"passed": passed, "versions": _versions()}
     if json_path is not None:
-        json_path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print("passed" if passed else "FAILED")
     return 0 if passed else 1
 
@@ -72,40 +76,50 @@ def _compare(folder: Path, tolerance: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = files.load(str(folder))
         cls, config, params = checkpoint.cls, checkpoint.config, checkpoint.params
-        if orbax.is_orbax(folder):  # transformers needs a folder that it can read
+        if orbax.is_orbax(folder):  # transformers reads only its own layout
             folder = Path(scratch)
             tensors = hf.params_to_hf(cls, config, params)
             hf.write_hf(folder, config, tensors, architecture=cls.__name__)
-        hashes = {"config_sha256": _config_hash(config), "weights_sha256": _hash(config, params)}
+        hashes = {"config_sha256": _config_hash(config), "weights_sha256": _hash(params)}
         theirs = _their_model(cls.__name__, folder)
         config = config.replace(dtype="float32", param_dtype="float32", residual_dtype="float32")
         ours = module_of(cls, config, {k: jnp.asarray(v, jnp.float32) for k, v in params.items()})
+    count = sum(v.size for v in params.values())
+    print(f"Parity report: {cls.__name__}, {count:,} parameters, computed in float32.")
+    print("Largest error of each output, relative to the largest value of the reference:")
     inputs = dict(_inputs(config))
-    print(f"{cls.__name__}, {sum(v.size for v in params.values()):,} parameters, in float32")
+    our_values = _jit(ours, _our_values)
     errors: dict[str, dict[str, float]] = {}
     for name, (ids, mask) in inputs.items():
         reference = _their_values(theirs, cls, ids, mask)
-        for row, value in _our_values(ours, cls, ids, mask).items():
-            errors.setdefault(row, {})[name] = _error(value, reference[row], mask)
-    worst = max(e for row in errors.values() for e in row.values())
-    passed = worst <= tolerance
+        values = our_values(ids, mask)
+        for row in sorted(values, key=list(reference).index):  # in the order of the model
+            errors.setdefault(row, {})[name] = _error(np.asarray(values[row]), reference[row], mask)
+    worst, row, name = max((e, row, name) for row, by in errors.items() for name, e in by.items())
     _print_table(errors, list(inputs), config)
-    print(f"largest relative error {worst:.2e}, tolerance {tolerance:.0e}")
+    print(f"largest error {worst:.2e} ({row}, {name}), tolerance {tolerance:.0e}")
     return {
         "model": cls.__name__,
         **hashes,
         "inputs": {name: list(ids.shape) for name, (ids, _) in inputs.items()},
         "errors": {
-            row: {k: e if np.isfinite(e) else None for k, e in by.items()}
+            row: {name: e if np.isfinite(e) else None for name, e in by.items()}
             for row, by in errors.items()
         },
         "worst": worst if np.isfinite(worst) else None,
-        "passed": passed,
+        "passed": worst <= tolerance,
     }
 
 
+def _jit(model: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the compiled function(model, *args) of args; what it sets on the model is dropped."""
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda state, *args: function(nnx.merge(graph, state), *args))
+    return lambda *args: compiled(state, *args)
+
+
 def _inputs(config: ModernBertConfig) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """name -> (ids_BL, mask_BL)."""
+    """Yields name, (ids_BL, mask_BL)."""
     rng = np.random.default_rng(SEED)
 
     def make(*spans: tuple[int, int], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,39 +130,33 @@ def _inputs(config: ModernBertConfig) -> Iterator[tuple[str, tuple[np.ndarray, n
     yield "plain", make((0, 16), (0, 16), length=16)
     yield "padded right", make((0, 40), (0, 23), length=40)
     yield "padded left", make((0, 40), (17, 40), length=40)
-    length = 2 * config.window + 37  # some keys are out of reach on both sides
+    length = 2 * config.window + 37  # some keys are outside the window on both sides
     yield "long", make((0, length), length=length)
 
 
-def _our_values(model: Any, cls: type, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+def _our_values(model: Any, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     encoder = getattr(model, "model", model)
     norm, last = encoder.final_norm, []
-
-    def keep(x_BLD):  # hidden_states end, as those of transformers, after the final norm
-        last.append(x_BLD)
-        return norm(x_BLD)
-
-    encoder.final_norm = keep
-    try:
-        out = encoder(ids, mask, output_hidden_states=True)
-    finally:
-        encoder.final_norm = norm
+    # hidden_states end after the final norm, as in transformers; we also want its input.
+    encoder.final_norm = lambda x_BLD: last.append(x_BLD) or norm(x_BLD)
+    out = encoder(ids, mask, output_hidden_states=True)
+    encoder.final_norm = norm
     embeddings, *layers, hidden = out.hidden_states
     values = {"embeddings": embeddings}
     values |= {f"layer {i}": x for i, x in enumerate([*layers, *last])}
     values["final_norm"] = hidden
-    if cls is heads.ModernBertForMultipleChoice:
+    if isinstance(model, heads.ModernBertForMultipleChoice):
         values["logits"] = model(ids[None], mask[None]).logits
-    elif cls is heads.ModernBertForSequenceClassification:
-        pooled = pool(hidden, jnp.asarray(mask), 1, model.config.classifier_pooling)[:, 0]
+    elif isinstance(model, heads.ModernBertForSequenceClassification):
+        pooled = pool(hidden, mask, 1, model.config.classifier_pooling)[:, 0]
         values |= {"head": model.head(pooled), "logits": model(ids, mask).logits}
-    elif cls is heads.ModernBertForQuestionAnswering:
+    elif isinstance(model, heads.ModernBertForQuestionAnswering):
         spans = model(ids, mask)
         logits = jnp.stack([spans.start_logits, spans.end_logits], axis=-1)
         values |= {"head": model.head(hidden), "logits": logits}
     elif encoder is not model:
         values |= {"head": model.head(hidden), "logits": model(ids, mask).logits}
-    return {name: np.asarray(value) for name, value in values.items()}
+    return values
 
 
 def _their_model(name: str, folder: Path) -> Any:
@@ -207,7 +215,7 @@ def _their_values(
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> float:
-    """Largest error relative to the reference's largest value, where a token is; inf for NaN."""
+    """Largest error at tokens, relative to the reference's largest value; infinity for NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
     if ours.shape[:2] == mask.shape:
@@ -219,27 +227,28 @@ def _error(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> float:
 def _print_table(
     errors: Mapping[str, Mapping[str, float]], inputs: list[str], config: ModernBertConfig
 ) -> None:
-    print(f"{'':12} {'kind':>18} " + " ".join(f"{name:>12}" for name in inputs))
+    print(f"{'output':12} {'attention':>18} " + " ".join(f"{name:>12}" for name in inputs))
     for row, by in errors.items():
         kind = config.layer_types[int(row.split()[1])] if row.startswith("layer ") else ""
         print(f"{row:12} {kind:>18} " + " ".join(f"{by[name]:12.2e}" for name in inputs))
 
 
 def _golden(folder: Path) -> dict[str, Any]:
-    """The published values of GOLDEN_ID against this model; needs no torch."""
+    """Compares the published values of GOLDEN_ID with this library; needs no torch."""
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(GOLDEN_TEXT).ids
     model = ModernBertForMaskedLM.from_pretrained(folder, dtype="float32")
-    ids_BL = np.asarray([ids])
-    found = {
-        "logits": (model(ids_BL).logits, GOLDEN_LOGITS),
-        "hidden": (model.model(ids_BL).last_hidden_state, GOLDEN_HIDDEN),
-    }
+
+    def values(model: Any, ids_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return model(ids_BL).logits, model.model(ids_BL).last_hidden_state
+
+    logits, hidden = _jit(model, values)(np.asarray([ids]))
+    found = {"logits": (logits, GOLDEN_LOGITS), "hidden": (hidden, GOLDEN_HIDDEN)}
     result: dict[str, Any] = {"text": GOLDEN_TEXT, "tolerance": GOLDEN_TOLERANCE, "passed": True}
     for name, (values, golden) in found.items():
         values, golden = np.asarray(values)[0, :3, :3], np.asarray(golden)
-        # Absolute and relative, as the tests that they come from.
+        # Absolute and relative, as in the tests that the values come from.
         close = np.allclose(values, golden, atol=GOLDEN_TOLERANCE, rtol=GOLDEN_TOLERANCE)
         error = float(np.abs(values - golden).max()) if values.shape == golden.shape else None
         result[name] = error
@@ -252,10 +261,10 @@ def _config_hash(config: ModernBertConfig) -> str:
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
-def _hash(config: ModernBertConfig, params: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of HF's tensors in the order of their keys: key, dtype, shape, bytes.
+def _hash(params: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of key, dtype, shape and bytes of the Hugging Face tensors, sorted by key.
 
-    The same for a checkpoint in every form.
+    It is the same for every form of a checkpoint.
     """
     digest = hashlib.sha256()
     for key in sorted(params):

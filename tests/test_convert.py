@@ -1162,17 +1162,17 @@ CHECKED = [
 
 @pytest.mark.parity
 @pytest.mark.parametrize("cls", CHECKED)
-def test_check_certifies_a_folder_and_its_conversion(tmp_path, capsys, reference, cls):
+def test_check_reports_a_folder_and_its_conversion(tmp_path, capsys, reference, cls):
     config = config_of(classifier_pooling="mean")
     tensors = {k: t / 4 for k, t in random_tensors(config, cls).items()}
     source = make_hf(tmp_path / "hf", config, tensors, cls=cls)
     ok("from-hf", source, tmp_path / "orbax")
-    certificates = []
+    reports = []
     for name in ("hf", "orbax"):
         out = tmp_path / f"{name}.json"
         ok("check", tmp_path / name, "--json", out)
-        certificates.append(read_json(out))
-    first, second = certificates
+        reports.append(read_json(out))
+    first, second = reports
     assert first["weights_sha256"] == second["weights_sha256"]
     assert first["model"] == cls.__name__
     assert first["passed"] and 0 < first["worst"] <= 1e-5
@@ -1196,10 +1196,10 @@ def test_check_fails_where_the_models_differ(tmp_path, hf, capsys, reference, mo
     out = tmp_path / "parity.json"
     assert run("check", hf, "--json", out) == 1
     assert capsys.readouterr().out.endswith("FAILED\n")
-    certificate = read_json(out)
-    assert not certificate["passed"] and certificate["worst"] > 1e-5
-    assert max(certificate["errors"]["embeddings"].values()) < 1e-6
-    assert max(certificate["errors"]["layer 0"].values()) > 1e-5  # where the fault begins
+    report = read_json(out)
+    assert not report["passed"] and report["worst"] > 1e-5
+    assert max(report["errors"]["embeddings"].values()) < 1e-6
+    assert max(report["errors"]["layer 0"].values()) > 1e-5  # where the fault begins
 
 
 @pytest.mark.parity
@@ -1211,10 +1211,10 @@ def test_check_reports_a_reference_that_is_nan(tmp_path, hf, capsys, reference):
     (hf / "config.json").write_text(json.dumps(config))
     out = tmp_path / "parity.json"
     assert run("check", hf, "--json", out) == 1
-    certificate = read_json(out)
-    assert certificate["worst"] is None
-    assert None not in certificate["errors"]["layer 0"].values()
-    assert None in certificate["errors"]["layer 1"].values()
+    report = read_json(out)
+    assert report["worst"] is None
+    assert None not in report["errors"]["layer 0"].values()
+    assert None in report["errors"]["layer 1"].values()
 
 
 def test_check_without_torch_says_so(hf, capsys, monkeypatch):
