@@ -61,7 +61,7 @@ lint:  ## checks style, format, the direction of imports, and types
 	@.ci/venv $(TEST) test $(PYTHON)
 	$(TEST)/bin/ruff check
 	$(TEST)/bin/ruff format --check
-	$(TEST)/bin/lint-imports --no-logo
+	$(TEST)/bin/lint-imports --no-logo --no-cache
 	$(TEST)/bin/pyright
 
 format:  ## rewrites the sources: import order, fixable lint, format
@@ -89,6 +89,5 @@ release:  ## builds and checks the sdist and the wheel, and prints how to upload
 	@echo "  $(TEST)/bin/python -m twine upload dist/*"
 
 clean:  ## removes the environments and every cache
-	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis \
-	    .import_linter_cache
+	rm -rf $(DEMO) $(TEST) $(NEXT) .venv-h100 build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
