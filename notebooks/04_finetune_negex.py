@@ -146,9 +146,9 @@ scores = scores_of(
         model=MODEL,
         out="runs/negex",
         seeds=(42,),
-        lr=2e-5 * SCALE,
+        learning_rate=2e-5 * SCALE,
         epochs=6,
-        batch=32,
+        batch_size=32,
     )
 )
 print(f"test: accuracy {scores['accuracy']:.1%}, weighted F1 {scores['weighted_f1']:.1%}")
@@ -244,9 +244,9 @@ scores = scores_of(
         model=MODEL,
         out="runs/drugs",
         seeds=(42,),
-        lr=5e-5 * SCALE,
+        learning_rate=5e-5 * SCALE,
         epochs=3,
-        batch=8,
+        batch_size=8,
     )
 )
 print(f"test: F1 of whole entities {scores['f1']:.1%}")
@@ -272,7 +272,7 @@ print(f"{len(found)} found; the text holds {expected}")
 # %% [markdown]
 # ## Next
 #
-# - `--seeds 42 43 44 45 46 --grid lr=1e-5,2e-5` gives means and deviations; `--backend torch` runs
+# - `--seeds 42 43 44 45 46 --grid learning_rate=1e-5,2e-5` gives means and deviations; `--backend torch` runs
 #   any `transformers` model through the same harness.
 # - chemprot, phenotype, cos, social_history and deid are the tasks of the model card;
 #   classification, multilabel, pairs and tokens take your own files.

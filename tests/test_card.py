@@ -16,7 +16,7 @@ from train.common.card import start_facts
 from train.corpora.build.bpe import train_bpe
 from train.finetune import retrieval
 from train.finetune.card import finetuning_facts
-from train.finetune.run import FinetuneConfig
+from train.finetune.config import FinetuneConfig
 from train.finetune.tasks.task import Data, Task
 from train.pretrain.card import pretraining_facts
 from train.pretrain.config import Phase, TrainConfig
@@ -223,7 +223,7 @@ def test_facts_of_fine_tuning_and_retrieval(tmp_path):
     assert ModelCard(text).data.metrics == ["f1"]
     assert f"# {tmp_path.name}, fine-tuned: My task\n" in text
     assert "- Examples: 1,000 train, 7 test\n" in text and "- Seed: 2\n" in text
-    assert "## Test weighted_f1 over 2 seeds, per cent" in text
+    assert "## Test weighted_f1 over 2 seeds, in percent" in text
     assert "| default | 85.00 | 85.00 | 1.00 | 80.00 | 87.50 |" in text
     assert "| validation | 90.00 |\n| test | 87.50 |" in text
     assert "secret" not in text and str(tmp_path) not in text

@@ -1,4 +1,4 @@
-"""Fine-tuning: against torch step by step, its rows, its files, and taking up half a grid."""
+"""Fine-tuning: against torch step by step, its rows, its files, and resuming half a grid."""
 
 import dataclasses
 import json
@@ -6,11 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from modernbert_jax import ModernBertForSequenceClassification
+from modernbert_jax import ModernBertForSequenceClassification, ModernBertModel
+from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.packing import IGNORE_INDEX, row_size
+from modernbert_jax.tokenizer import AutoTokenizer
 from train.corpora.build.bpe import train_bpe
 from train.finetune import run as module
-from train.finetune.run import Encoded, FinetuneConfig, answer_of, encode, finetune, pack
+from train.finetune.config import FinetuneConfig
+from train.finetune.encode import Encoded, answer_of, encode, pack
+from train.finetune.jax_backend import JaxBackend
+from train.finetune.run import Experiment, finetune
 from train.finetune.tasks.task import Data, Example, Task
 
 WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
@@ -72,8 +77,6 @@ def start(tokenizer, tmp_path_factory):
     """kind -> a checkpoint made by transformers, its head included."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from modernbert_jax.tokenizer import AutoTokenizer
-
     ours = AutoTokenizer.from_pretrained(tokenizer)
     folders = {}
     for kind in KINDS:
@@ -97,8 +100,8 @@ def start(tokenizer, tmp_path_factory):
 
 def config_of(kind, start, out, **changes):
     config = FinetuneConfig(
-        kind, "", str(start[kind]), str(out), seeds=(42,), lr=1e-3, epochs=2, batch=8,
-        max_length=256, save_model=False,
+        kind, "", str(start[kind]), str(out), seeds=(42,), learning_rate=1e-3, epochs=2,
+        batch_size=8, max_length=256, save_model=False,
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -110,7 +113,7 @@ def runs(out):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_torch_step_by_step(kind, start, tmp_path):
     """Same weights, order and seed: the losses of every step and the final scores."""
-    changes = {"accumulation": 2, "batch": 6} if kind == "multilabel" else {}
+    changes = {"gradient_accumulation_steps": 2, "batch_size": 6} if kind == "multilabel" else {}
     for backend in ("jax", "torch"):
         finetune(config_of(kind, start, tmp_path / backend, backend=backend, **changes))
     (ours,), (theirs,) = runs(tmp_path / "jax"), runs(tmp_path / "torch")
@@ -138,7 +141,11 @@ def test_any_model_of_transformers(tmp_path):
     for kind in ("classification", "tokens"):
         start = {kind: tmp_path / "bert"}
         out = tmp_path / kind
-        finetune(config_of(kind, start, out, backend="torch", lr=5e-3, epochs=4, save_model=True))
+        finetune(
+            config_of(
+                kind, start, out, backend="torch", learning_rate=5e-3, epochs=4, save_model=True
+            )
+        )
         (result,) = runs(out)
         assert result["losses"][0] - np.mean(result["losses"][-5:]) > 0.1
         assert transformers.AutoConfig.from_pretrained(out / "model").model_type == "bert"
@@ -178,40 +185,36 @@ class TestRows:
             rows, where = pack(batch, 16, "tokens", 3)
             shapes.add(rows["input_ids"].shape)
             for e, (r, number, start) in zip(batch, where, strict=True):
-                place = slice(start, start + len(e.ids))
-                np.testing.assert_array_equal(rows["input_ids"][r, place], e.ids)
+                place = slice(start, start + len(e.input_ids))
+                np.testing.assert_array_equal(rows["input_ids"][r, place], e.input_ids)
                 assert (rows["segment_ids"][r, place] == number + 1).all()
-            assert (rows["segment_ids"] > 0).sum() == sum(len(e.ids) for e in batch)
+            assert (rows["segment_ids"] > 0).sum() == sum(len(e.input_ids) for e in batch)
         assert len(shapes) <= 8
 
     def test_the_first_token_of_a_word_has_its_label(self, tokenizer):
-        from modernbert_jax.tokenizer import AutoTokenizer
-
         ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
         words = ("fever", "xylophone", "no")
-        (e,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 64)
+        (e,) = encode([Example(words=words, label=(0, 1, 2))], ours, "tokens", 64)
         pieces = [len(ours([[w]], is_split_into_words=True)["input_ids"][0]) - 2 for w in words]
         assert pieces[1] > 1
         want = [IGNORE_INDEX]
         for label, count in zip((0, 1, 2), pieces, strict=True):
             want += [label] + [IGNORE_INDEX] * (count - 1)
         assert e.target.tolist() == [*want, IGNORE_INDEX]
-        (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, task("tokens"), 4)
-        assert len(cut.ids) == len(cut.target) == 4
+        (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, "tokens", 4)
+        assert len(cut.input_ids) == len(cut.target) == 4
 
 
 class TestQuestions:
     def test_targets_and_answers_are_text(self, tokenizer):
-        from modernbert_jax.tokenizer import AutoTokenizer
-
         ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
         some = examples("qa", 20, 3)
-        for e, example in zip(encode(some, ours, task("qa"), 256), some, strict=True):
-            logits = np.full((len(e.ids), 2), -9.0)
+        for e, example in zip(encode(some, ours, "qa", 256), some, strict=True):
+            logits = np.full((len(e.input_ids), 2), -9.0)
             logits[e.target[0], 0] = logits[e.target[1], 1] = 9.0
             logits[:3] = 20.0  # the question's own tokens are no answer
             assert answer_of(e, logits).strip() == example.text_pair[slice(*example.label)]
-        (cut,) = encode([dataclasses.replace(some[0], label=(0, 5))], ours, task("qa"), 5)
+        (cut,) = encode([dataclasses.replace(some[0], label=(0, 5))], ours, "qa", 5)
         assert (cut.target == IGNORE_INDEX).all() or cut.target.max() < 5
 
     def test_spans_are_in_order_and_not_too_long(self):
@@ -254,11 +257,14 @@ class TestQuestions:
 class TestFiles:
     def test_what_it_leaves_behind_and_going_on(self, start, tmp_path, monkeypatch):
         config = config_of(
-            "classification", start, tmp_path, seeds=(1, 2), grid=("lr=1e-3,1e-2",), epochs=1,
-            save_model=True,
+            "classification", start, tmp_path, seeds=(1, 2), grid=("learning_rate=1e-3,1e-2",),
+            epochs=1, save_model=True,
         )  # fmt: skip
         summary = finetune(config)
-        assert [p["point"] for p in summary["points"]] == ["lr=0.001", "lr=0.01"]
+        assert [p["point"] for p in summary["points"]] == [
+            "learning_rate=0.001",
+            "learning_rate=0.01",
+        ]
         found = runs(tmp_path)
         assert len(found) == 4
         scores = [r["test"]["weighted_f1"] for r in found[:2]]
@@ -278,20 +284,40 @@ class TestFiles:
         assert json.loads((tmp_path / kept["run"] / "result.json").read_text()) in found
         card = (tmp_path / "model/README.md").read_text()
         mean = summary["points"][1]["test"]["weighted_f1"]["mean"]
-        assert f"| lr=0.01 | {100 * mean:.2f} |" in card and f"{100 * best:.2f}" in card
+        assert f"| learning_rate=0.01 | {100 * mean:.2f} |" in card and f"{100 * best:.2f}" in card
         assert f"- Seed: {kept['run'][-1]}\n" in card and str(tmp_path) not in card
         # One of the four runs is lost: it alone is done again, and to the same bits.
-        lost = tmp_path / "lr=0.01" / "seed-2" / "result.json"
+        lost = tmp_path / "learning_rate=0.01" / "seed-2" / "result.json"
         before = json.loads(lost.read_text())
         lost.unlink()
         started = []
-        real = module.JaxModel
-        monkeypatch.setattr(module, "JaxModel", lambda *a: started.append(a) or real(*a))
+        real = JaxBackend.start
+        monkeypatch.setattr(JaxBackend, "start", lambda *a: started.append(a) or real(*a))
         assert finetune(config)["points"][1]["test"] == summary["points"][1]["test"]
         assert len(started) == 1
         assert json.loads(lost.read_text())["losses"] == before["losses"]
-        with pytest.raises(ValueError, match="is of other settings"):
+        with pytest.raises(ValueError, match="has other settings"):
             finetune(dataclasses.replace(config, epochs=2))
+
+    def test_each_seed_has_its_own_head_and_all_the_same_encoder(self, start, tmp_path):
+        """The weights are read once; each run starts as from_pretrained(seed=...) does."""
+        folder = tmp_path / "headless"
+        encoder = ModernBertModel.from_pretrained(start["qa"])
+        encoder.save_pretrained(folder, tokenizer=AutoTokenizer.from_pretrained(start["qa"]))
+        config = config_of("classification", {"classification": folder}, tmp_path)
+        with pytest.warns(UserWarning, match="weights of the head are new"):
+            backend = Experiment(config).backend
+        for seed in (1, 2):
+            with pytest.warns(UserWarning, match="weights of the head are new"):
+                want = flatten(
+                    ModernBertForSequenceClassification.from_pretrained(
+                        folder, num_labels=3, seed=seed
+                    )
+                )
+            got = backend.start(config, seed).weights()
+            assert got.keys() == want.keys()
+            for path, value in want.items():
+                np.testing.assert_array_equal(got[path], value, err_msg=path)
 
     def test_seeds_on_several_devices(self, start, tmp_path):
         config = config_of("classification", start, tmp_path / "a", seeds=(1, 2), epochs=1)
@@ -303,17 +329,17 @@ class TestFiles:
 class TestChoices:
     def test_frozen_encoder_and_layer_decay(self, start, tmp_path):
         config = config_of("classification", start, tmp_path, freeze_encoder=True)
-        shared = module._Finetuning(config)
-        model = shared.model(config, 1)
+        experiment = Experiment(config)
+        model = experiment.backend.start(config, 1)
         before = model.weights()
-        batch = [shared.splits["train"][:8]]
+        batch = [experiment.splits["train"][:8]]
         model.step(batch, 1e-2)
         after = model.weights()
         changed = {k for k in after if not np.array_equal(before[k], after[k])}
         assert changed and all(k.startswith(("head.", "classifier.")) for k in changed)
         assert "classifier.weight" in changed
         config = dataclasses.replace(config, freeze_encoder=False, layer_decay=0.5)
-        factors = shared.model(config, 1).factors
+        factors = experiment.backend.start(config, 1).factors
         assert factors["classifier.bias"] == factors["model.final_norm.weight"] == 1
         assert factors["model.layers.3.mlp.Wi.weight"] == 0.5
         assert factors["model.layers.0.mlp.Wi.weight"] == 0.5**4
@@ -322,11 +348,13 @@ class TestChoices:
     @pytest.mark.parametrize(
         "changes, expect",
         [
-            ({"grid": ("learning=1",)}, "grid: expected lr"),
-            ({"grid": ("lr=fast",)}, "grid: lr: expected numbers"),
-            ({"batch": 0}, "batch: expected at least 1"),
+            ({"grid": ("lr=1",)}, "grid: expected learning_rate"),
+            ({"grid": ("epochs=few",)}, "grid: epochs: expected numbers"),
+            ({"batch_size": 0}, "batch_size: expected at least 1"),
             ({"seeds": ()}, "seeds: expected at least one"),
             ({"layer_decay": 0.0}, "layer_decay: expected above 0"),
+            ({"layer_decay": 0.9, "backend": "torch"}, "layer_decay: expected 1 with"),
+            ({"grid": ("layer_decay=0.9",), "backend": "torch"}, "layer_decay: expected 1 with"),
             ({"devices": 99}, "devices: expected at most"),
         ],
         ids=str,

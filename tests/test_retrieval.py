@@ -13,7 +13,9 @@ from modernbert_jax.tokenizer import AutoTokenizer
 from modernbert_jax.weights import to_hf
 from train import cli
 from train.corpora.build.bpe import train_bpe
-from train.finetune.retrieval import Encoder, RetrievalConfig, contrast, retrieval_scores, train
+from train.finetune.retrieval.config import RetrievalConfig
+from train.finetune.retrieval.model import Encoder, contrast
+from train.finetune.retrieval.run import retrieval_scores, train
 
 TOPICS = ("fever cough chills", "fracture cast bone", "rash itch cream", "insulin sugar feet")
 
@@ -64,7 +66,9 @@ def data(tmp_path_factory):
 
 
 def config_of(data, start, out="", **changes):
-    config = RetrievalConfig(str(data), str(start), str(out), batch=16, chunk=64, max_length=48)
+    config = RetrievalConfig(
+        str(data), str(start), str(out), batch_size=16, chunk=64, max_length=48
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -136,8 +140,8 @@ def test_in_batch_negatives_by_hand():
 def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tmp_path, capsys):
     code = cli.main(
         ["finetune", "--task", "retrieval", "--data", str(data), "--model", str(start), "--out",
-         str(tmp_path), "--batch", "16", "--chunk", "8", "--epochs", "6", "--lr", "2e-3",
-         "--max-length", "48"]
+         str(tmp_path), "--batch-size", "16", "--chunk", "8", "--epochs", "6",
+         "--learning-rate", "2e-3", "--max-length", "48"]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "results.json").read_text())
@@ -148,7 +152,7 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert theirs.max_seq_length == 48
     card = (tmp_path / "model/README.md").read_text()
-    assert f"| {result['after']['ndcg@10']:.4f} |" in card and "- Pairs of a step: 16\n" in card
+    assert f"| {result['after']['ndcg@10']:.4f} |" in card and "- Pairs per step: 16\n" in card
     model = ModernBertModel.from_pretrained(tmp_path / "model")
     encoder = Encoder(config_of(data, start), model.config)
     ours = encoder.encode(flatten(model), ids)
@@ -161,7 +165,7 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
         ("train.jsonl", '{"query": "a"}\n', "line 1: expected JSON with query, positive"),
         ("train.jsonl", "", "at least 2 pairs"),
         ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tnone\t1\n", "line 2: expected query-id"),
-        ("corpus.jsonl", "not json\n", "line 1: expected JSON with _id, text"),
+        ("corpus.jsonl", "not json\n", "line 1: not valid JSON"),
     ],
 )
 def test_bad_files_are_one_line(start, data, tmp_path, name, content, expect):

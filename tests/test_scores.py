@@ -1,4 +1,4 @@
-"""Scores against scikit-learn and seqeval, on random and on degenerate labels."""
+"""Scores against counts and formulas, and against seqeval, on random and on degenerate labels."""
 
 import json
 import warnings
@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import seqeval.metrics
-import sklearn.metrics
 from hypothesis import given, strategies as st
 
 from train.finetune.scores import (
@@ -20,32 +19,40 @@ from train.finetune.scores import (
 CLOSE = {"rel": 0, "abs": 1e-12}
 
 
-def sklearn_f1(truth, guess, average, **how):
-    return sklearn.metrics.f1_score(truth, guess, average=average, zero_division=0, **how)
+def ratio(part, whole):
+    return part / whole if whole else 0.0
 
 
-def check_per_label(found, truth, guess, names):
-    expected = sklearn.metrics.precision_recall_fscore_support(
-        truth, guess, labels=range(len(names)), average=None, zero_division=0
-    )
-    assert list(found) == list(names)
-    for i, name in enumerate(names):
-        got = [found[name][k] for k in ("precision", "recall", "f1", "support")]
-        assert got == pytest.approx([float(column[i]) for column in expected], **CLOSE)
-
-
-def check_classification(truth, guess, n):
-    names = [f"label {i}" for i in range(n)]
-    found = classification_scores(np.array(truth), np.array(guess), names)
-    assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(truth, guess), **CLOSE)
-    for average in ("weighted", "micro", "macro"):
-        assert found[f"{average}_f1"] == pytest.approx(sklearn_f1(truth, guess, average), **CLOSE)
-    check_per_label(found["per_label"], truth, guess, names)
-    assert (
-        found["confusion"]
-        == sklearn.metrics.confusion_matrix(truth, guess, labels=range(n)).tolist()
-    )
+def check_f1(found, truth, predictions, names, macro_over=None):
+    """truth, predictions: [B, labels] of bool. Precision, recall and F1 from their definitions."""
+    per_label = {}
+    for name, t, p in zip(names, truth.T, predictions.T, strict=True):
+        correct = sum(t & p)
+        precision, recall = ratio(correct, sum(p)), ratio(correct, sum(t))
+        f1 = ratio(2 * precision * recall, precision + recall)
+        per_label[name] = {"precision": precision, "recall": recall, "f1": f1, "support": sum(t)}
+        assert found["per_label"][name] == pytest.approx(per_label[name], **CLOSE)
+    assert list(found["per_label"]) == list(names)
+    correct, total = (truth & predictions).sum(), truth.sum() + predictions.sum()
+    assert found["micro_f1"] == pytest.approx(ratio(2 * correct, total), **CLOSE)
+    weighted = sum(s["f1"] * s["support"] for s in per_label.values())
+    assert found["weighted_f1"] == pytest.approx(ratio(weighted, truth.sum()), **CLOSE)
+    f1 = [per_label[name]["f1"] for name in (names if macro_over is None else macro_over)]
+    assert found["macro_f1"] == pytest.approx(np.mean(f1), **CLOSE)
+    right = (truth == predictions).all(axis=1)
+    assert found["accuracy"] == pytest.approx(np.mean(right), **CLOSE)
     json.dumps(found)
+
+
+def check_classification(truth, predictions, n):
+    names = [f"label {i}" for i in range(n)]
+    found = classification_scores(np.array(truth), np.array(predictions), names)
+    one_hot = np.eye(n, dtype=bool)
+    occurring = [names[i] for i in sorted({*truth, *predictions})]
+    check_f1(found, one_hot[truth], one_hot[predictions], names, macro_over=occurring)
+    confusion = np.zeros((n, n), int)
+    np.add.at(confusion, (truth, predictions), 1)
+    assert found["confusion"] == confusion.tolist()
 
 
 @given(st.data(), st.integers(2, 6), st.integers(1, 60))
@@ -55,23 +62,23 @@ def test_classification(data, n, rows):
 
 
 @pytest.mark.parametrize(
-    "truth, guess",
+    "truth, predictions",
     [
         ([0, 0, 0], [0, 0, 0]),  # one class alone
         ([0, 0, 0], [1, 1, 2]),  # all wrong
-        ([0, 1, 1], [0, 0, 0]),  # a class never guessed
+        ([0, 1, 1], [0, 0, 0]),  # a class never predicted
         ([0, 0, 3], [3, 1, 3]),  # a class that occurs in neither
     ],
 )
-def test_classification_with_missing_classes(truth, guess):
-    check_classification(truth, guess, 4)
+def test_classification_with_missing_classes(truth, predictions):
+    check_classification(truth, predictions, 4)
 
 
 def test_classification_of_many_rows():
     rng = np.random.default_rng(0)
     truth = rng.choice(14, 5000, p=rng.dirichlet(np.full(14, 0.3)))
-    guess = np.where(rng.random(5000) < 0.6, truth, rng.integers(0, 14, 5000))
-    check_classification(truth.tolist(), guess.tolist(), 14)
+    predictions = np.where(rng.random(5000) < 0.6, truth, rng.integers(0, 14, 5000))
+    check_classification(truth.tolist(), predictions.tolist(), 14)
 
 
 @given(
@@ -84,49 +91,36 @@ def test_classification_of_many_rows():
     )
 )
 def test_multilabel(rows):
-    truth, guess = (np.array(column) for column in zip(*rows, strict=True))
+    truth, predictions = (np.array(column) for column in zip(*rows, strict=True))
     names = [f"label {i}" for i in range(truth.shape[1])]
-    found = multilabel_scores(truth, guess > 0, names)
-    if len(names) > 1:  # scikit-learn takes a single column for single labels
-        for average in ("weighted", "micro", "macro"):
-            assert found[f"{average}_f1"] == pytest.approx(
-                sklearn_f1(truth, guess, average), **CLOSE
-            )
-        assert found["accuracy"] == pytest.approx(
-            sklearn.metrics.accuracy_score(truth, guess), **CLOSE
-        )
-        check_per_label(found["per_label"], truth, guess, names)
-    for i, name in enumerate(names):
-        assert found["per_label"][name]["f1"] == pytest.approx(
-            sklearn_f1(truth[:, i], guess[:, i], "binary"), **CLOSE
-        )
-    json.dumps(found)
+    found = multilabel_scores(truth, predictions > 0, names)
+    check_f1(found, truth > 0, predictions > 0, names)
 
 
-@pytest.mark.parametrize("truth, guess", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_multilabel_all_alike(truth, guess):
-    truth, guess = np.full((4, 3), truth), np.full((4, 3), guess)
-    found = multilabel_scores(truth, guess, "abc")
-    for average in ("weighted", "micro", "macro"):
-        assert found[f"{average}_f1"] == sklearn_f1(truth, guess, average)
+@pytest.mark.parametrize("truth, predictions", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_multilabel_all_alike(truth, predictions):
+    truth, predictions = np.full((4, 3), truth), np.full((4, 3), predictions)
+    found = multilabel_scores(truth, predictions, "abc")
+    check_f1(found, truth > 0, predictions > 0, "abc")
+    assert found["macro_f1"] == (truth & predictions).all()
 
 
 # Entities
 
 
-def seqeval_report(truth, guess):
+def seqeval_report(truth, predictions):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tags that are none, and of NumPy's types in seqeval
         report = seqeval.metrics.classification_report(
-            truth, guess, output_dict=True, zero_division=0
+            truth, predictions, output_dict=True, zero_division=0
         )
-        accuracy = seqeval.metrics.accuracy_score(truth, guess)
+        accuracy = seqeval.metrics.accuracy_score(truth, predictions)
     return report, accuracy
 
 
-def check_entities(truth, guess):
-    report, accuracy = seqeval_report(truth, guess)
-    found = entity_scores(truth, guess)
+def check_entities(truth, predictions):
+    report, accuracy = seqeval_report(truth, predictions)
+    found = entity_scores(truth, predictions)
     assert found["accuracy"] == pytest.approx(accuracy, **CLOSE)
     overall = report.pop("micro avg")
     for average in ("macro avg", "weighted avg"):
@@ -152,31 +146,31 @@ ODD_TAGS = [*TAGS, "B", "I", ".", "E-name", "S-name", "E-date", "S-date", "I-a-b
 def test_entities(tags, data):
     pairs = st.lists(st.tuples(st.sampled_from(tags), st.sampled_from(tags)), max_size=12)
     sequences = data.draw(st.lists(pairs, min_size=1, max_size=5).filter(any))
-    truth, guess = ([[pair[i] for pair in s] for s in sequences] for i in (0, 1))
-    if any(any(tag != "O" for tag in s) for s in truth + guess):
-        check_entities(truth, guess)
+    truth, predictions = ([[pair[i] for pair in s] for s in sequences] for i in (0, 1))
+    if any(any(tag != "O" for tag in s) for s in truth + predictions):
+        check_entities(truth, predictions)
 
 
 def test_entities_of_many_sequences():
     rng = np.random.default_rng(1)
     truth = [rng.choice(TAGS, n).tolist() for n in rng.integers(1, 40, 200)]
-    guess = [[t if rng.random() < 0.8 else str(rng.choice(TAGS)) for t in s] for s in truth]
-    check_entities(truth, guess)
+    predictions = [[t if rng.random() < 0.8 else str(rng.choice(TAGS)) for t in s] for s in truth]
+    check_entities(truth, predictions)
 
 
 @pytest.mark.parametrize(
-    "truth, guess",
+    "truth, predictions",
     [
         ([["O", "O"]], [["O", "B-a"]]),  # no entity in the truth
-        ([["B-a", "I-a"]], [["O", "O"]]),  # none guessed
+        ([["B-a", "I-a"]], [["O", "O"]]),  # none predicted
         ([["B-a", "I-a"]], [["I-a", "I-a"]]),  # an I- that begins
         ([["B-a", "I-b"]], [["B-a", "I-a"]]),  # another type inside
         ([["B-a"], ["I-a"]], [["B-a"], ["B-a"]]),  # no entity runs over the end of a sequence
         ([[], ["B-a"]], [[], ["B-a"]]),  # an empty sequence
     ],
 )
-def test_degenerate_entities(truth, guess):
-    check_entities(truth, guess)
+def test_degenerate_entities(truth, predictions):
+    check_entities(truth, predictions)
 
 
 def test_only_O():
@@ -190,10 +184,9 @@ def test_only_O():
 def test_nothing_at_all():
     found = entity_scores([], [])
     assert found == {"precision": 0, "recall": 0, "f1": 0, "accuracy": 0, "per_label": {}}
-    found = classification_scores([], [], ["a", "b"])
-    assert found["accuracy"] == found["weighted_f1"] == found["macro_f1"] == 0
-    assert found["confusion"] == [[0, 0], [0, 0]]
-    assert multilabel_scores([], [], ["a", "b"])["micro_f1"] == 0
+    for scores, empty in ((classification_scores, []), (multilabel_scores, np.zeros((0, 2)))):
+        with pytest.raises(ValueError, match="expected at least one example"):
+            scores(empty, empty, ["a", "b"])
 
 
 def test_where_entities_lie():
@@ -204,12 +197,12 @@ def test_where_entities_lie():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: classification_scores([0, 1], [0], "ab"), "two .* arrays alike"),
+        (lambda: classification_scores([0, 1], [0], "ab"), "two .* arrays of one length"),
         (lambda: classification_scores([0, 2], [0, 1], "ab"), "truth: expected 0 to 1"),
-        (lambda: multilabel_scores([[0, 1]], [[0.3, 1]], "ab"), "guess: expected 0 and 1"),
+        (lambda: multilabel_scores([[0, 1]], [[0.3, 1]], "ab"), "predictions: expected 0 and 1"),
         (lambda: multilabel_scores([[0, 1]], [[0, 1, 1]], "ab"), r"expected two \(1, 2\)"),
-        (lambda: entity_scores([["O"]], []), "as many guesses"),
-        (lambda: entity_scores([["O"]], [["O", "O"]]), "sequence 0: expected 1"),
+        (lambda: entity_scores([["O"]], []), "expected 1 sequences of tags, got 0"),
+        (lambda: entity_scores([["O"]], [["O", "O"]]), "sequence 0: expected 1 tags"),
     ],
 )
 def test_bad_input(call, message):
@@ -220,8 +213,8 @@ def test_bad_input(call, message):
 def test_answers_by_hand():
     """SQuAD's words: case, punctuation, articles and blanks do not count."""
     truth = ["The left lung.", "a mild fever", "no", "rash"]
-    guess = ["left  Lung", "fever", "yes", ""]
-    scores = answer_scores(truth, guess)
+    predictions = ["left  Lung", "fever", "yes", ""]
+    scores = answer_scores(truth, predictions)
     assert scores["exact_match"] == 1 / 4
     assert scores["f1"] == pytest.approx((1 + 2 * 1 / 3 + 0 + 0) / 4)
     assert answer_scores([], []) == {"f1": 0.0, "exact_match": 0.0}

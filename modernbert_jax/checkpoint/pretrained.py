@@ -190,7 +190,7 @@ def _load(
             f"({source} has none that fit): {', '.join(fresh)}",
             stacklevel=3,
         )
-    values = _initialized(cls, config, seed, tuple(fresh)) if fresh else {}
+    values = initialize(cls, config, seed, tuple(fresh)) if fresh else {}
     for key, path in path_of.items():
         if path in values:
             continue
@@ -203,10 +203,10 @@ def _load(
     return module_of(cls, config, values)
 
 
-def _initialized(
+def initialize(
     cls: type, config: ModernBertConfig, seed: int, paths: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    """Initial values of some parameters only; the compiler drops the rest."""
+    """Returns the initial values of some parameters; the compiler drops the others."""
 
     def some() -> dict[str, jax.Array]:
         flat = flatten(cls(config, rngs=nnx.Rngs(seed)))

@@ -39,7 +39,8 @@ def main() -> None:
     import torch
     import transformers
 
-    from train.finetune.run import FinetuneConfig, finetune
+    from train.finetune.config import FinetuneConfig
+    from train.finetune.run import finetune
     from train.finetune.tasks import task_named
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -67,7 +68,7 @@ def main() -> None:
             finetune(
                 FinetuneConfig(
                     "negex", args.data, str(folder / "start"), str(folder / backend), backend,
-                    seeds=(42,), lr=3e-4, epochs=args.epochs, save_model=False,
+                    seeds=(42,), learning_rate=3e-4, epochs=args.epochs, save_model=False,
                 )
             )  # fmt: skip
             (file,) = (folder / backend).rglob("result.json")

@@ -1,7 +1,7 @@
-"""Scores of classification, multi-label classification and entity recognition, in NumPy alone.
+"""Scores per task kind: scikit-learn's, whole entities as seqeval counts them, SQuAD's for answers.
 
-They equal scikit-learn's, and seqeval's in its default mode, with a division by zero giving 0. All
-are numbers and lists that JSON takes; shares, not per cent.
+A division by zero gives 0. Scores are shares, not percentages, in numbers and lists that JSON can
+hold.
 """
 
 import string
@@ -10,103 +10,147 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_fscore_support,
+)
+
+from modernbert_jax.packing import IGNORE_INDEX
+
+from .encode import Encoded, answer_of
+from .tasks.task import KIND
 
 
-def classification_scores(truth: Any, guess: Any, labels: Sequence[str]) -> dict[str, Any]:
-    """Scores of one label an example. truth, guess: [B] indices into labels.
+def task_scores(
+    kind: KIND, labels: Sequence[str], examples: Sequence[Encoded], logits: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """The scores of the predictions that follow from the logits of each example.
 
-    Returns accuracy, weighted_f1, micro_f1, macro_f1 (over the labels that occur in truth or guess,
-    scikit-learn's default), per_label {name: precision, recall, f1, support} and confusion, whose
-    rows are the truth. Raises ValueError for shapes that differ and indices that are no label.
+    logits: [labels] (classification, multilabel), [tokens, labels] (tokens) or [tokens, 2] (qa).
     """
-    truth, guess = np.asarray(truth, np.int64), np.asarray(guess, np.int64)
-    if truth.ndim != 1 or truth.shape != guess.shape:
-        raise ValueError(f"expected two [B] arrays alike, got {truth.shape} and {guess.shape}")
+    pairs = list(zip(examples, logits, strict=True))
+    if kind == "qa":
+        return answer_scores([e.answer for e in examples], [answer_of(*pair) for pair in pairs])
+    if kind == "tokens":
+        first = [e.target != IGNORE_INDEX for e in examples]  # the first token of each word
+        named = lambda ids: [str(labels[i]) for i in ids]  # noqa: E731
+        return entity_scores(
+            [named(e.target[at]) for e, at in zip(examples, first, strict=True)],
+            [named(x[at].argmax(-1)) for x, at in zip(logits, first, strict=True)],
+        )
+    truth = np.asarray([e.target for e in examples])
+    if kind == "classification":
+        return classification_scores(truth, np.asarray(logits).argmax(-1), labels)
+    return multilabel_scores(truth, np.asarray(logits) > 0, labels)
+
+
+def classification_scores(truth: Any, predictions: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of one label per example. truth, predictions: [B] indices into labels.
+
+    Returns accuracy, weighted_f1, micro_f1, macro_f1 (over the labels that occur), per_label {name:
+    precision, recall, f1, support} and confusion, with one row per true label. Raises ValueError
+    for different shapes and indices that are no label.
+    """
+    truth, predictions = np.asarray(truth, np.int64), np.asarray(predictions, np.int64)
+    if truth.ndim != 1 or truth.shape != predictions.shape:
+        raise ValueError(
+            f"expected two [B] arrays of one length, got {truth.shape} and {predictions.shape}"
+        )
     n = len(labels)
-    for name, found in (("truth", truth), ("guess", guess)):
+    for name, found in (("truth", truth), ("predictions", predictions)):
         if found.size and not (0 <= found.min() and found.max() < n):
             raise ValueError(f"{name}: expected 0 to {n - 1}, got {found.min()} to {found.max()}")
-    confusion = np.bincount(truth * n + guess, minlength=n * n).reshape(n, n)
-    hits, guessed, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
-    f1 = _f1(hits, guessed, true)
-    occurs = guessed + true > 0
-    accuracy = _share(hits.sum(), true.sum())
-    return {
-        "accuracy": float(accuracy),
-        "weighted_f1": _weighted(f1, true),
-        "micro_f1": float(accuracy),  # one label an example: a false positive is a false negative
-        "macro_f1": float(f1[occurs].mean()) if occurs.any() else 0.0,
-        "per_label": _per_label(labels, hits, guessed, true),
-        "confusion": confusion.tolist(),
-    }
+    scores = _scikit_learn(truth, predictions, labels)
+    confusion = confusion_matrix(truth, predictions, labels=range(n))
+    return {**scores, "confusion": confusion.tolist()}
 
 
-def multilabel_scores(truth: Any, guess: Any, labels: Sequence[str]) -> dict[str, Any]:
-    """Scores of any number of labels an example. truth, guess: [B, labels], each 0 or 1.
+def multilabel_scores(truth: Any, predictions: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of any number of labels per example. truth, predictions: [B, labels], each 0 or 1.
 
-    Returns weighted_f1, micro_f1, macro_f1, accuracy (all labels of an example right) and per_label
-    {name: precision, recall, f1, support}. Raises ValueError for other shapes and values.
+    Returns accuracy (of all labels of an example at once), weighted_f1, micro_f1, macro_f1 and
+    per_label {name: precision, recall, f1, support}. Raises ValueError for other shapes and values.
     """
-    truth, guess = np.asarray(truth), np.asarray(guess)
+    truth, predictions = np.asarray(truth), np.asarray(predictions)
     expected = (len(truth), len(labels))
-    if truth.size == 0 and guess.size == 0:
-        truth = guess = np.zeros((0, len(labels)), bool)
-    elif truth.shape != expected or guess.shape != expected:
-        raise ValueError(f"expected two {expected} arrays, got {truth.shape} and {guess.shape}")
-    for name, found in (("truth", truth), ("guess", guess)):
+    if truth.shape != expected or predictions.shape != expected:
+        raise ValueError(
+            f"expected two {expected} arrays, got {truth.shape} and {predictions.shape}"
+        )
+    for name, found in (("truth", truth), ("predictions", predictions)):
         if not np.isin(found, (0, 1)).all():
             raise ValueError(f"{name}: expected 0 and 1 only; compare logits with 0 first")
-    truth, guess = truth.astype(bool), guess.astype(bool)
-    hits, guessed, true = (truth & guess).sum(0), guess.sum(0), truth.sum(0)
-    f1 = _f1(hits, guessed, true)
+    return _scikit_learn(truth.astype(int), predictions.astype(int), labels)
+
+
+def _scikit_learn(truth: np.ndarray, predictions: np.ndarray, labels: Sequence[str]) -> dict:
+    if not len(truth):
+        raise ValueError("expected at least one example, got none")
+    options: dict[str, Any] = {"zero_division": 0}
+    if truth.ndim == 2 and truth.shape[1] == 1:  # scikit-learn takes one column as two classes
+        truth, predictions, options["labels"] = truth[:, 0], predictions[:, 0], [1]
+    scores = {"accuracy": float(accuracy_score(truth, predictions))}
+    for average in ("weighted", "micro", "macro"):
+        f1 = f1_score(truth, predictions, average=average, **options)
+        scores[f"{average}_f1"] = float(f1)
+    options.setdefault("labels", range(len(labels)))
+    columns: Any = precision_recall_fscore_support(truth, predictions, average=None, **options)
+    per_label = {
+        label: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+        for label, p, r, f, n in zip(labels, *columns, strict=True)
+    }
+    return {**scores, "per_label": per_label}
+
+
+def entity_scores(
+    truth: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """Scores of whole entities, of which the type and both ends must be correct.
+
+    truth, predictions: one tag per word and sequence. Returns precision, recall and f1 over all
+    entities (micro), accuracy over words, and per_label {type: precision, recall, f1, support}.
+    Raises ValueError for different lengths.
+    """
+    if len(truth) != len(predictions):
+        raise ValueError(f"expected {len(truth)} sequences of tags, got {len(predictions)}")
+    correct: Counter[str] = Counter()
+    predicted: Counter[str] = Counter()
+    true: Counter[str] = Counter()
+    correct_words = words = 0
+    for number, (expected, got) in enumerate(zip(truth, predictions, strict=True)):
+        if len(expected) != len(got):
+            raise ValueError(f"sequence {number}: expected {len(expected)} tags, got {len(got)}")
+        words += len(expected)
+        correct_words += sum(a == b for a, b in zip(expected, got, strict=True))
+        found, wanted = set(entities(got)), set(entities(expected))
+        predicted.update(entity[0] for entity in found)
+        true.update(entity[0] for entity in wanted)
+        correct.update(entity[0] for entity in found & wanted)
+    types = sorted(predicted | true)
     return {
-        "accuracy": float(_share((truth == guess).all(1).sum(), len(truth))),
-        "weighted_f1": _weighted(f1, true),
-        "micro_f1": float(_f1(hits.sum(), guessed.sum(), true.sum())),
-        "macro_f1": float(f1.mean()) if len(f1) else 0.0,
-        "per_label": _per_label(labels, hits, guessed, true),
+        **_ratios(correct.total(), predicted.total(), true.total()),
+        "accuracy": correct_words / max(words, 1),
+        "per_label": {
+            t: _ratios(correct[t], predicted[t], true[t]) | {"support": true[t]} for t in types
+        },
     }
 
 
-def entity_scores(truth: Sequence[Sequence[str]], guess: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Scores of whole entities: type and both ends must be right. truth, guess: tags by word.
-
-    Returns precision, recall and f1 over all entities (micro), accuracy over words, and per_label
-    {type: precision, recall, f1, support}. Raises ValueError for lengths that differ.
-    """
-    if len(truth) != len(guess):
-        raise ValueError(f"expected as many guesses as truths, got {len(guess)} and {len(truth)}")
-    hits: Counter[str] = Counter()
-    guessed: Counter[str] = Counter()
-    true: Counter[str] = Counter()
-    right = words = 0
-    for number, (tags, guesses) in enumerate(zip(truth, guess, strict=True)):
-        if len(tags) != len(guesses):
-            raise ValueError(
-                f"sequence {number}: expected {len(tags)} guesses, a word each, got {len(guesses)}"
-            )
-        words += len(tags)
-        right += sum(a == b for a, b in zip(tags, guesses, strict=True))
-        found, wanted = set(entities(guesses)), set(entities(tags))
-        guessed.update(entity[0] for entity in found)
-        true.update(entity[0] for entity in wanted)
-        hits.update(entity[0] for entity in found & wanted)
-    types = sorted(guessed | true)
-    counts = (np.asarray([c[t] for t in types], np.int64) for c in (hits, guessed, true))
+def _ratios(correct: int, predicted: int, true: int) -> dict[str, float]:
     return {
-        "precision": float(_share(hits.total(), guessed.total())),
-        "recall": float(_share(hits.total(), true.total())),
-        "f1": float(_f1(hits.total(), guessed.total(), true.total())),
-        "accuracy": float(_share(right, words)),
-        "per_label": _per_label(types, *counts),
+        "precision": correct / max(predicted, 1),
+        "recall": correct / max(true, 1),
+        "f1": 2 * correct / max(predicted + true, 1),
     }
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """(type, first word, last word) of each entity in a sequence of tags such as B-name, I-name, O.
 
-    As conlleval and seqeval's default mode read BIO, IOB1 and BIOES: an I- after O or after another
-    type begins an entity. A tag without a type is of type "_".
+    Reads BIO, IOB1 and BIOES as conlleval and seqeval's default mode do: an I- after O or after
+    another type begins an entity. A tag without a type has the type "_".
     """
     found = []
     before, type_before, first = "O", "", 0
@@ -131,51 +175,19 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _share(part: Any, whole: Any) -> np.ndarray:
-    """part / whole, 0 where whole is 0."""
-    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+def answer_scores(truth: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+    """SQuAD's exact_match and f1 over words, both averaged over questions.
 
-
-def _f1(hits: Any, guessed: Any, true: Any) -> np.ndarray:
-    return _share(2 * np.asarray(hits), np.asarray(guessed) + np.asarray(true))
-
-
-def _weighted(f1: np.ndarray, true: np.ndarray) -> float:
-    return float(_share((f1 * true).sum(), true.sum()))
-
-
-def _per_label(
-    labels: Sequence[str], hits: np.ndarray, guessed: np.ndarray, true: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    precision, recall, f1 = _share(hits, guessed), _share(hits, true), _f1(hits, guessed, true)
-    return {
-        label: {
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-            "support": int(true[i]),
-        }
-        for i, label in enumerate(labels)
-    }
-
-
-def answer_scores(truth: Sequence[str], guess: Sequence[str]) -> dict[str, Any]:
-    """SQuAD's exact_match and f1 over words, each a mean over questions.
-
-    Case, punctuation, articles and blanks count for nothing. Source: arXiv 1606.05250, section 6.
+    Case, punctuation, articles and whitespace are ignored. Source: arXiv 1606.05250, section 6.
     """
-    same, f1 = [], []
-    for t, g in zip(truth, guess, strict=True):
-        true, got = _answer_words(t), _answer_words(g)
-        same.append(float(true == got))
-        common = sum((Counter(true) & Counter(got)).values())
-        if not true or not got:
-            f1.append(same[-1])
-        else:
-            f1.append(2 * common / (len(true) + len(got)))
+    exact, f1 = [], []
+    for pair in zip(truth, predictions, strict=True):
+        true, got = (_answer_words(text) for text in pair)
+        exact.append(float(true == got))
+        common = (Counter(true) & Counter(got)).total()
+        f1.append(2 * common / (len(true) + len(got)) if true and got else exact[-1])
     mean = lambda x: float(np.mean(x)) if x else 0.0  # noqa: E731
-    return {"f1": mean(f1), "exact_match": mean(same)}
+    return {"f1": mean(f1), "exact_match": mean(exact)}
 
 
 def _answer_words(text: str) -> list[str]:

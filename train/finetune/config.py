@@ -1,0 +1,73 @@
+"""The settings of `python -m train finetune`."""
+
+import dataclasses
+import itertools
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tunes a checkpoint on a task, over several seeds and a grid of settings.
+
+    The defaults are those of BioClinical ModernBERT's evaluation.
+    """
+
+    # chemprot, phenotype, cos, social_history, deid, negex or specialty; with your own files
+    # classification (also of text pairs), multilabel, tokens or qa. `--task retrieval` has its own
+    # flags.
+    task: str
+    data: str  # folder with the files of the task
+    model: str  # checkpoint: an HF or Orbax folder, a pretraining workdir, or a hub id
+    out: str = ""  # output folder; runs/finetune/TASK by default
+    backend: Literal["jax", "torch"] = "jax"  # torch fine-tunes any model of transformers
+    seeds: tuple[int, ...] = (42, 43, 44, 45, 46)  # one run each
+    learning_rate: float = 2e-5  # peak; decays linearly to 0 without warm-up
+    weight_decay: float = 0.01  # not applied to norms and biases
+    epochs: int = 3  # the epoch with the best validation score is kept
+    batch_size: int = 16  # examples per micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    max_length: int = 8192  # in tokens; longer texts are truncated
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
+    layer_decay: float = 1.0  # learning rate of each layer relative to the layer above it
+    freeze_encoder: bool = False  # train only the head
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
+    # Runs every combination, for example learning_rate=1e-5,2e-5 weight_decay=0,0.01.
+    grid: tuple[str, ...] = ()
+    devices: int = 1  # number of runs at a time, one per device
+    save_model: bool = True  # write the run with the best validation score to OUT/model
+
+    def validate(self) -> None:
+        """Raises ValueError with one line for values that cannot be combined."""
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "max_length",
+                     "devices"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected above 0 to 1, got {self.layer_decay}")
+        if self.backend == "torch" and any(p.layer_decay != 1 for p in self.points()):
+            raise ValueError("layer_decay: expected 1 with --backend torch")
+        self.points()
+
+    def points(self) -> list["FinetuneConfig"]:
+        """The combinations of the grid, each a configuration without a grid."""
+        fields = {
+            "learning_rate": float, "weight_decay": float, "epochs": int, "batch_size": int,
+            "gradient_accumulation_steps": int, "layer_decay": float,
+        }  # fmt: skip
+        axes: list[list[tuple[str, Any]]] = []
+        for item in self.grid:
+            name, _, values = item.partition("=")
+            if name not in fields or not values:
+                raise ValueError(
+                    f"grid: expected {', '.join(fields)} with values, such as "
+                    f"learning_rate=1e-5,2e-5; got {item!r}"
+                )
+            try:
+                axes.append([(name, fields[name](value)) for value in values.split(",")])
+            except ValueError:
+                raise ValueError(f"grid: {name}: expected numbers, got {values!r}") from None
+        return [
+            dataclasses.replace(self, grid=(), **dict(point)) for point in itertools.product(*axes)
+        ]

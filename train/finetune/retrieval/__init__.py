@@ -1,0 +1,4 @@
+"""Training a bi-encoder for retrieval: `python -m train finetune --task retrieval`."""
+
+from .config import RetrievalConfig as RetrievalConfig
+from .run import retrieval_facts as retrieval_facts, train as train
