@@ -272,7 +272,7 @@ print(f"{len(found)} found; the text holds {expected}")
 # %% [markdown]
 # ## Next
 #
-# - `--seeds 42 43 44 45 46 --grid learning_rate=1e-5,2e-5` gives means and deviations; `--backend torch` runs
-#   any `transformers` model through the same harness.
+# - `--seeds 42 43 44 45 46 --grid learning_rate=1e-5,2e-5` gives means and deviations; `--backend
+#   torch` runs any `transformers` model through the same harness.
 # - chemprot, phenotype, cos, social_history and deid are the tasks of the model card;
 #   classification, multilabel, pairs and tokens take your own files.

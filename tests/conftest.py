@@ -73,7 +73,8 @@ def small_tokenizer():
     bpe.decoder = decoders.ByteLevel()
     words = ["the patient has no fever, denies cough and pain; seen today with a rash"] * 9
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"], show_progress=False,
+        vocab_size=300, show_progress=False,
+        special_tokens=["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(words, trainer)

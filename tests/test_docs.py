@@ -71,10 +71,11 @@ PROGRAMS = (
 )
 # Flags appended to a command to make it small; of a flag that comes twice, the last one counts.
 SMALL_RUN = (
-    "--sequence-length 64 --global-batch-size 4 --gradient-accumulation-steps 2 --mesh.data 1 --eval-sequences 4 --synthetic-notes 200 "
+    "--sequence-length 64 --global-batch-size 4 --gradient-accumulation-steps 2 --mesh.data 1 "
+    "--eval-sequences 4 --synthetic-notes 200 "
     "--phases.0.tokens 600 --phases.0.warmup-tokens 0 --phases.1.tokens 500 "
     "--phases.1.decay-tokens 300 --eval-fraction 0.2 --attention xla "
-    "--phases.0.mlm-probability 0.15 --phases.1.mlm-probability 0.15 "  # one step to compile, not two
+    "--phases.0.mlm-probability 0.15 --phases.1.mlm-probability 0.15 "  # one program
     "--fill-mask 'It was [MASK].'"
 )
 SMALLER = {
@@ -82,7 +83,8 @@ SMALLER = {
     "prepare": "--sequence-length 64 --eval-fraction 0.3 --workers 1",
     "decontaminate": "--workers 1",
     "finetune": "--epochs 1 --max-length 64",
-    "plan": "--sequence-length 128 --global-batch-size 16 --phases.0.tokens 100000 --phases.1.tokens 100000 "
+    "plan": "--sequence-length 128 --global-batch-size 16 "
+    "--phases.0.tokens 100000 --phases.1.tokens 100000 "
     "--phases.1.decay-tokens 1000 --model.hidden-size 64 --model.intermediate-size 64 "
     "--model.num-attention-heads 2 --model.num-hidden-layers 2 "
     "--model.layer-types full_attention sliding_attention",

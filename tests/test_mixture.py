@@ -124,7 +124,8 @@ def test_corpora_without_an_evaluation_split(prepared, tmp_path):
 
     def config(*corpus):
         return TrainConfig(
-            phases=(Phase("p", tokens=10_000, corpus=corpus),), sequence_length=64, global_batch_size=4,
+            phases=(Phase("p", tokens=10_000, corpus=corpus),),
+            sequence_length=64, global_batch_size=4,
             workdir=str(tmp_path / "-".join(c[-4:] for c in corpus)),
             tokenizer=str(prepared / "tokenizer"),
         )  # fmt: skip
@@ -145,7 +146,8 @@ def test_run_beside_a_corpus_that_holds_nothing_out(prepared, tmp_path):
     model = ModernBertConfig.tiny(vocab_size=448, num_hidden_layers=3)
     phase = Phase("p", tokens=600, corpus=(str(none), str(prepared / "out" / "a")))
     config = TrainConfig(
-        model=model, phases=(phase,), sequence_length=64, global_batch_size=4, workdir=str(tmp_path / "w"),
+        model=model, phases=(phase,), sequence_length=64, global_batch_size=4,
+        workdir=str(tmp_path / "w"),
         tokenizer=str(prepared / "tokenizer"), mesh=MeshShape(data=1), eval_sequences=8,
     )  # fmt: skip
     scores = loop.run(config)["phases"][0]

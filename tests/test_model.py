@@ -89,9 +89,7 @@ class TestBounds:
             make_bounds(self.ids, 0)
         with pytest.raises(ValueError, match="expected ids of 0 .padding. or more, got -3"):
             make_bounds(-self.ids)
-        with pytest.raises(
-            ValueError, match="one run of ones per sequence .* 0 has 2 runs"
-        ):
+        with pytest.raises(ValueError, match="one run of ones per sequence .* 0 has 2 runs"):
             make_segment_ids((1, 3), np.array([[1, 0, 1]]))
 
 

@@ -3,16 +3,16 @@
     python tests/benchmarks/train_step.py [--json FILE] [--sizes base large] [--lengths 1024 8192]
     python tests/benchmarks/train_step.py --quick        a tiny model in float32, for a CPU
 
-Ours: train.pretrain.step with bf16 products, float32 weights, dropout 0.1 on the attention's output and
-StableAdamW. torch: transformers' model with sdpa, compiled on GPUs, under bf16 autocast with
+Ours: train.pretrain.step with bf16 products, float32 weights, dropout 0.1 on the attention's output
+and StableAdamW. torch: transformers' model with sdpa, compiled on GPUs, under bf16 autocast with
 float32 weights, no dropout, fused AdamW. Both predict 30 % of the tokens and send only those
 through the head. Documents: "full", each as long as a row; "packed", of exponential lengths with a
 mean of 1,024 tokens (a quarter of a row where rows are shorter than 4,096), cut to a row; the JSON
 has the mean of those drawn. We pack those into rows. torch, which has no packed sdpa, gets them
 sorted by length in padded batches of as many places, summed into one update.
 
-Tokens are counted without padding. MFU counts model FLOPs (train/common/flops.py) against the device's
-peak. Before anything is timed both losses on the same weights and documents must agree. A step
+Tokens are counted without padding. MFU counts model FLOPs (train/common/flops.py) against the
+device's peak. Before anything is timed both losses on the same weights and documents must agree. A step
 begins at 98,304 tokens (large: 57,344), the reference's micro-batch on a GPU, and is halved while
 it does not fit.
 """
