@@ -2,10 +2,10 @@
 
 Axis letters, used in the names of arrays, in einsums, in sharding and in docstrings:
 
-    B rows   L query length   M key length   D model   H heads   K head dim   F MLP inner
-    V vocabulary   N layers   P predicted positions   S segments of a row
+    B sequences   L query length   M key length   D model   H heads   K head dim   F MLP inner
+    V vocabulary   N layers   P predicted positions   S segments of a sequence
 
-`hidden_BLD` is [rows, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
+`hidden_BLD` is [sequences, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
 """
 
 from modernbert_jax.auto import (
@@ -27,7 +27,7 @@ from modernbert_jax.heads import (
     pool as pool,
 )
 from modernbert_jax.inference.embedder import Embedder as Embedder
-from modernbert_jax.inference.inspect import look as look
+from modernbert_jax.inference.inspect import capture as capture
 from modernbert_jax.inference.pipelines import (
     FillMask as FillMask,
     TextClassification as TextClassification,

@@ -1,23 +1,21 @@
-"""Model cards: the README.md beside config.json, with the YAML that the hub reads.
+"""Model cards: the README.md beside config.json, whose YAML the Hugging Face Hub reads.
 
-Only what is known stands in it: the configuration, and the facts that the caller gives. A card
-carries MARK; a README.md without it is a person's and stays as it is.
+A card states only what is known: the configuration, and the facts that the caller passes. It
+contains MARK; a README.md without MARK was written by a person and is not overwritten.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CARD_FILE = "README.md"
 MARK = "<!-- Made by modernbert_jax. Delete this line to keep your changes: then it is yours. -->"
 
-# What goes into the YAML; the last two replace what follows from the class.
-HUB_FACTS = (
-    *("base_model", "language", "license", "datasets", "metrics", "tags"),
-    *("library_name", "pipeline_tag"),
-)
+# These go into the YAML; the last two replace what follows from the class.
+HUB_FACTS = ("base_model", "language", "license", "datasets", "metrics", "tags")
+HUB_FACTS += ("library_name", "pipeline_tag")
 FACTS = (*HUB_FACTS, "title", "training", "tables", "limits", "citations")
 
-# transformers' class, without its model's name -> the hub's task and what the class adds.
+# transformers' class without its model's name: the hub's task, and what the class adds.
 _TASKS = {
     "ForMaskedLM": ("fill-mask", "with its masked-LM head"),
     "ForSequenceClassification": ("text-classification", "with a sequence classifier"),
@@ -27,6 +25,7 @@ _TASKS = {
     "Model": ("feature-extraction", "without a head"),
 }
 _CITATION = """\
+```bibtex
 @article{modernbert,
   title = {Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast, Memory
            Efficient, and Long Context Finetuning and Inference},
@@ -36,7 +35,8 @@ _CITATION = """\
             Jeremy Howard and Iacopo Poli},
   journal = {arXiv:2412.13663},
   year = {2024},
-}"""
+}
+```"""
 _SNIPPET = """\
 ```python
 from {library} import {model}, AutoTokenizer
@@ -46,6 +46,8 @@ model = {model}.from_pretrained("FOLDER_OR_HUB_ID")
 outputs = model(**tokenizer({text}, return_tensors="{tensors}"))
 ```"""
 _SENTENCES = """\
+As normalized embeddings:
+
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -56,45 +58,49 @@ vectors = SentenceTransformer("FOLDER_OR_HUB_ID").encode(["A text."])
 def model_card(
     config: Mapping[str, Any], parameters: int, facts: Mapping[str, Any] | None = None
 ) -> str:
-    """The card of a model as Markdown with YAML in front.
+    """Returns the card of a model: Markdown after a YAML header.
 
-    config: the content of an HF config.json, of any encoder. parameters: how many. facts, each may
-    be left out: base_model and datasets (hub ids), language, license, metrics, tags, library_name,
-    pipeline_tag (all as the hub names them), title, training {name: value}, tables {title: rows,
-    each {column: value}}, limits and citations (a line each). Raises ValueError with one line for
-    another fact, or a base_model or data set that is no hub id.
+    config: the content of a Hugging Face config.json, of any encoder. parameters: their number.
+    facts, all optional: base_model and datasets (hub ids), language, license, metrics, tags,
+    library_name, pipeline_tag (all with the hub's names), title, training {name: value}, tables
+    {title: rows, each {column: value}}, limits and citations (one line each). Raises ValueError
+    with one line for another fact, or for a base_model or data set that is not a hub id.
     """
+    # Imported here, because loading a model does not need it.
+    from huggingface_hub import ModelCard, ModelCardData
+
     facts = _checked(facts or {})
     name = (config.get("architectures") or ["ModernBertModel"])[0]
-    ending = next((e for e in _TASKS if name.endswith(e)), "Model")
-    task, head = _TASKS[ending]
+    suffix = next((s for s in _TASKS if name.endswith(s)), "Model")
+    task, head = _TASKS[suffix]
     ours = config.get("model_type") == "modernbert"
-    # The hub knows transformers, which loads these files: it shows how, and counts downloads.
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
-    metadata |= {k: v for k, v in facts.items() if k in HUB_FACTS}
+    # The hub knows transformers, which loads these files, and shows its snippets.
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    data |= {k: v for k, v in facts.items() if k in HUB_FACTS}
     tags = ["modernbert", "modernbert_jax"] if ours else []
     if tags := list(dict.fromkeys([*tags, *_listed(facts.get("tags", ()))])):
-        metadata["tags"] = tags
-    from huggingface_hub import ModelCardData  # here: no one who only loads a model waits for it
-
+        data["tags"] = tags
     parts = [
-        f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{MARK}",
+        f"---\n{ModelCardData(**data).to_yaml()}\n---\n{MARK}",
         f"# {_text(facts.get('title') or name)}",
         _about(config, name, head, parameters),
-        "## Use",
-        *_snippets(ending, ours, metadata["library_name"]),
+        *_usage(suffix, ours, data["library_name"]),
     ]
     if training := facts.get("training"):
-        parts += ["## Training", "\n".join(f"- {k}: {_text(v)}" for k, v in training.items())]
+        parts += ["## Training", _bullets(f"{k}: {_text(v)}" for k, v in training.items())]
     for title, rows in facts.get("tables", {}).items():
         if rows:
             parts += [f"## {title}", _table(rows)]
-    parts += ["## Limits", "\n".join(f"- {_text(line)}" for line in _limits(config, facts))]
+    limits = list(facts.get("limits", ()))
+    if longest := config.get("max_position_embeddings"):
+        limits.append(f"Truncate texts beyond {longest:,} tokens, or read them in windows.")
+    limits.append("Weights can reveal parts of the text that they were trained on.")
+    parts += ["## Limits", _bullets(map(_text, limits))]
     if ours:
-        parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
+        parts += ["## Citation", _CITATION]
     if citations := facts.get("citations"):
-        parts += ["\n".join(f"- {_text(line)}" for line in citations)]
-    return "\n\n".join(parts) + "\n"
+        parts.append(_bullets(map(_text, citations)))
+    return str(ModelCard("\n\n".join(parts) + "\n"))
 
 
 def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,12 +115,12 @@ def _checked(facts: Mapping[str, Any]) -> dict[str, Any]:
             except HFValidationError:
                 raise ValueError(
                     f"card: {name}: expected a hub id such as answerdotai/ModernBERT-base, got "
-                    f"{value!r}; what is not on the hub goes into `training`"
+                    f"{value!r}; describe what is not on the hub in `training`"
                 ) from None
     return {k: v for k, v in facts.items() if v not in (None, "") and v != [] and v != ()}
 
 
-def _listed(value: str | Iterable[str]) -> list[str]:
+def _listed(value: str | Sequence[str]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -133,45 +139,38 @@ def _about(config: Mapping[str, Any], name: str, head: str, parameters: int) -> 
     return "\n".join(lines)
 
 
-def _snippets(ending: str, ours: bool, library: str) -> list[str]:
-    # Multiple choice wants each text as often as there are choices, with a choice each.
-    text = (
-        '[["A text."] * 2], [["This.", "That."]]' if ending == "ForMultipleChoice" else '"A text."'
-    )
-    how = {"model": f"Auto{'Model' if ending == 'Model' else 'Model' + ending}", "text": text}
-    parts = []
-    if ours:
-        parts.append(_SNIPPET.format(library="modernbert_jax", tensors="np", **how))
-        parts.append("The same files in transformers and torch:")
-    parts.append(_SNIPPET.format(library="transformers", tensors="pt", **how))
-    if library == "sentence-transformers":
-        parts += ["As embeddings, pooled and of length 1:", _SENTENCES]
-    return parts
+def _usage(suffix: str, ours: bool, library: str) -> list[str]:
+    model = f"AutoModel{'' if suffix == 'Model' else suffix}"
+    # Multiple choice repeats each text, once with each of its choices.
+    choice = '[["A text."] * 2], [["This.", "That."]]'
+    text = choice if suffix == "ForMultipleChoice" else '"A text."'
+    libraries = {"modernbert_jax": "np"} if ours else {}
+    parts = ["## Use"]
+    for name, tensors in (libraries | {"transformers": "pt"}).items():
+        parts.append(_SNIPPET.format(library=name, model=model, text=text, tensors=tensors))
+    return [*parts, _SENTENCES] if library == "sentence-transformers" else parts
 
 
-def _limits(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    lines = list(facts.get("limits", ()))
-    if longest := config.get("max_position_embeddings"):
-        lines.append(f"Texts beyond {longest:,} tokens must be cut, or read in windows.")
-    return [*lines, "Weights can give away parts of the text that they were trained on."]
+def _bullets(lines: Any) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_text(row.get(c, "")) for c in columns) + " |")
-    return "\n".join(lines)
+    lines = [columns, *([_text(row.get(c, "")) for c in columns] for row in rows)]
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
 def _text(value: Any) -> str:
-    """One line that breaks no table."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
+    """One line that fits into a table."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(map(_text, value))
     return " ".join(str(value).split()).replace("|", "\\|")

@@ -117,7 +117,7 @@ def _download(repo_id: str, **hub: Any) -> pathlib.Path:
         )
     except Exception as error:
         raise FileNotFoundError(
-            f"{repo_id}: expected a folder or a hub id; there is no such folder, and the hub raised "
+            f"{repo_id}: expected a folder or a hub id; no such folder exists, and the hub raised "
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
 

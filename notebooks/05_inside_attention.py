@@ -116,17 +116,17 @@ model = AutoModelForMaskedLM.from_pretrained(MODEL)
 print(f"window {model.config.window}:", ", ".join(model.config.layer_types[:3]))
 
 # %% [markdown]
-# `look` gives hidden states and attention maps by name, for any model here. A call that does not
+# `capture` gives hidden states and attention maps by name, for any model here. A call that does not
 # ask pays nothing.
 
 # %%
-from modernbert_jax import look
+from modernbert_jax import capture
 from train.corpora.synthetic import synthetic_notes
 
 note = next(n for n in synthetic_notes(50, seed=2) if n.startswith("PROGRESS"))
 note = note.replace("twice daily", "twice [MASK]").replace("times daily", "times [MASK]")
 input_ids = tokenizer(note, return_tensors="np")["input_ids"]
-inside = look(model, ["attentions.*", "hidden_states.*"], input_ids=input_ids)
+inside = capture(model, ["attentions.*", "hidden_states.*"], input_ids=input_ids)
 for name, array in list(inside.items())[-3:]:
     print(name, array.shape)
 
@@ -181,7 +181,7 @@ texts = [" ".join(n.split()[:16]) for n in synthetic_notes(3, seed=3)]
 ids = [tokenizer(text)["input_ids"] for text in texts]
 packed = np.concatenate(ids)[None]
 segment_ids = np.repeat([1, 2, 3], [len(i) for i in ids])[None]
-inside = look(model, ["attentions.[01]", "logits"], input_ids=packed, segment_ids=segment_ids)
+inside = capture(model, ["attentions.[01]", "logits"], input_ids=packed, segment_ids=segment_ids)
 
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
 for axis, layer in zip(axes, (0, 1), strict=True):
@@ -222,5 +222,5 @@ plt.show()
 #
 # - `python -m modernbert_jax.attention` checks and times every implementation on the device that
 #   you have.
-# - `look(model, "hidden_states.*", ...)` feeds probes; `Embedder(layer=...)` makes vectors of any
+# - `capture(model, "hidden_states.*", ...)` feeds probes; `Embedder(layer=...)` makes vectors of any
 #   layer.

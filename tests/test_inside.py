@@ -1,4 +1,4 @@
-"""look() and output_attentions against transformers; what newcomers do wrong and are told."""
+"""capture() and output_attentions against transformers; what newcomers do wrong and are told."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from modernbert_jax import (
     ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification,
     ModernBertModel,
-    look,
+    capture,
 )
 
 
@@ -53,7 +53,7 @@ def test_equals_transformers(pair, padded):
             input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
             output_attentions=True, output_hidden_states=True,
         )  # fmt: skip
-    got = look(ours, ["*"], input_ids=ids, attention_mask=mask)
+    got = capture(ours, ["*"], input_ids=ids, attention_mask=mask)
     assert len(got) == 4 + 3 + 1
     some = mask.astype(bool)
     for layer in range(3):
@@ -81,7 +81,7 @@ def tiny(cls=ModernBertModel, **changes):
 def test_a_packed_row_sees_its_own_texts():
     model = tiny()
     segment_ids = np.array([[1] * 5 + [2] * 7 + [0] * 4])
-    maps = look(model, "attentions.*", input_ids=np.arange(16)[None], segment_ids=segment_ids)
+    maps = capture(model, "attentions.*", input_ids=np.arange(16)[None], segment_ids=segment_ids)
     assert list(maps) == ["attentions.0", "attentions.1", "attentions.2"]
     same = (segment_ids[0][:, None] == segment_ids[0]) & (segment_ids[0] > 0)
     for layer, p in enumerate(maps.values()):
@@ -94,13 +94,13 @@ def test_only_what_is_asked_for_is_computed():
     """The compiled program for one state holds no [H, L, M] array, and stops at its layer."""
     from flax import nnx
 
-    from modernbert_jax.inference.inspect import _look
+    from modernbert_jax.inference.inspect import _capture
 
     model, ids = tiny(), np.zeros((1, 48), np.int32)
     graph, state = nnx.split(model)
 
     def compiled(*names):
-        run = jax.jit(lambda state, inputs: _look(graph, (), names, state, inputs))
+        run = jax.jit(lambda state, inputs: _capture(graph, (), names, state, inputs))
         return run.lower(state, {"input_ids": ids}).compile().cost_analysis()["flops"]
 
     costs = [compiled(f"hidden_states.{i}") for i in range(4)]
@@ -113,7 +113,7 @@ def test_only_what_is_asked_for_is_computed():
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="expected hidden_states.0 to hidden_states.3.*'layers.1'"):
-        look(tiny(), "layers.1", input_ids=np.zeros((1, 4), np.int32))
+        capture(tiny(), "layers.1", input_ids=np.zeros((1, 4), np.int32))
     with pytest.raises(ValueError, match="for inference, without remat"):
         tiny()(np.zeros((1, 4), np.int32), output_attentions=True, remat=True)
 
@@ -123,14 +123,14 @@ def test_inputs_as_for_the_model():
     ids, segment_ids = np.zeros((1, 6), np.int32), np.array([[1, 1, 1, 2, 2, 0]])
     classifier = tiny(ModernBertForSequenceClassification)
     packed = {"input_ids": ids, "segment_ids": segment_ids, "num_segments": 2}
-    found = look(classifier, "logits", **packed)["logits"]
+    found = capture(classifier, "logits", **packed)["logits"]
     np.testing.assert_allclose(found, classifier(**packed).logits, atol=1e-6)
-    answers = look(tiny(ModernBertForQuestionAnswering), "*_logits", input_ids=ids)
+    answers = capture(tiny(ModernBertForQuestionAnswering), "*_logits", input_ids=ids)
     assert list(answers) == ["start_logits", "end_logits"]
     with pytest.raises(ValueError, match="one run of ones per sequence"):
-        look(classifier, "logits", input_ids=ids, attention_mask=np.array([[1, 0, 1, 1, 1, 1]]))
+        capture(classifier, "logits", input_ids=ids, attention_mask=np.array([[1, 0, 1, 1, 1, 1]]))
     with pytest.raises(ValueError, match="ids that rise along a row"):
-        look(classifier, "attentions.0", input_ids=ids, segment_ids=segment_ids[:, ::-1] + 1)
+        capture(classifier, "attentions.0", input_ids=ids, segment_ids=segment_ids[:, ::-1] + 1)
 
 
 class TestNewcomers:
@@ -156,7 +156,7 @@ class TestNewcomers:
         with pytest.raises(TypeError, match="got a torch tensor"):
             tiny()(torch.zeros(1, 6, dtype=torch.int64))
         with pytest.raises(TypeError, match="got a torch tensor"):
-            look(tiny(), "attentions.0", input_ids=torch.zeros(1, 6, dtype=torch.int64))
+            capture(tiny(), "attentions.0", input_ids=torch.zeros(1, 6, dtype=torch.int64))
 
     def test_habits(self):
         model = tiny()

@@ -13,7 +13,7 @@ from modernbert_jax import (
     ModernBertForMaskedLM,
     pipeline,
 )
-from modernbert_jax.inference.pipelines import _words, split_windows
+from modernbert_jax.inference.pipelines.token_classification import split_windows, split_words
 from modernbert_jax.packing import batch_rows
 
 WORDS = "fever cough pain no denies possible rash edema today left the patient has a disease of"
@@ -111,9 +111,9 @@ class TestFillMask:
 
     def test_errors_say_what_to_do(self, both, folder):
         ours, _ = both
-        with pytest.raises(ValueError, match=r"expected \[MASK\] where a word"):
+        with pytest.raises(ValueError, match=r"expected \[MASK\] in place of a word"):
             ours("no mask here")
-        with pytest.raises(ValueError, match="the model takes 256; shorten it"):
+        with pytest.raises(ValueError, match="expected at most 256 tokens, got .*; shorten it"):
             ours("word " * 300 + "[MASK]")
         with pytest.raises(ValueError, match="expected fill-mask, .*, got 'summarization'"):
             pipeline("summarization", model=folder)
@@ -187,7 +187,9 @@ class TestTextClassification:
 
     def test_too_long(self, classifier):
         pipe = pipeline("text-classification", classifier)
-        with pytest.raises(ValueError, match="the model takes 256; truncation=True cuts it"):
+        with pytest.raises(
+            ValueError, match="at most 256 tokens, got .*; truncation=True truncates it"
+        ):
             pipe("fever " * 400)
         assert pipe("fever " * 400, truncation=True)[0]["label"] in (
             "denied",
@@ -238,7 +240,7 @@ class TestTokenClassification:
         text = "Dr. Low\nseen\t3 May\nno rash"
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = [{"start": start, "end": end} for start, end in encoded["offset_mapping"]]
-        words = [text[w[0]["start"] : w[-1]["end"]].strip() for w in _words(text, spans)]
+        words = [text[w[0]["start"] : w[-1]["end"]].strip() for w in split_words(text, spans)]
         assert [w for w in words if w] == text.split()
 
     def test_long_notes(self, tagger):
@@ -310,7 +312,7 @@ def smallest_margin(theirs, text):
         for p, (start, end) in zip(torch.softmax(logits, -1).numpy(), offsets, strict=True)
     ]
     gaps = []
-    for word in _words(text, spans):
+    for word in split_words(text, spans):
         p = np.stack([span["p"] for span in word])
         gaps += [np.diff(np.sort(values)[-2:])[0] for values in (*p, p.mean(0))]
         gaps += list(np.diff(np.sort(p.max(-1))[-2:]))  # empty for a word of one token
@@ -375,7 +377,7 @@ class TestEmbedder:
         np.testing.assert_allclose(spread, alone, atol=1e-6)
         last = Embedder.from_pretrained(folder, device=jax.devices()[-1])
         np.testing.assert_allclose(last.encode(some, batch_tokens=128), alone, atol=1e-6)
-        where = last._embed(last._params, *[jax.device_put(x, last._where) for x in
+        where = last._embed(last._params, *[jax.device_put(x, last._sharding) for x in
                             np.ones((2, 1, 64), np.int32)], 1).devices()  # fmt: skip
         assert where == {jax.devices()[-1]}
         assert {d for leaf in last._params.values() for d in leaf.devices()} == where
@@ -409,7 +411,7 @@ class TestEmbedder:
         embedder = Embedder.from_pretrained(folder)
         embedder.encode(texts(4), show_progress_bar=True)
         shown = capsys.readouterr()
-        assert "embedding: 4 of 4" in shown.err and not shown.out
+        assert "embedding: 100%" in shown.err and "4/4" in shown.err and not shown.out
         assert embedder.encode([]).shape == (0, 32)
 
     def test_refusals(self, folder):

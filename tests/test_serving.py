@@ -72,7 +72,7 @@ class TestExport:
 
     def test_a_length_is_rounded_to_a_row(self, model, tmp_path, capsys, monkeypatch):
         assert main(["export", str(model), str(tmp_path), "--tokens", "100", "101"]) == 0
-        assert capsys.readouterr().out.endswith("fill-mask, rows of 112 tokens\n")
+        assert capsys.readouterr().out.endswith("fill-mask, sequences of 112 tokens\n")
         pipe = pipeline("fill-mask", tmp_path)
         text = "\u00e9" * 48 + "[MASK]"  # two bytes each: 99 tokens
         assert len(pipe.tokenizer(text)["input_ids"]) in range(97, 113)
@@ -121,7 +121,7 @@ class TestLoad:
 
     def test_what_does_not_go_together(self, model, small_tokenizer):
         loaded = ModernBertForMaskedLM.from_pretrained(model)
-        with pytest.raises(TypeError, match="dtype: expected none beside a model that is loaded"):
+        with pytest.raises(TypeError, match="dtype: expected none with a model that is already loaded"):
             pipeline("fill-mask", loaded, small_tokenizer, dtype="bfloat16")
         small = ModernBertForMaskedLM(ModernBertConfig.tiny(vocab_size=64), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="at most the model's 64 tokens, got 300"):
@@ -180,8 +180,8 @@ class TestCommand:
             == 0
         )
         out = capfd.readouterr().out
-        assert out.index("one process:") < out.index("the next:")
-        assert out.count("cold start, in all") == 2
+        assert out.index("first process:") < out.index("second process:")
+        assert out.count("cold start in total") == 2
 
     def test_bad_input_is_one_line(self, model, tmp_path, capsys):
         assert main(["answer", str(tmp_path / "nothing")]) == 2

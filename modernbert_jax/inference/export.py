@@ -1,13 +1,14 @@
-"""Compile once: functions exported beside a model, a cache of compiled programs, cold starts timed.
+"""Exports compiled functions beside a model, and caches compiled programs.
 
     python -m modernbert_jax export MODEL OUT --tokens 64 512
     python -m modernbert_jax benchmark OUT --compile-cache CACHE
 
-OUT is a checkpoint as any other with a folder functions/, one jax.export file a shape: StableHLO
-without weights. Where a file fits what is called (model, dtype, shape, platform) neither tracing
-nor lowering is left to do, only the compiler, and that too comes from the cache the second time.
-Such a file is a program of array operations that jax compiles and runs: serve your own exports.
-For a platform that is not at hand attention is exported as XLA has it, without a kernel.
+OUT is an ordinary checkpoint with a folder functions/, which holds one jax.export file (StableHLO
+without weights) per shape. If a file fits a call (model, dtype, shape, platform), the model is
+neither traced nor lowered again, only compiled, and the cache saves that for later processes too.
+Such a file is a program of array operations that jax compiles and runs, so serve only your own
+exports. For a platform that this machine lacks, attention is exported without a kernel, in plain
+XLA.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
-from modernbert_jax.packing import row_size
+from modernbert_jax.packing import batch_rows, fill_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ FUNCTIONS = "functions"
 
 
 def use_compile_cache(folder: str | os.PathLike[str]) -> None:
-    """Keeps every compiled program in `folder` and finds it there in later processes.
+    """Stores every compiled program in `folder`, where later processes find it.
 
     Sets jax's own options, for the whole process.
     """
@@ -46,22 +48,40 @@ def use_compile_cache(folder: str | os.PathLike[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", os.fspath(pathlib.Path(folder).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # a process that has compiled already would not look again
+    compilation_cache.reset_cache()  # otherwise a process that has compiled before ignores it
 
 
 def platform() -> str:
-    """The platform at hand as jax.export names it: "cpu", "tpu", "cuda" ..."""
+    """Returns the platform of this process as jax.export names it: "cpu", "tpu", "cuda" ..."""
     backend = jax.default_backend()
     return "cuda" if backend == "gpu" else backend
 
 
-def batch_tokens_here() -> int:
-    """Tokens of a packed row that suit the platform at hand: a CPU's caches hold little."""
+def default_batch_tokens() -> int:
+    """Returns the tokens per packed sequence that suit the platform; a CPU's caches are small."""
     return 512 if platform() == "cpu" else 16_384
 
 
+def packed_batches(
+    ids: Sequence[Sequence[int]],
+    sequences: int,
+    batch_tokens: int,
+    description: str,
+    show_progress_bar: bool | None,
+) -> Iterator[tuple[list[list[int]], np.ndarray, np.ndarray]]:
+    """Yields (text indices per sequence, input_ids_BL, segment_ids_BL), B = `sequences`.
+
+    A progress bar counts texts on stderr; None shows it in a terminal only.
+    """
+    hide = None if show_progress_bar is None else not show_progress_bar
+    with tqdm(total=len(ids), desc=description, unit=" texts", disable=hide) as bar:
+        for batch in batch_rows([len(i) for i in ids], sequences, batch_tokens):
+            yield batch, *fill_rows(ids, batch)
+            bar.update(sum(map(len, batch)))
+
+
 class Function:
-    """f(params, *arrays and ints): jitted, or as exported where `folder` has the shapes that come.
+    """f(params, *arrays and ints): jitted, or the exported program if `folder` has that shape.
 
     Ints are static.
     """
@@ -76,12 +96,12 @@ class Function:
     ):
         self._jitted = jax.jit(function, static_argnums=static_argnums)
         self._folder = None if folder is None else pathlib.Path(folder) / FUNCTIONS
-        # What changes the program and is no shape goes into the name: the configuration as it
-        # comes back from a file, and what no file holds.
+        # A file's name identifies the program: it has the shapes and a hash of the configuration as
+        # it is read back from a file, plus the fields that no file stores.
         saved = dataclasses.asdict(ModernBertConfig.from_dict(config.to_dict()))
         dtypes = {k: getattr(config, k) for k in ("dtype", "param_dtype", "residual_dtype")}
-        what = json.dumps(saved | dtypes | {"hf_extra": None}, sort_keys=True)
-        self._name = f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        text = json.dumps(saved | dtypes | {"hf_extra": None}, sort_keys=True)
+        self._name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self._ready: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, params: Any, *args: Any) -> Any:
@@ -101,7 +121,7 @@ class Function:
             return self._jitted
         try:
             exported = jax.export.deserialize(bytearray(path.read_bytes()))
-        except Exception as error:  # another version's, or cut short
+        except Exception as error:  # written by another version, or truncated
             reason = f"{type(error).__name__} when it was read"
         else:
             if platform() in exported.platforms:
@@ -111,7 +131,7 @@ class Function:
                 )
             reason = f"made for {', '.join(exported.platforms)}"
         warnings.warn(
-            f"{path}: not used ({reason}), so this shape is traced anew; export again for "
+            f"{path}: not used ({reason}), so this shape is traced; export again for "
             f"{platform()} and jax {jax.__version__}",
             stacklevel=4,
         )
@@ -122,17 +142,18 @@ class Function:
         folder: str | os.PathLike[str],
         params: Any,
         tokens: Sequence[int],
-        more: Callable[[int], tuple[Any, ...]],
+        further_args: Callable[[int], tuple[Any, ...]],
         platforms: Sequence[str] | None,
     ) -> list[int]:
-        """Writes this function for one text in rows that hold so many tokens; the rows' sizes.
+        """Writes this function for one text of up to each number of tokens; returns the lengths.
 
-        more: what follows ids and segments in a call, for a size of row.
+        Lengths are rounded up to those of packed sequences. further_args: the arguments that follow
+        input and segment ids in a call, for a sequence length.
         """
         sizes = sorted({row_size(size) for size in tokens})
         for size in sizes:
-            row = np.zeros((1, size), np.int32)
-            args = (row, row, *more(size))
+            ids = np.zeros((1, size), np.int32)
+            args = (ids, ids, *further_args(size))
             exported = jax.export.export(self._jitted, platforms=platforms)(params, *args)
             path = pathlib.Path(folder) / FUNCTIONS / self._file(args)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,9 +162,9 @@ class Function:
 
 
 def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The checkpoint that exported functions stand beside.
+    """Writes the checkpoint that exported functions belong to.
 
-    Raises FileExistsError where `folder` holds a model of another class: it would lose its head.
+    Raises FileExistsError if `folder` holds a model of another class, which would lose its head.
     """
     path, name = pathlib.Path(folder) / CONFIG_FILE, type(model).__name__
     if path.exists():
@@ -156,10 +177,10 @@ def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokeni
 def load(
     cls: type, model: Any, tokenizer: Any, options: dict[str, Any], compile_cache: Any = None
 ) -> tuple[Any, PreTrainedTokenizerFast, pathlib.Path | None]:
-    """(model, tokenizer, folder or None) of a folder, a hub id, or a model of `cls`.
+    """Returns (model, tokenizer, its folder or None) for a folder, a hub id, or a model of `cls`.
 
-    options: those of from_pretrained. Raises TypeError for anything else, ValueError where the
-    tokenizer has more tokens than the model.
+    options: arguments of from_pretrained; None stands for its default. Raises TypeError for
+    anything else, ValueError if the tokenizer has more tokens than the model.
     """
     if compile_cache is not None:
         use_compile_cache(compile_cache)
@@ -169,7 +190,7 @@ def load(
         tokenizer = folder if tokenizer is None else tokenizer
         model = cls.from_pretrained(folder, **options)  # type: ignore[attr-defined]
     elif given := [name for name, value in options.items() if value is not None]:
-        raise TypeError(f"{', '.join(given)}: expected none beside a model that is loaded already")
+        raise TypeError(f"{', '.join(given)}: expected none with a model that is already loaded")
     if not isinstance(model, cls):
         raise TypeError(
             f"model: expected a folder, a hub id or a {cls.__name__}, got {type(model).__name__}"
@@ -186,6 +207,6 @@ def load(
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: expected at most the model's {model.config.vocab_size:,} tokens, got "
-            f"{len(tokenizer):,}; they do not belong together"
+            f"{len(tokenizer):,}; use the tokenizer of this model"
         )
     return model, tokenizer, folder

@@ -1,4 +1,4 @@
-"""Looking inside: hidden states and attention maps by name."""
+"""Inspects activations: hidden states and attention maps by name."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -14,14 +14,26 @@ from modernbert_jax.heads import ModernBertForQuestionAnswering
 from modernbert_jax.model import refuse_input
 
 
-def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax.Array]:
-    """What goes on inside a model, by name: {name: array}, names in the model's order.
+def capture(
+    model: Any,
+    names: str | Sequence[str],
+    *,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    segment_ids: Any = None,
+    position_ids: Any = None,
+    inputs_embeds: Any = None,
+    predict_positions: Any = None,
+    num_segments: int | None = None,
+    **unsupported: Any,
+) -> dict[str, jax.Array]:
+    """Runs a model and returns the named activations: {name: array}, in the model's order.
 
-    names: "hidden_states.0" (the embeddings) to "hidden_states.N" (the last layer's, after the
-    final norm), "attentions.0" to "attentions.N-1" (probabilities, [B, H, L, M]), "logits" of a
-    head ("start_logits", "end_logits"); or patterns ("attentions.*"). inputs: as for the model
-    (input_ids, segment_ids, ...). Only what is asked for is computed, and nothing in a call that
-    does not ask. Raises ValueError for a name that the model has not, and what the model raises.
+    names: "hidden_states.0" (the embeddings) to "hidden_states.N" (the last layer, after the final
+    norm), each [B, L, D]; "attentions.0" to "attentions.N-1" (probabilities, [B, H, L, M]); the
+    "logits" of a head, or its "start_logits" and "end_logits"; or patterns ("attentions.*"). The
+    other arguments are those of the model's call. The compiled program computes only what is named.
+    Raises ValueError for an unknown name, and whatever the model raises.
     """
     layers = model.config.num_hidden_layers
     known = [f"hidden_states.{i}" for i in range(layers + 1)]
@@ -37,33 +49,42 @@ def look(model: Any, names: str | Sequence[str], **inputs: Any) -> dict[str, jax
             raise ValueError(
                 f"names: expected hidden_states.0 to hidden_states.{layers}, attentions.0 to "
                 f"{', '.join([f'attentions.{layers - 1}', *known[2 * layers + 1 :]])} or a pattern "
-                f"of them, got {pattern!r}"
+                f"that matches one of them, got {pattern!r}"
             )
         wanted.update(found)
+    inputs = unsupported | {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "segment_ids": segment_ids,
+        "position_ids": position_ids,
+        "inputs_embeds": inputs_embeds,
+        "predict_positions": predict_positions,
+    }
+    inputs = {name: value for name, value in inputs.items() if value is not None}
     for name, value in inputs.items():
         refuse_input(name, value)
-    # What can be seen on arrays alone: masks with holes, ids that fall.
-    if (mask := inputs.get("attention_mask")) is not None:
-        rows = np.reshape(mask, (-1, np.shape(mask)[-1]))
-        make_segment_ids(rows.shape, rows)
-    if (ids := inputs.get("segment_ids")) is not None:
-        check_segment_ids(np.asarray(ids))
-    plain = {k: v for k, v in inputs.items() if v is None or isinstance(v, int)}
-    arrays = {k: np.asarray(v) for k, v in inputs.items() if k not in plain}
+    # These checks need concrete values, which the compiled program does not see.
+    if attention_mask is not None:
+        mask = np.reshape(attention_mask, (-1, np.shape(attention_mask)[-1]))
+        make_segment_ids(mask.shape, mask)
+    if segment_ids is not None:
+        check_segment_ids(np.asarray(segment_ids))
+    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    static = () if num_segments is None else (("num_segments", num_segments),)
     graph, state = nnx.split(model)
-    names = tuple(n for n in known if n in wanted)
-    found = _run(graph, tuple(plain.items()), names, state, arrays)
-    return {name: found[name] for name in names}  # jit sorts them
+    ordered = tuple(name for name in known if name in wanted)
+    captured = _jitted(graph, static, ordered, state, arrays)
+    return {name: captured[name] for name in ordered}  # jit returns dicts sorted by name
 
 
-def _look(graph, plain, names: tuple[str, ...], state, arrays) -> dict[str, jax.Array]:
+def _capture(graph, static, names: tuple[str, ...], state, arrays) -> dict[str, jax.Array]:
     model = nnx.merge(graph, state)
-    out = model(**arrays, **dict(plain), output_hidden_states=True, output_attentions=True)
-    found = {}
+    out = model(**arrays, **dict(static), output_hidden_states=True, output_attentions=True)
+    captured = {}
     for name in names:
         field, _, index = name.partition(".")
-        found[name] = getattr(out, field)[int(index)] if index else getattr(out, field)
-    return found
+        captured[name] = getattr(out, field)[int(index)] if index else getattr(out, field)
+    return captured
 
 
-_run = jax.jit(_look, static_argnums=(0, 1, 2))
+_jitted = jax.jit(_capture, static_argnums=(0, 1, 2))

@@ -1,0 +1,97 @@
+"""Text classification: labels of a text or a pair of texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from modernbert_jax.checkpoint.params import module_of
+from modernbert_jax.heads import ModernBertForSequenceClassification
+from modernbert_jax.inference.pipelines.base import Pipeline, label_of
+from modernbert_jax.packing import segment_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TextClassification(Pipeline):
+    """`pipe("No fever.")`: [{"label", "score"}], as transformers' TextClassificationPipeline.
+
+    Scores are a softmax over the labels; a sigmoid per label for a single label or a multi-label
+    model; the plain output for a regression.
+    """
+
+    model_class: type = ModernBertForSequenceClassification
+    task: str = "text-classification"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        top_k: int | None | str = "",
+        batch_tokens: int | None = None,
+    ):
+        super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
+        self.top_k: int | None | str = top_k
+
+    def _function(self):
+        config = self.model.config
+        regression = config.problem_type == "regression"
+        multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
+
+        def scores(params, input_ids_BL, segment_ids_BL, segments: int):
+            model = module_of(ModernBertForSequenceClassification, config, params)
+            out = model(input_ids_BL, segment_ids=segment_ids_BL, num_segments=segments)
+            if regression:
+                return out.logits
+            return jax.nn.sigmoid(out.logits) if multi_label else jax.nn.softmax(out.logits, -1)
+
+        return scores, (3,)
+
+    def _further_args(self, sequence_length: int):
+        return (segment_slots(sequence_length),)
+
+    def __call__(
+        self,
+        inputs: str | dict[str, str] | Sequence[str | dict[str, str]],
+        *,
+        top_k: int | None | str = "",
+        truncation: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """Returns the labels of a text, a pair {"text", "text_pair"}, or a list of either.
+
+        top_k: the number of labels, None for all, as a list per text; if omitted, the best label
+        alone (or the top_k of the constructor). Raises ValueError for a text longer than the model
+        supports, unless `truncation` truncates it.
+        """
+        top_k = self.top_k if isinstance(top_k, str) else top_k
+        single = isinstance(inputs, str | dict)
+        items = [inputs] if single else list(inputs)
+        ids = [self._encode(item, truncation) for item in items]
+        results: list[Any] = [None] * len(ids)
+        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
+            slots = segment_slots(input_ids_BL.shape[1], len(batch))
+            scores_BSE = self._run(self._params, input_ids_BL, segment_ids_BL, slots)
+            for i, scores_E in zip(batch, np.asarray(scores_BSE)[0], strict=False):
+                labels = [
+                    {"label": label_of(self.model.config, int(e)), "score": float(scores_E[e])}
+                    for e in np.argsort(-scores_E, kind="stable")
+                ]
+                results[i] = labels[0] if isinstance(top_k, str) else labels[:top_k]
+        if isinstance(inputs, str) and isinstance(top_k, str):
+            return results  # a list of one, as in transformers
+        return results[0] if single else results
+
+    def _encode(self, item: str | dict[str, str], truncation: bool) -> list[int]:
+        pair: dict[str, Any] = {"text": item} if isinstance(item, str) else dict(item)
+        limit = {"truncation": True, "max_length": self.max_length} if truncation else {}
+        ids = self.tokenizer(**pair, **limit)["input_ids"]
+        self._check_length(len(ids), "truncation=True truncates it")
+        return ids
