@@ -56,7 +56,9 @@ def _public(name: str, value: Any) -> Iterator[str]:
         yield from (_doc(value), _fields(value))
     else:
         made_by = value.__init__ if inspect.isclass(value) else value
-        yield from (_signature(name, made_by), _doc(value))
+        if made_by is not object.__init__:  # AutoTokenizer is never instantiated
+            yield _signature(name, made_by)
+        yield _doc(value)
     if inspect.isclass(value):
         yield from _methods(value)
 
