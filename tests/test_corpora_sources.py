@@ -254,8 +254,8 @@ def test_ade_corpus(tmp_path):
         ("DRUG-AE.rel:1", "A rash (5|6 mm) followed the drug.", {"pmid": "10030778"}),
         ("DRUG-AE.rel:2", "A rash (5|6 mm) followed the drug.", {"pmid": "10030778"}),
     ]
-    assert report.dropped == {"not the fields of this file": 2}
-    assert report.places == {"not the fields of this file": ["ADE-NEG.txt:3", "DRUG-AE.rel:3"]}
+    assert report.dropped == {"unexpected fields": 2}
+    assert report.places == {"unexpected fields": ["ADE-NEG.txt:3", "DRUG-AE.rel:3"]}
 
 
 def test_brain_mri_stroke(tmp_path):
@@ -266,7 +266,7 @@ def test_brain_mri_stroke(tmp_path):
 
     write(path, "label,conclusion\n1,secret infarct\n")
     message = refusal(brain_mri_stroke.SOURCE, tmp_path)
-    assert message.endswith("'label', 'conclusion'; name the one with text by --text-column")
+    assert message.endswith("'label', 'conclusion'; name the text column with --text-column")
     chosen = corpora.find("brain_mri_stroke", "Conclusion")
     assert [e.text for e in read(chosen, tmp_path)[0]] == ["secret infarct"]
 
@@ -506,7 +506,7 @@ def test_mimic3_broken_files_say_so_and_show_no_text(tmp_path):
     path.unlink()
     whole = gzip.compress(MIMIC3.encode() * 50)
     (tmp_path / "NOTEEVENTS.csv.gz").write_bytes(whole[:-20])
-    assert "damaged or cut .gz" in refusal(chosen, tmp_path)
+    assert "damaged or incomplete .gz" in refusal(chosen, tmp_path)
 
 
 def test_mimic4_note(tmp_path):

@@ -140,7 +140,7 @@ def test_a_table_without_a_text_column_lists_what_it_has(tmp_path):
     write(tmp_path / "x.csv", "id,body of it\n1,secret\n")
     message = refusal(tmp_path)
     assert "x.csv has no column text or notes" in message
-    assert "it has 'id', 'body of it'; name the one with text by --text-column" in message
+    assert "it has 'id', 'body of it'; name the text column with --text-column" in message
     assert "it has 'id', 'body of it'" in refusal(tmp_path, text_column="bod")
     path = write(tmp_path / "y" / "x.jsonl", json.dumps({"id": 1, "body": "secret"}))
     assert "it has 'id', 'body'" in refusal(path)
@@ -198,12 +198,12 @@ def test_a_file_that_is_not_text_is_named_with_the_remedy(tmp_path, name, data, 
         ("x.jsonl", '[{"text": "secret"}]', "line 1: expected a JSON object, got list"),
         ("x.jsonl", '{"text": ["secret"]}', "line 1: 'text' must be a string, got list"),
         ("x.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1: not valid JSON (bad number)"),
-        ("x.jsonl", '{"text": ' + "[" * 200_000, "line 1: JSON nested too deep"),
+        ("x.jsonl", '{"text": ' + "[" * 200_000, "line 1: JSON is nested too deeply"),
         ("x.csv", 'id,text\n1,a\n2,"secret\n3,b\n', "record 2: a quote is opened and never"),
         ("x.csv", "id,text\n1,a\n2,secret,more\n", "record 2: 3 fields under 2 columns"),
         # A name of a test must not hold the second in which it was collected.
-        ("x.txt.gz", gzip.compress(b"secret " * 99, mtime=0)[:-9], "damaged or cut .gz"),
-        ("y.txt.gz", b"secret", "damaged or cut .gz"),
+        ("x.txt.gz", gzip.compress(b"secret " * 99, mtime=0)[:-9], "damaged or incomplete .gz"),
+        ("y.txt.gz", b"secret", "damaged or incomplete .gz"),
     ],
 )
 def test_a_broken_file_is_named_with_the_place(tmp_path, name, data, reason):

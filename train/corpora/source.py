@@ -63,6 +63,9 @@ class Revisions:
         return sorted(parts, key=lambda part: (self.age(part), os.fspath(part)))
 
 
+Reader = Callable[[pathlib.Path, pathlib.Path, Report], Iterator[Example]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A corpus as its owners distribute it.
@@ -81,7 +84,7 @@ class Source:
     license: str
     citation: str
     files: tuple[str, ...]
-    read: Callable[[pathlib.Path, pathlib.Path, Report], Iterator[Example]]
+    read: Reader
     agreement: str = ""  # what a user must sign or complete to get access
     documents: int = 0
     tokens: int = 0

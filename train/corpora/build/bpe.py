@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer of ModernBERT's kind."""
+"""Trains a byte-level BPE tokenizer like ModernBERT's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from modernbert_jax.tokenizer import from_backend
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Ids 0 to 4. The space before [MASK] belongs to it, so that "is [MASK]." predicts " Paris".
+# Ids 0 to 4. [MASK] includes the space before it, so that "is [MASK]." predicts " Paris".
 SPECIAL_TOKENS = (
     AddedToken("[UNK]", special=True, normalized=False),
     AddedToken("[CLS]", special=True, normalized=False),
@@ -33,9 +33,9 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ModernBERT's normalizer, pre-tokenizer, special tokens and [CLS] A [SEP].
+    """Trains byte-level BPE with ModernBERT's normalizer, pre-tokenizer and special tokens.
 
-    The same texts give the same tokenizer. The vocabulary has `vocab_size` tokens, or fewer where
+    The same texts give the same tokenizer. The vocabulary has `vocab_size` tokens, or fewer if
     the texts allow no more merges. Raises ValueError below 261 (5 special tokens and 256 bytes).
     Source: the tokenizer.json of answerdotai/ModernBERT-base.
     """

@@ -1,14 +1,15 @@
-"""What the corpus modules share: tables, JSON, text files, TextGrids, on top of text.py's readers.
+"""What the corpus modules share: tables, JSON, text files and TextGrids, built on text.py.
 
 A document's id is its place, "path in the corpus:record", as in text.py: it is unique, the same in
-every run, and shows nothing of a person. Official ids go to meta.
+every run, and reveals nothing about a person. Official ids go to meta.
 """
 
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..source import Example, Report
+from ..source import Example, Reader, Report
 from .text import (
     find_column,
     listed,
@@ -19,25 +20,25 @@ from .text import (
 )
 
 EMPTY = "empty text"
-# What PhysioNet asks for before a credentialed download, and the license of most of these sets.
-CREDENTIALED = "a credentialed PhysioNet account and the set's data use agreement"
+# What PhysioNet requires for a credentialed download, and the license of most of these corpora.
+CREDENTIALED = "a credentialed PhysioNet account and the data use agreement"
 HEALTH_DATA_LICENSE = "PhysioNet Credentialed Health Data License 1.5.0"
 
 
 def place(part: pathlib.Path, root: pathlib.Path, record: int) -> str:
-    """Where a record is: path relative to `root`, and its number from 1."""
+    """The place of a record: its path relative to `root`, and its number from 1."""
     return f"{part.relative_to(root).as_posix()}:{record}"
 
 
 def clean(text: str) -> str:
-    """Line ends become "\\n", blanks before them and at the end go; nothing else is touched."""
+    """Turns line ends into "\\n" and removes spaces before them and at the end; nothing else."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return "\n".join([line.rstrip(" \t") for line in text.split("\n")]).rstrip()
 
 
 def example(at: str, text: str, report: Report, **meta: str) -> Iterator[Example]:
-    """One document of that place, cleaned; none, and a drop, if it is empty. Empty meta goes."""
+    """Yields the document of a place, cleaned, or reports it as empty. Empty meta is left out."""
     text = clean(text)
     if text:
         yield Example(at, text, {name: value for name, value in meta.items() if value})
@@ -46,7 +47,7 @@ def example(at: str, text: str, report: Report, **meta: str) -> Iterator[Example
 
 
 def whole_text(part: pathlib.Path) -> str:
-    """A text file as one string: UTF-8, UTF-16 with a BOM, cp1252 in lines that are not UTF-8."""
+    """Reads a text file: UTF-8, UTF-16 with a BOM, cp1252 for lines that are not UTF-8."""
     return "".join(read_lines(part))
 
 
@@ -56,13 +57,13 @@ def rows(
     report: Report,
     columns: tuple[str | tuple[str, ...], ...],
     delimiter: str = ",",
-    hint: str = "is this the file that the distribution has?",
+    hint: str = "is this the file of the distribution?",
 ) -> Iterator[tuple[str, list[str]]]:
-    """(place, values of these columns) for each row of a table with a header.
+    """Yields (place, values of these columns) for each row of a table with a header.
 
-    A column may have several names, of which the first found counts; upper and lower case are one.
-    A field that is missing at the end of a row is empty; a row longer than the header is dropped.
-    Raises ValueError where a column is missing (hint: what to do then), and for a broken file.
+    A column may have several names; the first that is found is used, ignoring case. A field that is
+    missing at the end of a row is empty; a row longer than the header is dropped. Raises ValueError
+    for a missing column (hint: what to do then), and for a broken file.
     """
     table = read_rows(part, delimiter)
     _, header = next(table, (0, []))
@@ -84,12 +85,38 @@ def rows(
         yield at, [row[index] for index in indices]
 
 
+def table(text: str, delimiter: str = ",", **meta: str) -> Reader:
+    """A Source.read for tables: each row is a document.
+
+    text: its column. meta: columns of further facts, by the name of the fact.
+    """
+    return functools.partial(_read_table, text=text, delimiter=delimiter, meta=meta)
+
+
+def _read_table(
+    part: pathlib.Path,
+    root: pathlib.Path,
+    report: Report,
+    text: str,
+    delimiter: str,
+    meta: dict[str, str],
+) -> Iterator[Example]:
+    for at, (content, *values) in rows(part, root, report, (text, *meta.values()), delimiter):
+        facts = {name: value.strip() for name, value in zip(meta, values, strict=True)}
+        yield from example(at, content, report, **facts)
+
+
+def text_file(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
+    """A Source.read for text files: each file is a document."""
+    yield from example(place(part, root, 1), whole_text(part), report)
+
+
 def objects(
     part: pathlib.Path, root: pathlib.Path, report: Report
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) for each line of a .jsonl file; a broken line is dropped.
+    """Yields (place, object) for each line of a .jsonl file; a broken line is dropped.
 
-    Raises ValueError where every line is broken, and for a file that is not text.
+    Raises ValueError if every line is broken, and for a file that is not text.
     """
     good = bad = 0
     for number, line in enumerate(read_lines(part), start=1):
@@ -109,20 +136,20 @@ def objects(
 
 
 def whole_object(part: pathlib.Path) -> dict[str, Any]:
-    """The object that a .json file holds. Raises ValueError with one line."""
+    """Reads the object in a .json file. Raises ValueError with one line."""
     return parse_object(whole_text(part), str(part))
 
 
 def string(record: dict[str, Any], field: str) -> str:
-    """A field of a JSON object, "" where it is missing or no string."""
+    """A field of a JSON object; "" if it is missing or not a string."""
     value = record.get(field)
     return without_lone_surrogates(value) if isinstance(value, str) else ""
 
 
 def intervals(part: pathlib.Path) -> list[tuple[float, str]]:
-    """(start in seconds, text) of the intervals with text in a Praat TextGrid, all tiers.
+    """Reads (start in seconds, text) of the intervals with text in a Praat TextGrid, all tiers.
 
-    Raises ValueError with one line for a file that is no TextGrid.
+    Raises ValueError with one line for a file that is not a TextGrid.
     """
     from praatio.utilities.textgrid_io import parseTextgridStr
 
@@ -130,5 +157,5 @@ def intervals(part: pathlib.Path) -> list[tuple[float, str]]:
     try:
         tiers = parseTextgridStr(grid)["tiers"]
         return [(float(start), text) for tier in tiers for start, _, text in tier["entries"]]
-    except Exception:  # the library raises whatever it meets, with the text in it
+    except Exception:  # the library's errors contain the text
         raise ValueError(f"{part}: expected a Praat TextGrid with intervals") from None

@@ -1,8 +1,7 @@
-"""XML without its dangers: read by lxml in a stream, entities not resolved, DTDs not loaded.
+"""Reads untrusted XML safely: lxml streams it, entities are not resolved, DTDs are not loaded.
 
-Nothing outside the file is opened. A file that declares entities of its own, and a record that
-refers to one, is refused: what an entity stands for can be as large as one likes. Memory is that of
-one record, and a record has a largest size.
+Nothing outside the file is opened. A file that declares entities, and a record that refers to one,
+is refused, since an entity can expand without bound. Memory holds one record of limited size.
 """
 
 import gzip
@@ -33,22 +32,22 @@ class Entities(ValueError):
 
 
 class Limited(io.RawIOBase):
-    """A stream that may be read only so far: `allow` says how far from here on."""
+    """A stream with a limit on the bytes that may be read; `allow` sets it from the position on."""
 
     def __init__(self, stream: IO[bytes], name: str):
         self.stream, self.name, self.left = stream, name, 0
 
     def allow(self, size: int) -> "Limited":
-        """From here `size` bytes may be read."""
+        """Allows `size` further bytes."""
         self.left = size
         return self
 
     def read(self, size: int = -1) -> bytes:
-        """Raises ValueError beyond what is allowed."""
+        """Raises ValueError beyond the limit."""
         data = self.stream.read(size if size >= 0 else self.left + 1)
         self.left -= len(data)
         if self.left < 0:
-            raise ValueError(f"{self.name}: a record is larger than any true one; it is not read")
+            raise ValueError(f"{self.name}: a record is larger than any real one; it is not read")
         return data
 
     def readable(self) -> bool:
@@ -56,20 +55,20 @@ class Limited(io.RawIOBase):
 
 
 def open_stream(path: pathlib.Path) -> IO[bytes]:
-    """The bytes of a file, those of a .gz unpacked."""
+    """Opens a file for its bytes, unpacking .gz."""
     return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore
 
 
 def damaged(path: pathlib.Path) -> ValueError:
-    """The one line about a .gz or tar that ends early or fails its checksum."""
-    return ValueError(f"{path}: damaged or cut off; get the file again")
+    """The error for a .gz or tar that ends early or fails its checksum."""
+    return ValueError(f"{path}: damaged or cut off; download the file again")
 
 
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 def check_md5(path: pathlib.Path) -> None:
-    """Compares a file with the .md5 beside it, if there is one. Raises ValueError."""
+    """Compares a file with the .md5 file next to it, if there is one. Raises ValueError."""
     beside = path.with_name(path.name + ".md5")
     if not beside.is_file():
         return
@@ -79,11 +78,11 @@ def check_md5(path: pathlib.Path) -> None:
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "md5").hexdigest()
     if actual != found[0]:
-        raise ValueError(f"{path}: expected md5 {found[0]}, got {actual}; get the file again")
+        raise ValueError(f"{path}: expected md5 {found[0]}, got {actual}; download the file again")
 
 
 def parse(data: bytes, place: str) -> etree._Element:
-    """The root of a document. Raises ValueError, or Entities where it declares or uses one."""
+    """Parses a document. Raises ValueError, or Entities if it declares or uses entities."""
     try:
         root = etree.fromstring(data, etree.XMLParser(**_OPTIONS))
     except etree.XMLSyntaxError as error:
@@ -95,9 +94,9 @@ def parse(data: bytes, place: str) -> etree._Element:
 
 
 def records(path: pathlib.Path, tags: tuple[str, ...]) -> Iterator[etree._Element]:
-    """The elements of these tags, below the root, one at a time: each is empty at the next.
+    """Yields the elements with these tags below the root, each cleared before the next.
 
-    Raises ValueError with one line for a file that is not whole or not well-formed XML.
+    Raises ValueError with one line for a file that is incomplete or not well-formed XML.
     """
     try:
         with open_stream(path) as stream:
@@ -108,7 +107,7 @@ def records(path: pathlib.Path, tags: tuple[str, ...]) -> Iterator[etree._Elemen
                     _refuse_declared(element, str(path))
                 parent = element.getparent()
                 if parent is None or parent.getparent() is not None:
-                    continue  # not a record: a name used again further down
+                    continue  # not a record: a tag of the same name further down
                 yield element
                 element.clear()
                 while element.getprevious() is not None:
@@ -121,7 +120,7 @@ def records(path: pathlib.Path, tags: tuple[str, ...]) -> Iterator[etree._Elemen
 
 
 def _broken(error: etree.XMLSyntaxError, place: str) -> ValueError:
-    # Not the parser's message, which can hold what stands there.
+    # Without the parser's message, which can contain text.
     line, column = error.position
     return ValueError(f"{place}: not well-formed XML at line {line}, column {column}")
 
@@ -133,10 +132,10 @@ def _refuse_declared(element: etree._Element, place: str) -> None:
 
 
 def has_entity(element: etree._Element) -> bool:
-    """Whether a reference to an entity stands in it (not a character such as &lt; or &#955;)."""
+    """Whether it refers to an entity (other than a character such as &lt; or &#955;)."""
     return next(element.iter(etree.Entity), None) is not None
 
 
 def text_of(element: etree._Element | None) -> str:
-    """All text in it, markup gone, white space (line ends, no-break blanks) made single blanks."""
+    """All text in it, without markup, with each run of white space as one space."""
     return "" if element is None else " ".join(string(element).split())

@@ -1,7 +1,7 @@
 """Read documents from .txt, .jsonl, .csv and .tsv files, each also as .gz.
 
-A .txt file is one document. In the others a record is one, and its text is a column: see
-`read_documents`. Errors name the file and the line or record, and never show text, which may be
+A .txt file is one document. In the other formats each record is one, and a column holds its text:
+see `read_documents`. Errors name the file and the line or record, and never show text, which may be
 clinical.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
-# Where text usually is, in this order; upper and lower case are one.
+# The usual names of the text column, in order of preference; case is ignored.
 TEXT_COLUMNS = (
     "text",
     "notes",
@@ -32,9 +32,9 @@ TEXT_COLUMNS = (
     "full_text",
     "content",
 )
-# A longer field is a quote that is never closed, or not text. In characters.
+# In characters. A longer field means an unclosed quote, or a file that is not text.
 LONGEST_FIELD = 1 << 26
-# How much of a file decides whether it is text. In bytes.
+# Bytes at the start of a file that decide whether it is text.
 HEAD = 1 << 16
 # Tab, line ends, form feed, and the end mark of old DOS files.
 HARMLESS_CONTROLS = frozenset("\t\n\v\f\r\x1a")
@@ -48,9 +48,9 @@ NOT_TEXT = "save it as UTF-8 text, or move it out of the corpus"
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it came from: "path in the corpus:record", the record counted from 1.
+    """A text and its origin: "path in the corpus:record", with records numbered from 1.
 
-    The record of a .jsonl file is its line; that of a .csv or .tsv file its row below the header.
+    The record number is the line in a .jsonl file, and the row below the header in .csv and .tsv.
     """
 
     id: str
@@ -73,17 +73,17 @@ def read_documents(
     text_column: str | None = None,
     counts: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a file, or of all files below a folder, sorted by relative path.
+    """Reads the documents of a file, or of all files below a folder, sorted by relative path.
 
-    `text_column` (upper and lower case are one) or else the first of TEXT_COLUMNS is the text. With
-    `text_column` given, the tables of a folder that lack it are left out, as long as one has it.
-    Files of other suffixes and hidden files are left out. Newlines become "\\n". Empty texts are
-    left out. `counts` is filled on the way with "documents", "empty" (texts) and "tables left out".
+    The text is in `text_column` (ignoring case) or else in the first of TEXT_COLUMNS. If
+    `text_column` is given, tables of a folder without it are left out, as long as one has it. Files
+    with other suffixes, hidden files and empty texts are left out. Newlines become "\\n". While
+    reading, `counts` is filled with "documents", "empty" (texts) and "tables left out".
 
-    UTF-8, with or without a BOM, and UTF-16 with one; a line that is not UTF-8 is read as cp1252.
-    All but .txt files are streamed. The files are found and their headers read before this returns.
+    Files are UTF-8, with or without a BOM, or UTF-16 with one; a line that is not UTF-8 is read as
+    cp1252. All but .txt files are streamed. Files are found and headers read before this returns.
 
-    Raises FileNotFoundError where there is no `path`; ValueError where no file or no text is found,
+    Raises FileNotFoundError if `path` does not exist; ValueError if no file or no text is found,
     for a table without a text column, and, while reading, for a file that is not text, broken JSON,
     a row longer than the header, a quote that is never closed, or a damaged .gz.
     """
@@ -92,7 +92,7 @@ def read_documents(
 
 
 def split_of(text: str, eval_fraction: float) -> str:
-    """Which split a text is in, "train" or "eval", by its hash alone: the same in any order.
+    """Chooses the split of a text, "train" or "eval", by its hash, so that order does not matter.
 
     Raises ValueError for a fraction outside [0, 1].
     """
@@ -112,7 +112,7 @@ def find_files(
     counts: Counter[str] | None = None,
     suffixes: tuple[str, ...] = SUFFIXES,
 ) -> list[TextFile]:
-    """The files that `read_documents` reads, in its order; tables without a record are none."""
+    """Finds the files that `read_documents` reads, in order; leaves out empty tables."""
     counts = Counter() if counts is None else counts
     found = [file for file in _find(Path(path)) if file.suffix in suffixes]
     return _with_columns(found, text_column, counts)
@@ -123,7 +123,7 @@ def _find(path: Path) -> list[TextFile]:
     if path.is_file():
         suffix = _suffix(path)
         if suffix is None:
-            raise ValueError(f"{path} is none of the files read here: {known}")
+            raise ValueError(f"{path}: expected one of {known}")
         return [TextFile(path, path.name, suffix)]
     if not path.is_dir():
         raise FileNotFoundError(f"no such file or folder: {path}")
@@ -134,7 +134,7 @@ def _find(path: Path) -> list[TextFile]:
         if suffix and file.is_file() and not any(part.startswith(".") for part in relative.parts):
             sources.append(TextFile(file, relative.as_posix(), suffix))
     if not sources:
-        raise ValueError(f"no text in the folder {path}: the files read here are {known}")
+        raise ValueError(f"no text in the folder {path}: expected files of {known}")
     return sorted(sources, key=lambda source: source.name)
 
 
@@ -162,12 +162,12 @@ def _with_columns(
         problem = f"{source.path} has no column {' or '.join(wanted)}; {listed(columns)}"
         if text_column is None:
             raise ValueError(
-                f"{problem}; name the one with text by --text-column "
-                "(tables of the folder that lack it are then left out)"
+                f"{problem}; name the text column with --text-column "
+                "(tables without it are then left out)"
             )
         left_out.append(problem)
     if left_out and all(source.suffix == ".txt" for source in chosen):
-        raise ValueError(f"{left_out[0]}; name the one with text by --text-column")
+        raise ValueError(f"{left_out[0]}; name the text column with --text-column")
     counts["tables left out"] += len(left_out)
     return chosen
 
@@ -181,8 +181,8 @@ def _columns(source: TextFile) -> list[str] | None:
 
 
 def listed(columns: list[str]) -> str:
-    """The columns of a table, for an error."""
-    # A table without a header begins with data, and data must not get into an error.
+    """Lists the columns of a table for an error."""
+    # A table without a header begins with data, which must not appear in an error.
     if any(len(c) > 64 or "\n" in c or (c and not re.search(r"[^\W\d]", c)) for c in columns):
         return "its first record does not look like a header"
     more = f" and {len(columns) - 40} more" if len(columns) > 40 else ""
@@ -190,7 +190,7 @@ def listed(columns: list[str]) -> str:
 
 
 def find_column(columns: list[str], wanted: tuple[str, ...]) -> str | None:
-    """The first wanted name that a column has, the exact spelling before another case."""
+    """Finds the first wanted name among the columns, preferring an exact match to another case."""
     for name in wanted:
         if name in columns:
             return name
@@ -204,7 +204,7 @@ def find_column(columns: list[str], wanted: tuple[str, ...]) -> str | None:
 
 
 def read_file(file: TextFile) -> Iterator[tuple[int, str]]:
-    """(record number from 1, text, which may be empty) of a file from `find_files`."""
+    """Yields (record number from 1, text, which may be empty) of a file from `find_files`."""
     readers: dict[str, Callable[[TextFile], Iterator[tuple[int, str]]]] = {
         ".txt": _read_txt,
         ".jsonl": _read_jsonl,
@@ -244,33 +244,33 @@ def _read_jsonl(source: TextFile) -> Iterator[tuple[int, str]]:
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a .jsonl file. Raises ValueError at the first broken line."""
+    """Yields (line number, object) of a .jsonl file. Raises ValueError at the first broken line."""
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             yield number, parse_object(line, f"{path}, line {number}")
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError that names the place and shows nothing of the text."""
+    """Parses a JSON object. Raises ValueError that names the place and shows no text."""
     try:
         record = json.loads(text)
     except ValueError as error:
-        # Not chained: the error holds the whole text.
+        # Not chained, since the error contains the text.
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "bad number"
         raise ValueError(f"{place}: not valid JSON ({reason})") from None
     except RecursionError:
-        raise ValueError(f"{place}: JSON nested too deep") from None
+        raise ValueError(f"{place}: JSON is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(
             f"{place}: expected a JSON object, got {type(record).__name__}; "
-            "a .jsonl file has one object a line"
+            "a .jsonl file has one object on each line"
         )
     return record
 
 
 def without_lone_surrogates(text: str) -> str:
-    """The text with each lone surrogate replaced."""
-    # JSON can hold "\ud800" alone, which no encoding and no tokenizer takes.
+    """Replaces each lone surrogate."""
+    # JSON can contain "\ud800" alone, which no encoding and no tokenizer accepts.
     if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -294,7 +294,7 @@ def _delimiter(source: TextFile) -> str:
 
 
 def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(number, fields) of a table: 0 for the header; blank lines are no rows.
+    """Yields (number, fields) of a table: 0 for the header; blank lines are not rows.
 
     Raises ValueError for a file that is not text, a damaged .gz, a quote that is never closed.
     """
@@ -308,7 +308,7 @@ def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
     reader = csv.reader(lines(), delimiter=delimiter)
     number = 0
     while (row := _next_row(reader, path, number)) is not None:
-        # The reader asks for no line beyond a whole row, so a row at the end is a cut one.
+        # The reader requests no line after a complete row, so a row at the end is incomplete.
         if ended:
             raise ValueError(f"{path}, record {number}: a quote is opened and never closed")
         if row:
@@ -317,7 +317,7 @@ def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
 
 
 def _next_row(reader: Any, path: Path, number: int) -> list[str] | None:
-    # The limit belongs to the process, so it is put back before anyone else runs.
+    # The limit is global, so it is restored before other code runs.
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         return next(reader, None)
@@ -335,7 +335,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines with their "\\n", whatever the file's encoding and line ends are; .gz is unpacked.
+    """Yields lines with "\\n", whatever the file's encoding and line ends are; unpacks .gz.
 
     Raises ValueError for a file that is not text, or a damaged .gz.
     """
@@ -357,7 +357,7 @@ def read_lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text (broken UTF-16); {NOT_TEXT}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise ValueError(f"{path}: damaged or cut .gz; get the file again") from None
+        raise ValueError(f"{path}: damaged or incomplete .gz; download the file again") from None
 
 
 def _refuse_binary(path: Path, head: bytes, encoding: str) -> None:
@@ -375,7 +375,7 @@ def _utf8_lines(path: Path, file: gzip.GzipFile | io.BufferedReader, skip: int) 
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError:
-            # By line, so that one bad byte does not spoil the accents of a whole file.
+            # By line, so that one bad byte does not change the accents of the rest of the file.
             try:
                 line = raw.decode("cp1252")
             except UnicodeDecodeError:

@@ -33,7 +33,7 @@ def budget(parts: Sequence[Part], phase: int) -> int:
 
 
 def flags(parts: Sequence[Part], phase: int) -> str:
-    """The flags of `pretrain` for a phase. A corpus listed n times is repeated n times per epoch."""
+    """Flags of `pretrain` for a phase. A corpus listed n times is repeated n times per epoch."""
     used = [part for part in parts if part.epochs[phase] and part.folder]
     common = math.gcd(*(part.epochs[phase] for part in used)) or 1
     folders = [part.folder for part in used for _ in range(part.epochs[phase] // common)]

@@ -1,4 +1,4 @@
-"""Where text comes from: the published corpora as their owners distribute them, and one's own."""
+"""The sources of text: the published corpora as their owners distribute them, and local files."""
 
 from ..source import Source
 from .generic import generic
@@ -8,7 +8,7 @@ GENERIC = ("text", "jsonl", "csv", "huggingface")
 
 def sources() -> tuple[Source, ...]:
     """The 22 corpora of BioClinical ModernBERT, the biomedical first, then the generic ones."""
-    # Here, since what only reads token files shall not wait for them.
+    # Imported here, since programs that only read token files do not need them.
     from . import (
         aci_bench,
         ade_corpus,
@@ -48,14 +48,14 @@ def sources() -> tuple[Source, ...]:
 
 
 def transcripts() -> tuple[Source, ...]:
-    """The spoken side of two of them, which the model card does not count."""
+    """The transcripts of two of them, which the model card does not count."""
     from . import aci_bench, primock57
 
     return aci_bench.DIALOGUE, primock57.DIALOGUE
 
 
 def find(name: str, text_column: str = "") -> Source:
-    """A source by name. Raises ValueError for another one, or a text_column that is not asked."""
+    """Finds a source by name. Raises ValueError for an unknown name or an unused text_column."""
     from . import brain_mri_stroke
 
     if name in GENERIC:
@@ -66,5 +66,7 @@ def find(name: str, text_column: str = "") -> Source:
     if text_column and name == "brain_mri_stroke":
         return brain_mri_stroke.with_column(text_column)
     if text_column:
-        raise ValueError(f"text_column: {name} has its own; expected it with {', '.join(GENERIC)}")
+        raise ValueError(
+            f"text_column: {name} has its own; expected it only with {', '.join(GENERIC)}"
+        )
     return found[name]

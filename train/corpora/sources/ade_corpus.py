@@ -1,10 +1,10 @@
-"""ADE Corpus V2: sentences of MEDLINE case reports, with and without an adverse drug effect.
+"""ADE Corpus V2: sentences from MEDLINE case reports, with and without an adverse drug effect.
 
-Layout: `DRUG-AE.rel`, 6,821 lines of 8 fields parted by `|` (PMID, sentence, effect, its begin and
-end, drug, its begin and end); `ADE-NEG.txt`, 16,695 lines `PMID NEG sentence`.
+Layout: `DRUG-AE.rel`, 6,821 lines, 8 fields divided by `|` (PMID, sentence, effect, its start and
+end, drug, its start and end); `ADE-NEG.txt`, 16,695 lines `PMID NEG sentence`.
 
-A document is a sentence. It stands in DRUG-AE.rel once for each of its relations; without repeats
-there are 4,271 + 16,625 = 20,896, as in the model card. That sum has no sentence of `DRUG-DOSE.rel`
+A document is a sentence. DRUG-AE.rel has a line for each of its relations; without repeats there
+are 4,271 + 16,625 = 20,896, as in the model card. That sum includes no sentence of `DRUG-DOSE.rel`
 (279 lines), which is not read.
 """
 
@@ -17,7 +17,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a line: the sentence."""
+    """Yields the sentence of each line."""
     split = _related if part.suffix == ".rel" else _negative
     for number, line in enumerate(read_lines(part), start=1):
         if not line.strip():
@@ -25,13 +25,13 @@ def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Exa
         at = place(part, root, number)
         fields = split(line)
         if fields is None:
-            report.drop("not the fields of this file", at)
+            report.drop("unexpected fields", at)
         else:
             yield from example(at, fields[1], report, pmid=fields[0])
 
 
 def _related(line: str) -> tuple[str, str] | None:
-    # From both ends, so that a "|" in the sentence does no harm.
+    # Split from both ends, since the sentence may contain "|".
     fields = line.split("|")
     return (fields[0], "|".join(fields[1:-6])) if len(fields) >= 8 else None
 

@@ -1,10 +1,10 @@
-"""Brain MRI Stroke: reports of brain MRI, labelled acute ischaemic stroke or not, from Korea.
+"""Brain MRI Stroke: reports of brain MRI, labeled acute ischemic stroke or not, from Korea.
 
-Very likely the supplement of Kim et al. 2019. Its file name and columns are not known to us: save
-it as CSV or TSV, alone in a folder. A document is the text column: --text-column, or the first of
+Very likely the supplement of Kim et al. 2019. Its file name and columns are unknown: save it as CSV
+or TSV, alone in a folder. A document is the text column: --text-column, or the first of
 text, report, ... (TEXT_COLUMNS of text.py).
 
-The paper tells of 3,204 reports, the model card of 2,603; without repeats, probably.
+The paper has 3,204 reports, the model card 2,603, probably without repeats.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from ..source import Example, Report, Source
 def read(
     part: pathlib.Path, root: pathlib.Path, report: Report, column: str = ""
 ) -> Iterator[Example]:
-    """A document a row: the report. column: the one with text, else the first of TEXT_COLUMNS."""
+    """Yields the report of each row. column: the text column; "": the first of TEXT_COLUMNS."""
     delimiter = "\t" if ".tsv" in part.name.lower() else ","
     wanted = (column,) if column else TEXT_COLUMNS
-    hint = "name the one with text by --text-column"
+    hint = "name the text column with --text-column"
     for at, (text,) in rows(part, root, report, (wanted,), delimiter, hint):
         yield from example(at, text, report)
 

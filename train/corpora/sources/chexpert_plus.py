@@ -1,25 +1,15 @@
-"""CheXpert Plus: chest X-rays of Stanford with their reports, the sections and the whole.
+"""CheXpert Plus: chest X-rays from Stanford with their reports, complete and by section.
 
-Layout: `df_chexpert_plus_240401.csv`, a row an image, 223,462 rows of 27 columns, newlines in
-quoted fields; some copies begin with an unnamed index column.
+Layout: `df_chexpert_plus_240401.csv`, one row for each image, 223,462 rows of 27 columns, newlines
+in quoted fields; some copies begin with an unnamed index column.
 
 A document is the column `report`. A study with a frontal and a lateral image has its report twice.
 The model card counts such repeats: 223,460 samples, against 187,711 reports in the paper, which is
-about what is left without them.
+about what remains without them.
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import example, rows
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a row: the whole report."""
-    for at, (text, split) in rows(part, root, report, ("report", "split")):
-        yield from example(at, text, report, split=split)
-
+from ..readers.formats import table
+from ..source import Source
 
 SOURCE = Source(
     name="chexpert_plus",
@@ -31,7 +21,7 @@ SOURCE = Source(
     citation="Chambon et al., CheXpert Plus: augmenting a large chest X-ray dataset with text "
     "radiology reports, patient demographics and additional image formats, arXiv 2405.19538, 2024",
     files=("df_chexpert_plus_*.csv", "df_chexpert_plus_*.csv.gz"),
-    read=read,
+    read=table("report", split="split"),
     documents=223_460,
     tokens=60_600_000,
 )

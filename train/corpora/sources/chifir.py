@@ -1,22 +1,13 @@
-"""CHIFIR: cytology and histopathology reports of Australia, annotated for fungal infections.
+"""CHIFIR: cytology and histopathology reports from Australia, annotated for fungal infections.
 
-Layout: `chifir_metadata.csv` with 283 rows (patient_id, report_no, dataset, ...) and for each
-`reports/pt{patient_id}_r{report_no}.txt`; the brat files in `annotations/` are not read.
+Layout: `chifir_metadata.csv` with 283 rows (patient_id, report_no, dataset, ...), and
+`reports/pt{patient_id}_r{report_no}.txt` for each; the brat files in `annotations/` are not read.
 
 A document is a report.
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, place, whole_text
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a file."""
-    yield from example(place(part, root, 1), whole_text(part), report)
-
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, text_file
+from ..source import Source
 
 SOURCE = Source(
     name="chifir",
@@ -29,7 +20,7 @@ SOURCE = Source(
     "histopathology reports enriched with concept-level annotations, Journal of Biomedical "
     "Informatics, 2023",
     files=("reports/pt*_r*.txt",),
-    read=read,
+    read=text_file,
     documents=283,
     tokens=100_000,
 )

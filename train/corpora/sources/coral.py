@@ -1,6 +1,6 @@
 """CORAL: progress notes on breast and pancreatic cancer.
 
-Layout: `annotated/{breastca,pdac}/*.txt`, 20 + 20 notes, with a brat `.ann` beside each, which is
+Layout: `annotated/{breastca,pdac}/*.txt`, 20 + 20 notes, each with a brat `.ann` file, which is
 not read; `unannotated/data/{breastca,pdac}_unannotated.csv`, 100 + 100 rows, with coral_idx and
 note_text.
 
@@ -15,7 +15,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a .txt file, or a row of a .csv file."""
+    """Yields the text of a .txt file, or of each row of a .csv file."""
     if part.suffix == ".txt":
         yield from example(place(part, root, 1), whole_text(part), report)
         return

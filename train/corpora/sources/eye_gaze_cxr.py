@@ -1,10 +1,9 @@
-"""Eye Gaze CXR: what a radiologist said while reading 1,083 chest X-rays of MIMIC-CXR.
+"""Eye Gaze CXR: what a radiologist dictated while reading 1,083 chest X-rays from MIMIC-CXR.
 
-Layout: `audio_segmentation_transcripts/<dicom_id>/transcript.json`, beside audio and masks, an
+Layout: `audio_segmentation_transcripts/<dicom_id>/transcript.json`, next to audio and masks: an
 object with full_text (string) and time_stamped_text (list of phrases with times).
 
-A document is full_text. The model card counts 892: many short dictations are word for word the
-same.
+A document is full_text. The model card counts 892: many short dictations are identical.
 """
 
 import pathlib
@@ -15,7 +14,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a transcript.json."""
+    """Yields the dictation in a transcript.json."""
     text = string(whole_object(part), "full_text")
     yield from example(place(part, root, 1), text, report, dicom=part.parent.name)
 

@@ -1,8 +1,8 @@
-"""Corpora of one's own: text, jsonl and csv files, and whatever `datasets` reads.
+"""Local files of text, jsonl and csv, and anything that `datasets` reads.
 
-    text         a file or folder of .txt (a document each), .jsonl, .csv and .tsv, each also .gz
-    jsonl        .jsonl alone
-    csv          .csv and .tsv alone
+    text         a file or folder of .txt (one document), .jsonl, .csv and .tsv, also as .gz
+    jsonl        .jsonl only
+    csv          .csv and .tsv only
     huggingface  a folder or file of .parquet, .arrow, .json, .jsonl or .csv, or a data set of the
                  hub (NAME or NAME:CONFIGURATION, its split "train"), streamed by `datasets`
 
@@ -29,13 +29,13 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class FilesSource(Source):
-    """Files of text, found and read by corpora/text.py."""
+    """Files of text, found and read by readers/text.py."""
 
     text_column: str = ""
     suffixes: tuple[str, ...] = SUFFIXES
 
     def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-        """The files; with text_column, without the tables that lack it, if one has it."""
+        """The files; with text_column, tables without it are left out as long as one has it."""
         files = find_files(root, self.text_column or None, suffixes=self.suffixes)
         if not files:
             raise ValueError(f"{root}: expected files of {', '.join(self.suffixes)} with text")
@@ -44,7 +44,7 @@ class FilesSource(Source):
 
 @dataclasses.dataclass(frozen=True)
 class HubSource(Source):
-    """What `datasets` reads: local files, or a data set of the hub."""
+    """What `datasets` reads: local files, or a data set on the hub."""
 
     def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
         """The files below a folder, a file, or the name on the hub."""
@@ -60,13 +60,13 @@ def generic(name: str, text_column: str = "") -> Source:
         "name": name,
         "homepage": "",
         "access": "open",
-        "license": "its owner's",
+        "license": "set by their owner",
         "citation": "",
         "kind": "generic",
     }
     if name == "huggingface":
         return HubSource(
-            title="a data set of the Hugging Face hub, or files that `datasets` reads",
+            title="a data set on the Hugging Face hub, or files that `datasets` reads",
             files=tuple(f"*{suffix}" for suffix in _KINDS),
             read=functools.partial(_read_datasets, text_column=text_column),
             **about,
@@ -106,7 +106,7 @@ def _read_datasets(
             if found is None:
                 raise ValueError(
                     f"{part}: expected a column {' or '.join(wanted)}; {listed(list(row))}; name "
-                    "the one with text by --text-column"
+                    "the text column with --text-column"
                 )
             column = found
         text = row[column]
@@ -129,5 +129,5 @@ def _stream(part: pathlib.Path) -> Iterator[dict]:
         else:
             name, _, config = part.as_posix().partition(":")
             yield from datasets.load_dataset(name, config or None, split="train", streaming=True)
-    except Exception as error:  # of whatever kind; its message may hold text
+    except Exception as error:  # any error; its message may contain text
         raise ValueError(f"{part}: `datasets` cannot read it ({type(error).__name__})") from None

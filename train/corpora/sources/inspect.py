@@ -6,18 +6,8 @@ Layout: `Final_Impressions.csv` with impression_id and impressions, de-identifie
 A document is an impression.
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import example, rows
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a row: the impression."""
-    for at, (number, text) in rows(part, root, report, ("impression_id", "impressions")):
-        yield from example(at, text, report, impression=number)
-
+from ..readers.formats import table
+from ..source import Source
 
 SOURCE = Source(
     name="inspect",
@@ -29,7 +19,7 @@ SOURCE = Source(
     citation="Huang et al., INSPECT: a multimodal dataset for pulmonary embolism diagnosis and "
     "prognosis, arXiv 2311.10798, 2023",
     files=("Final_Impressions.csv", "Final_Impressions.csv.gz"),
-    read=read,
+    read=table("impressions", impression="impression_id"),
     documents=22_259,
     tokens=2_800_000,
 )

@@ -1,10 +1,10 @@
-"""MedNLI: a sentence of a MIMIC-III note, and one written by a physician that may follow from it.
+"""MedNLI: a sentence from a MIMIC-III note, and one by a physician that may follow from it.
 
 Layout: `mli_{train,dev,test}_v1.jsonl`, 11,232 + 1,395 + 1,422 lines with pairID, gold_label,
 sentence1 and sentence2 (and their parses). It comes as a .zip: unpack it.
 
-A document is the pair, a line each. A sentence1 stands in three pairs, so there are about 4,700 of
-those; the model card's 14,047 samples of 36 tokens can only be pairs.
+A document is a pair, one sentence on each line. Each sentence1 occurs in three pairs, so there are
+about 4,700 of those; the model card's 14,047 samples of 36 tokens can only be pairs.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a line: sentence1, newline, sentence2."""
+    """Yields the pair on each line: sentence1, newline, sentence2."""
     for at, record in objects(part, root, report):
         sentences = [string(record, name).strip() for name in ("sentence1", "sentence2")]
         if not all(sentences):

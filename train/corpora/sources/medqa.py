@@ -1,13 +1,13 @@
-"""MedQA: questions of the United States medical licensing examination, with five options each.
+"""MedQA: questions from the United States medical licensing examination, with five options each.
 
-Layout: `data_clean/questions/US/US_qbank.jsonl` with 14,369 lines, and the 12,723 that are split
-into train, dev and test.jsonl: question, answer, options {A to E}, meta_info, answer_idx. The
-folder `4_options` has the same again and is not read.
+Layout: `data_clean/questions/US/US_qbank.jsonl` with 14,369 lines, 12,723 of which are also
+split into train, dev and test.jsonl: question, answer, options {A to E}, meta_info, answer_idx. The
+folder `4_options` repeats them and is not read.
 
-A document is the question with its options, a line each. The model card's 14,366 samples are the
-whole bank without repeats. (Its 139 tokens a sample are nearer the question alone: 167 tokens in
-the test split, with options 211.) Leave out test.jsonl and US_qbank.jsonl if a model is to be
-evaluated on this test split.
+A document is the question and its options, each on a line. The model card's 14,366 samples are the
+complete bank without repeats. (Its 139 tokens per sample are closer to the question alone: 167
+tokens in the test split, 211 with options.) Leave out test.jsonl and US_qbank.jsonl if a model will
+be evaluated on this test split.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a line: the question, then "A. ..." and the other options."""
+    """Yields the question on each line, then "A. ..." and the other options."""
     for at, record in objects(part, root, report):
         options = record.get("options")
         question = string(record, "question").strip()

@@ -2,9 +2,9 @@
 
 Layout: `NOTEEVENTS.csv.gz` (or unpacked), about 2.08 million rows with ROW_ID, SUBJECT_ID, HADM_ID,
 CHARTDATE, CHARTTIME, STORETIME, CATEGORY, DESCRIPTION, CGID, ISERROR, TEXT; each text is quoted and
-has newlines; `[**...**]` stands for what identified a person.
+has newlines; `[**...**]` replaces what identified a person.
 
-A document is TEXT, masks and all, of each note that its author did not mark as an error
+A document is TEXT, masks included, of each note that its author did not mark as an error
 (ISERROR 1).
 """
 
@@ -18,9 +18,9 @@ _COLUMNS = ("ROW_ID", "CATEGORY", "ISERROR", "TEXT")
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a note. meta: its ROW_ID and category."""
+    """Yields each note. meta: its ROW_ID and category."""
     for at, (row, category, error, text) in rows(part, root, report, _COLUMNS):
-        # "1.0" where a table passed through pandas.
+        # pandas writes "1.0".
         if error.strip() in ("1", "1.0"):
             report.drop("marked as an error (ISERROR)", at)
             continue

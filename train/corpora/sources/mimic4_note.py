@@ -1,24 +1,14 @@
-"""MIMIC-IV-Note 2.2: discharge summaries and radiology reports of one hospital.
+"""MIMIC-IV-Note 2.2: discharge summaries and radiology reports from one hospital.
 
 Layout: `note/discharge.csv.gz` and `note/radiology.csv.gz` (or unpacked): note_id, subject_id,
-hadm_id, note_type, note_seq, charttime, storetime, text; newlines in quoted fields; `___` stands
-for what identified a person. The `*_detail.csv.gz` are not read.
+hadm_id, note_type, note_seq, charttime, storetime, text; newlines in quoted fields; `___` replaces
+what identified a person. The `*_detail.csv.gz` are not read.
 
-A document is a note, masks and all.
+A document is a note, masks included. meta has its note_id and type (DS, RR, ...).
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, example, rows
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a note. meta: its note_id and type (DS, RR, ...)."""
-    for at, (note, kind, text) in rows(part, root, report, ("note_id", "note_type", "text")):
-        yield from example(at, text, report, note=note, type=kind)
-
+from ..readers.formats import CREDENTIALED, HEALTH_DATA_LICENSE, table
+from ..source import Source
 
 SOURCE = Source(
     name="mimic4_note",
@@ -32,7 +22,7 @@ SOURCE = Source(
     files=tuple(
         f"{kind}.csv{packed}" for kind in ("discharge", "radiology") for packed in ("", ".gz")
     ),
-    read=read,
+    read=table("text", note="note_id", type="note_type"),
     documents=2_631_243,
     tokens=1_765_700_000,
 )

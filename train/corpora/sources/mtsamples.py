@@ -1,24 +1,14 @@
-"""MTSamples: sample reports of a transcription service, all specialties.
+"""MTSamples: sample reports from a transcription service, all specialties.
 
 Layout: `mtsamples.csv`, 4,999 rows: an unnamed index, description, medical_specialty, sample_name,
-transcription, keywords. Newlines were flattened to ",", and values keep blanks at both ends.
+transcription, keywords. Newlines were flattened to ",", and values have spaces at both ends.
 
-A document is the transcription. Many stand under two specialties: 2,357 are distinct and not empty
-(the model card's 2,358 has one more, the empty one perhaps).
+A document is the transcription. Many are listed under two specialties: 2,357 are distinct and not
+empty (the model card has 2,358, perhaps with the empty one).
 """
 
-import pathlib
-from collections.abc import Iterator
-
-from ..readers.formats import example, rows
-from ..source import Example, Report, Source
-
-
-def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a row: the transcription."""
-    for at, (specialty, text) in rows(part, root, report, ("medical_specialty", "transcription")):
-        yield from example(at, text, report, specialty=specialty.strip())
-
+from ..readers.formats import table
+from ..source import Source
 
 SOURCE = Source(
     name="mtsamples",
@@ -28,7 +18,7 @@ SOURCE = Source(
     license="CC0",
     citation="mtsamples.com, collected by T. Boyle on Kaggle",
     files=("mtsamples.csv",),
-    read=read,
+    read=table("transcription", specialty="medical_specialty"),
     documents=2_358,
     tokens=1_700_000,
 )

@@ -2,15 +2,15 @@
 
 Layout: bulk packages oa_{comm,noncomm,other}_xml.PMC0NNxxxxxx.baseline.DATE.tar.gz and
 oa_*_xml.incr.DATE.tar.gz, or single .nxml files. Each article is a JATS document (1.x), or one of
-NLM's archiving DTD 2.3. A package is read as a stream and never unpacked to disk. An article that
-is in several packages counts as it stands in the newest.
+NLM's archiving DTD 2.3. A package is streamed and never unpacked to disk. The newest package that
+contains an article is used.
 
-An article becomes its title, its abstracts (not graphical ones and teasers), its body with the
-titles of sections, and at the end the captions of figures and tables: so they break no paragraph.
-Sections stand after an empty line, each paragraph is a line. Left out: references and whatever
-else is back matter, numbers that cite references ("[3,4-7]"; author and year stay), tables' cells,
-displayed formulas, TeX, footnotes, labels, supplements, and reviews and translations within the
-article. Articles without a body are dropped and counted: PubMed has their abstracts.
+A document is an article's title, its abstracts (except graphical ones and teasers), its body with
+section titles, and at the end the captions of figures and tables, which would interrupt paragraphs.
+Sections follow an empty line, each paragraph is a line. Left out: references and all other back
+matter, numbers that cite references ("[3,4-7]"; author and year are kept), table cells, displayed
+formulas, TeX, footnotes, labels, supplements, and reviews and translations within the article.
+Articles without a body are dropped and counted: PubMed has their abstracts.
 """
 
 import pathlib
@@ -40,8 +40,8 @@ _BLOCKS = (
     "speech", "verse-line", "preformat", "code", "caption",
 )  # fmt: skip
 _OTHER_ABSTRACTS = {"graphical", "toc", "teaser", "short", "web-summary", "video", "key-points"}
-# Characters for what is no character of the text. XML white space in the text becomes blanks, so
-# paragraphs need marks of their own.
+# Marks for line, section and citation. XML white space in the text becomes spaces, so paragraphs
+# need their own characters.
 _LINE, _SECTION, _CITED = "\u2028", "\u2029", "\ufffc"
 _NUMBERS = re.compile(r"[\s\[(]*[SR]?\d{1,3}[a-z]?(?:[\s,;\u2013\u2014-]+\d{1,3}[a-z]?)*[\s\])]*")
 _BETWEEN = r"[ \t\r\n\u00a0,;\u2013\u2014-]*"
@@ -53,18 +53,18 @@ _PACKAGE = re.compile(r"\.(baseline|incr)\.(\d{4}-\d\d-\d\d)")
 
 
 def age(part: pathlib.Path) -> tuple[str, bool]:
-    """(date, whether it is an increment) of a package; single files come before all of them."""
+    """The sort key of a package: (date, whether it is an increment). Single files come first."""
     found = _PACKAGE.search(part.name)
     return (found[2], found[1] == "incr") if found else ("", False)
 
 
 def key(example_id: str) -> tuple[int, int]:
-    """(PMCID, version) of an id. PMC has one version of an article."""
+    """(PMCID, version) of an id. PMC has one version of each article."""
     return int(example_id.removeprefix("PMC")), 1
 
 
 def scan(part: pathlib.Path) -> np.ndarray:
-    """PMCIDs in a package, from the names of its members where these say it."""
+    """Finds the PMCIDs in a package, from the names of its members where possible."""
     return records_of((int(pmcid), 1, False) for pmcid in _scan(part))
 
 
@@ -82,7 +82,7 @@ def _scan(part: pathlib.Path) -> Iterator[str]:
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """The articles of a package or file. Raises ValueError for one that is not whole."""
+    """Yields the articles of a package or file. Raises ValueError if it is incomplete."""
     seen: set[int] = set()
     single = not _is_package(part)
     for place, name, data in _documents(part, root, report):
@@ -112,11 +112,11 @@ def _is_package(part: pathlib.Path) -> bool:
 def _documents(
     part: pathlib.Path, root: pathlib.Path, report: Report
 ) -> Iterator[tuple[str, str, bytes]]:
-    """(place, name, bytes) of each article."""
+    """Yields (place, name, bytes) of each article."""
     relative = part.relative_to(root).as_posix()
     if not _is_package(part):
         if part.stat().st_size > LARGEST_MEMBER:
-            raise ValueError(f"{part}: an article is larger than any true one; it is not read")
+            raise ValueError(f"{part}: an article is larger than any real one; it is not read")
         yield relative, part.name, part.read_bytes()
         return
     articles = members(part, report, lambda name: name.endswith((".nxml", ".xml")))
@@ -176,7 +176,7 @@ def _title(meta: etree._Element) -> str:
 
 
 def _captions(body: etree._Element) -> list[str]:
-    """The captions, a line each; takes figures and tables out of the tree."""
+    """The captions, one on each line; removes figures and tables from the tree."""
     etree.strip_elements(body, *_LEFT_OUT, with_tail=False)
     lines = []
     for caption in body.iter("caption"):
@@ -188,7 +188,7 @@ def _captions(body: etree._Element) -> list[str]:
 
 
 def _text(element: etree._Element) -> str:
-    """Sections after an empty line, paragraphs as lines. Changes the tree."""
+    """The text with sections after an empty line and paragraphs as lines. Changes the tree."""
     etree.strip_elements(element, *_LEFT_OUT, with_tail=False)
     for xref in element.iter("xref"):
         if xref.get("ref-type") == "bibr" and _NUMBERS.fullmatch(text_of(xref)):
@@ -220,11 +220,11 @@ _WORDS = re.compile(
 
 
 def license(meta: etree._Element) -> str:
-    """The license of an article, from its article-meta: "CC BY 2.0", "CC BY-NC", "CC0 1.0",
+    """Finds the license of an article in its article-meta: "CC BY 2.0", "CC BY-NC", "CC0 1.0",
     "public domain", or nothing.
 
-    It is a link (of <license>, of an <ext-link> or <ali:license_ref> in it), or a sentence in
-    <license>, or, before JATS, a sentence in <copyright-statement>. A link tells more and goes
+    It is a link (in <license>, or an <ext-link> or <ali:license_ref> in it), a sentence in
+    <license> or, before JATS, a sentence in <copyright-statement>. A link is more precise and comes
     first.
     """
     parts = [
@@ -256,7 +256,7 @@ SOURCE = Source(
     title="PMC Open Access Subset",
     homepage="https://pmc.ncbi.nlm.nih.gov/tools/openftlist/",
     access="open",
-    license="of each article, in its meta: CC0, CC BY, CC BY-NC and others",
+    license="each article's own, in its meta: CC0, CC BY, CC BY-NC and others",
     citation="National Library of Medicine, PMC Open Access Subset, "
     "https://pmc.ncbi.nlm.nih.gov/tools/openftlist/",
     files=("oa_comm_xml*.tar.gz", "oa_noncomm_xml*.tar.gz", "oa_other_xml*.tar.gz", "*.nxml"),

@@ -5,8 +5,8 @@ highlights); `transcripts/dayN_consultationNN_{doctor,patient}.TextGrid`, one ti
 interval without text is silence and `<UNSURE>..</UNSURE>`, `<UNIN/>` and `<INAUDIBLE_SPEECH/>` mark
 what was hard to hear.
 
-A document is a note: 57 notes of 229 tokens make the 0.01M of the model card. DIALOGUE has the
-transcripts, as a source of its own: both speakers by time, without the marks.
+A document is a note: 57 notes of 229 tokens make the 0.01M of the model card. DIALOGUE is a
+separate source of the transcripts: both speakers by time, without the marks.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from collections.abc import Iterator
 from ..readers.formats import example, intervals, place, string, whole_object
 from ..source import Example, Report, Source
 
-# A mark for missing words goes with the blank before it, so that ", <UNIN/>," leaves no " ,".
+# A mark for missing words is removed with the space before it: ", <UNIN/>," leaves no " ,".
 _MARK = re.compile(r"</?[A-Z_]+>|\s*<[A-Z_]+/>")
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a file: the note."""
+    """Yields the note in a file."""
     text = string(whole_object(part), "note")
     yield from example(place(part, root, 1), text, report, consultation=part.stem)
 
 
 def read_dialogue(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a doctor's TextGrid: the lines "Doctor: ..." and "Patient: ..." in order."""
+    """Yields the lines "Doctor: ..." and "Patient: ..." of a doctor's TextGrid, in order."""
     consultation = part.stem.removesuffix("_doctor")
     patient = part.with_name(f"{consultation}_patient.TextGrid")
     at = place(part, root, 1)

@@ -1,15 +1,15 @@
 """PubMed: titles and abstracts of the baseline and the update files of one year.
 
 Layout: baseline/pubmed26n0001.xml.gz to pubmed26n1334.xml.gz, updatefiles/ from 1335 on, each with
-a .md5 beside it, which is checked. The numbers are the order in time. A later file holds revised
-records whole, and <DeleteCitation> lists those that are gone. A record may have several versions
-(PMID Version); each stands for itself, and the newest that is not deleted counts.
+a .md5 file that is checked. The numbers are in order of time. A later file repeats revised records
+in full, and <DeleteCitation> lists deleted ones. A record may have several versions (PMID Version);
+the newest that is not deleted is used.
 
-A record becomes its title, an empty line, and its abstract: a line for each AbstractText, with its
-label ("METHODS: ..."). Markup goes, the text inside it stays. The brackets around a translated
-title go. Without an Abstract the first English OtherAbstract is taken: older records have their
-only one there. Not text: copyright lines, keywords, MeSH, authors, grants. The corpus is abstracts,
-so records without one are dropped and counted, and so are records of books.
+A document is a record's title, an empty line, and its abstract: a line for each AbstractText, with
+its label ("METHODS: ..."). Markup is removed, the text inside it kept. The brackets around a
+translated title are removed. Without an Abstract, the first English OtherAbstract is used, where
+older records have their only one. Copyright lines, keywords, MeSH, authors and grants are left out.
+Records without an abstract and records of books are dropped and counted.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ _TRANSLATED = re.compile(r"\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\.?")
 _PMID = re.compile("[1-9][0-9]{0,7}")
 _VERSION = re.compile("[1-9][0-9]{0,3}")
 _CHUNK = 1 << 20
-# What the scan sees of a file. NLM writes the PMID of a record first in its citation.
+# What the scan looks for. NLM writes the PMID of a record first in its citation.
 _TOKEN = re.compile(
     rb"<(MedlineCitation|/?DeleteCitation)[\s>]|<PMID(?:\s+Version=[\"'](\d+)[\"'])?\s*>\s*(\d+)\s*<"
 )
@@ -35,7 +35,7 @@ _LONGEST_TOKEN = 200  # bytes
 
 
 def age(part: pathlib.Path) -> tuple[int, int]:
-    """(year, number) of a file; others come before all of them."""
+    """The sort key of a file: (year, number). Others come first."""
     found = _NAME.search(part.name)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
@@ -47,7 +47,7 @@ def key(example_id: str) -> tuple[int, int]:
 
 
 def scan(part: pathlib.Path) -> np.ndarray:
-    """PMIDs and versions of the records of a file and of its deletions, found without parsing."""
+    """Finds PMIDs and versions of a file's records and deletions, without parsing it."""
     check_md5(part)
     return records_of(_scan(part))
 
@@ -67,7 +67,7 @@ def _scan(part: pathlib.Path) -> Iterator[tuple[int, int, bool]]:
                         deleted = where == b"DeleteCitation"
                         if len(found[3]) <= 8 and len(found[2] or b"") <= 4:
                             yield int(found[3]), int(found[2] or 1), deleted
-                        # Further PMIDs of a citation are those of comments and corrections.
+                        # Further PMIDs in a citation belong to comments and corrections.
                         where = where if deleted else b""
                 rest = rest[max(end, len(rest) - _LONGEST_TOKEN) :]
     except DAMAGE:
@@ -75,9 +75,9 @@ def _scan(part: pathlib.Path) -> Iterator[tuple[int, int, bool]]:
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """The documents of a file, all versions. Raises ValueError for a file that is not whole."""
+    """Yields the documents of a file, all versions. Raises ValueError if it is incomplete."""
     check_md5(part)
-    seen: set[str] = set()  # 30,000 records are in a file
+    seen: set[str] = set()  # a file has 30,000 records
     tags = ("PubmedArticle", "PubmedBookArticle")
     for number, article in enumerate(records(part, tags), start=1):
         place = f"{part.relative_to(root).as_posix()}:{number}"
@@ -155,7 +155,7 @@ SOURCE = Source(
     title="PubMed baseline and update files",
     homepage="https://pubmed.ncbi.nlm.nih.gov/download/",
     access="open",
-    license="NLM terms and conditions; single abstracts may be under copyright",
+    license="NLM terms and conditions; some abstracts may be under copyright",
     citation="National Library of Medicine, PubMed, https://pubmed.ncbi.nlm.nih.gov",
     files=(
         "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9].xml.gz",

@@ -4,8 +4,8 @@ Layout: `data_{acute_cancer,acute_non_cancer,chronic_cancer,chronic_non_cancer,p
 rows each: Vignette, Question, Answer, Dosage, Explanation, with the placeholders [race], [gender],
 [possessive] and [subject].
 
-A document is the vignette, question, answer and explanation, a line each, placeholders and all: 55.
-The model card counts 51; why is not known to us.
+A document is the vignette, question, answer and explanation, each on a line, placeholders included:
+55. The model card counts 51 for an unknown reason.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ _COLUMNS = ("Vignette", "Question", "Answer", "Explanation")
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a row; a field that is empty has no line."""
+    """Yields each row; an empty field has no line."""
     for at, fields in rows(part, root, report, _COLUMNS):
         text = "\n".join(field.strip() for field in fields if field.strip())
         yield from example(at, text, report, context=part.stem.removeprefix("data_"))

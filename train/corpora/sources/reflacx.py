@@ -1,11 +1,10 @@
-"""REFLACX: what five radiologists dictated on chest X-rays of MIMIC-CXR, with their gaze.
+"""REFLACX: what five radiologists dictated on chest X-rays from MIMIC-CXR, with their gaze.
 
 Layout: `main_data/metadata_phase_{1,2,3}.csv` (id, eye_tracking_data_discarded, dicom_id, ...) and
-for each case `main_data/<id>/transcription.txt` beside its other files; a discarded case has no
+for each case `main_data/<id>/transcription.txt` next to its other files; a discarded case has no
 transcription.
 
-A document is a transcription. The tables are read and lead to the files, so that each missing one
-is counted.
+A document is a transcription. The tables lead to the files, so that missing ones are counted.
 """
 
 import pathlib
@@ -17,10 +16,10 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a row of the metadata: the transcription of that case."""
+    """Yields the transcription of each row of the metadata."""
     for at, (case,) in rows(part, root, report, ("id",)):
         case = case.strip()
-        # It becomes a path: nothing but a name may.
+        # The id becomes part of a path, so it must be a plain name.
         path = part.parent / case / "transcription.txt"
         if not re.fullmatch(r"\w+", case) or not path.is_file():
             report.drop("no transcription", at)

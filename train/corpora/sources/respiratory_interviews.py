@@ -1,10 +1,10 @@
 """Simulated interviews of patients by physicians in training, most on respiratory complaints.
 
 Layout: `Data/Clean Transcripts/{RES,MSK,GAS,CAR,DER,GEN}NNNN.txt`, 213 + 46 + 6 + 5 + 1 + 1 files:
-turns `D: ` and `P: ` parted by blank lines, some lines without that mark; CRLF and LF mixed in one
+turns `D: ` and `P: ` between blank lines, some lines without that mark; CRLF and LF mixed in one
 file; ASCII, UTF-8, and two files in UTF-16. It comes as a .zip: unpack it.
 
-A document is an interview as it stands.
+A document is an interview, unchanged.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from ..source import Example, Report, Source
 
 
 def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Example]:
-    """A document a file."""
+    """Yields the interview in a file."""
     yield from example(place(part, root, 1), whole_text(part), report, specialty=part.name[:3])
 
 
