@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from train.corpora.readers import text as module
-from train.corpora.readers.text import Document, read_documents, split_of
+from train.corpora.readers.text import Document, read_documents
+from train.corpora.source import Report
+from train.corpora.sources import generic
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -112,10 +113,12 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
     write(tmp_path / "b.jsonl", '{"text": null}\n{"text": ""}\n{"other": 1}\n{"text": "y"}\n')
     write(tmp_path / "c.txt", "\n \n")
     write(tmp_path / "d.csv", "")
-    counts = Counter()
-    documents = list(read_documents(tmp_path, counts=counts))
+    documents = list(read_documents(tmp_path))
     assert [document.id for document in documents] == ["a.csv:3", "b.jsonl:4"]
-    assert counts == {"documents": 2, "empty": 7, "tables left out": 0}
+    source, report = generic("text"), Report()
+    examples = [e for part in source.parts(tmp_path) for e in source.read(part, tmp_path, report)]
+    assert [(e.id, e.text) for e in examples] == [(d.id, d.text) for d in documents]
+    assert report.dropped == {"empty text": 7}
 
 
 def test_lone_surrogates_of_json_become_the_replacement_character(tmp_path):
@@ -158,9 +161,7 @@ def test_with_a_column_named_the_tables_without_it_are_left_out(tmp_path):
     write(tmp_path / "notes.csv", "id,body\n1,x\n")
     write(tmp_path / "metadata.csv", "id,age\n1,50\n")
     write(tmp_path / "plain.txt", "y")
-    counts = Counter()
-    assert texts(tmp_path, text_column="body", counts=counts) == ["x", "y"]
-    assert counts["tables left out"] == 1
+    assert texts(tmp_path, text_column="body") == ["x", "y"]
     assert "metadata.csv has no column text" in refusal(tmp_path)
     assert "has no column bodi; it has 'id', 'age'" in refusal(tmp_path, text_column="bodi")
 
@@ -270,24 +271,6 @@ def test_a_big_file_is_not_read_whole(tmp_path, name):
     count, peak = map(int, done.stdout.split())
     assert count == 100_000
     assert peak < 800_000  # bytes; the lines are 1,600,000 and more
-
-
-# Splits
-
-
-def test_splits_are_stable_and_near_the_fraction():
-    notes = [f"note {i}" for i in range(20_000)]
-    held = [note for note in notes if split_of(note, 0.05) == "eval"]
-    # Binomial: mean 1000, standard deviation 31.
-    assert 875 < len(held) < 1125
-    assert set(held) < {note for note in notes if split_of(note, 0.1) == "eval"}
-    assert {split_of(note, 0.0) for note in notes} == {"train"}
-    assert {split_of(note, 1.0) for note in notes} == {"eval"}
-    # The first 8 bytes of its sha256 are 0.89935 of 2**64, on every machine and in every version.
-    assert (split_of("note 0", 0.8993), split_of("note 0", 0.8994)) == ("train", "eval")
-    for fraction in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            split_of("x", fraction)
 
 
 # Real folders

@@ -29,7 +29,6 @@ from train.corpora.build import (
 )
 from train.corpora.build.bpe import train_bpe
 from train.corpora.build.prepare import prepare
-from train.corpora.readers.text import split_of
 from train.corpora.reports.catalogue import catalogue
 from train.corpora.source import Example, Revisions, Source, records_of
 from train.corpora.sources import find, generic, sources
@@ -98,6 +97,25 @@ def made(notes, tokenizer, tmp_path_factory):
         shrink(patch)
         line = run(notes[0], tokenizer, out)
     return out, line
+
+
+def split_of(text: str, eval_fraction: float) -> str:
+    """The rule, on its own: the first 8 bytes of a text's sha256, as a share of 2**64."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return "eval" if int.from_bytes(digest[:8], "big") / 2**64 < eval_fraction else "train"
+
+
+def test_splits_are_stable_and_near_the_fraction():
+    notes = [f"note {i}" for i in range(20_000)]
+    keys = np.array([dedupe.key_of(note.encode()) for note in notes], dedupe.KEY)
+    small, large, none = (dedupe.is_eval(keys["high"], share) for share in (0.05, 0.1, 0.0))
+    # Binomial: mean 1000, standard deviation 31.
+    assert 875 < small.sum() < 1125 and not none.any()
+    assert (small <= large).all() and small.sum() < large.sum()
+    assert small.tolist() == [split_of(note, 0.05) == "eval" for note in notes]
+    # The first 8 bytes of its sha256 are 0.89935 of 2**64, on every machine and in every version.
+    high = dedupe.key_of(b"note 0")[0]
+    assert (dedupe.is_eval(high, 0.8993), dedupe.is_eval(high, 0.8994)) == (False, True)
 
 
 def test_first_of_each_against_a_set(tmp_path, monkeypatch):
@@ -341,6 +359,8 @@ class TestRefusals:
             ({"corpus": "mimic3", "text_column": "text"}, "mimic3 has its own"),
             ({"sequence_length": 2}, "sequence_length: expected at least 3"),
             ({"eval_fraction": 1.0}, "eval_fraction: expected 0 to 1"),
+            ({"eval_fraction": -0.1}, "eval_fraction: expected 0 to 1"),
+            ({"eval_fraction": float("nan")}, "eval_fraction: expected 0 to 1"),
         ],
     )
     def test_other_options(self, made, notes, tokenizer, changes, problem):

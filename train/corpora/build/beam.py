@@ -27,7 +27,6 @@ direct_running_mode=multi_processing.
 """
 
 import functools
-import hashlib
 import json
 import pathlib
 import shutil
@@ -41,8 +40,10 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.pvalue import TaggedOutput
 
+from ...tokens.store import SPLITS
 from ..source import Report, Source
 from .dataset import VERSION, info_of
+from .dedupe import is_eval, key_of
 
 _SUPERSEDED = "revised or deleted later"
 
@@ -157,15 +158,7 @@ def newest(keyed: tuple[int, dict[str, Iterable[Any]]], source: Source) -> Itera
             yield TaggedOutput("counts", (f"dropped: {_SUPERSEDED}", 1))
 
 
-def _digest(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()[:16]
-
-
-def _is_eval(keyed: tuple[bytes, Document], eval_fraction: float) -> bool:
-    return int.from_bytes(keyed[0][:8], "big") / 2**64 < eval_fraction
-
-
-def _fields(name: str, keyed: tuple[bytes, Document]) -> tuple[str, dict[str, str]]:
+def _fields(name: str, keyed: tuple[Any, Document]) -> tuple[str, dict[str, str]]:
     document = Document(*keyed[1])
     fields = {"id": document.id, "text": document.text, "source": name, "meta": document.meta}
     return document.id, fields
@@ -198,13 +191,10 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
 
     def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
         documents = self._documents(pipeline)
-        return {
-            "train": self._generate_examples(documents, False),
-            "eval": self._generate_examples(documents, True),
-        }
+        return {split: self._generate_examples(documents, split) for split in SPLITS}
 
     def _documents(self, pipeline: Any) -> Any:
-        """(digest, Document) for each distinct text."""
+        """(dedupe.KEY, Document) for each distinct text."""
         source = self.source
         at = (source, self.root, _is_remote(self.root))
         parts = (
@@ -231,7 +221,7 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             counts.append(chosen.counts)
         distinct = (
             documents
-            | "by text" >> beam.Map(lambda document: (_digest(document), document))
+            | "by text" >> beam.Map(lambda document: (key_of(document.text.encode()), document))
             | "first of equal texts" >> beam.CombinePerKey(min)
         )
         counts.append(distinct | "count documents" >> beam.Map(lambda _: ("documents", 1)))
@@ -244,12 +234,11 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         )
         return distinct
 
-    def _generate_examples(self, documents: Any, is_eval: bool) -> Any:
-        fraction = self.eval_fraction
-        split = "eval" if is_eval else "train"
+    def _generate_examples(self, documents: Any, split: str) -> Any:
+        fraction, wanted = self.eval_fraction, split == "eval"
         return (
             documents
-            | f"{split} only" >> beam.Filter(lambda keyed: _is_eval(keyed, fraction) == is_eval)
+            | f"{split} only" >> beam.Filter(lambda d: is_eval(d[0][0], fraction) == wanted)
             | f"{split} fields" >> beam.Map(functools.partial(_fields, self.name))
         )
 

@@ -29,7 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ...tokens.store import SPLITS
 from ..source import Source
-from .dedupe import first_of_each
+from .dedupe import first_of_each, is_eval
 from .reading import Job, plan_jobs, read_all, read_records
 from .revisions import resolve
 
@@ -68,8 +68,8 @@ def info_of(builder: Any, source: Source, **more: Any) -> tfds.core.DatasetInfo:
 class CorpusBuilder(tfds.core.ShardBasedBuilder):
     """The TFDS builder for any source. The source's folder is `root`, or else TFDS's manual_dir.
 
-    eval_fraction: share of documents in the evaluation split, see text.split_of. work: folder that
-    lets a killed run resume. workers: number of processes that read. After the build, `counts`
+    eval_fraction: share of documents in the evaluation split, by a hash of their text. work: folder
+    that lets a killed run resume. workers: number of processes that read. After the build, `counts`
     holds what was read, dropped and kept.
     """
 
@@ -144,10 +144,10 @@ def plan_shards(
     counts |= dict.fromkeys(SPLITS, 0)
     for job, first in zip(jobs, masks, strict=True):
         keys = np.load(job.keys)
-        is_eval = keys["high"] / 2**64 < eval_fraction
+        in_eval = is_eval(keys["high"], eval_fraction)
         plan = np.full(len(keys), -1, np.int32)
         for number, split in enumerate(SPLITS):
-            positions = np.flatnonzero(first & (is_eval == (split == "eval")))
+            positions = np.flatnonzero(first & (in_eval == (split == "eval")))
             sizes = keys["size"][positions].astype(np.int64)
             shard = (starts[split] + np.cumsum(sizes) - sizes) // SHARD_BYTES
             plan[positions] = len(SPLITS) * shard + number

@@ -6,10 +6,11 @@ Keys are stored in files, one for each job, so that memory holds one hash partit
 import hashlib
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-# high decides the split, as in text.split_of; low decides the partition; size in bytes of text.
+# high decides the split; low decides the partition; size in bytes of text.
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<u4")])
 AT_ONCE = 8_000_000  # keys in memory, about 50 bytes each
 
@@ -19,6 +20,11 @@ def key_of(encoded: bytes) -> tuple[int, int, int]:
     digest = hashlib.sha256(encoded).digest()
     high, low = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
     return high, low, len(encoded)
+
+
+def is_eval(high: Any, eval_fraction: float) -> Any:
+    """Whether a text with this key is in the evaluation split. Takes an integer or an array."""
+    return high / 2**64 < eval_fraction
 
 
 def first_of_each(files: Sequence[pathlib.Path]) -> list[np.ndarray]:

@@ -8,13 +8,11 @@ clinical.
 import codecs
 import csv
 import gzip
-import hashlib
 import io
 import json
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,17 +66,13 @@ class TextFile:
 
 
 def read_documents(
-    path: str | os.PathLike[str],
-    *,
-    text_column: str | None = None,
-    counts: Counter[str] | None = None,
+    path: str | os.PathLike[str], *, text_column: str | None = None
 ) -> Iterator[Document]:
     """Reads the documents of a file, or of all files below a folder, sorted by relative path.
 
     The text is in `text_column` (ignoring case) or else in the first of TEXT_COLUMNS. If
     `text_column` is given, tables of a folder without it are left out, as long as one has it. Files
-    with other suffixes, hidden files and empty texts are left out. Newlines become "\\n". While
-    reading, `counts` is filled with "documents", "empty" (texts) and "tables left out".
+    with other suffixes, hidden files and empty texts are left out. Newlines become "\\n".
 
     Files are UTF-8, with or without a BOM, or UTF-16 with one; a line that is not UTF-8 is read as
     cp1252. All but .txt files are streamed. Files are found and headers read before this returns.
@@ -87,20 +81,7 @@ def read_documents(
     for a table without a text column, and, while reading, for a file that is not text, broken JSON,
     a row longer than the header, a quote that is never closed, or a damaged .gz.
     """
-    counts = Counter() if counts is None else counts
-    return _read_all(Path(path), find_files(path, text_column, counts), counts)
-
-
-def split_of(text: str, eval_fraction: float) -> str:
-    """Chooses the split of a text, "train" or "eval", by its hash, so that order does not matter.
-
-    Raises ValueError for a fraction outside [0, 1].
-    """
-    if not 0 <= eval_fraction <= 1:
-        raise ValueError(f"eval_fraction must be between 0 and 1, got {eval_fraction}")
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return "eval" if share < eval_fraction else "train"
+    return _read_all(Path(path), find_files(path, text_column))
 
 
 # Files and columns
@@ -109,13 +90,11 @@ def split_of(text: str, eval_fraction: float) -> str:
 def find_files(
     path: str | os.PathLike[str],
     text_column: str | None = None,
-    counts: Counter[str] | None = None,
     suffixes: tuple[str, ...] = SUFFIXES,
 ) -> list[TextFile]:
     """Finds the files that `read_documents` reads, in order; leaves out empty tables."""
-    counts = Counter() if counts is None else counts
     found = [file for file in _find(Path(path)) if file.suffix in suffixes]
-    return _with_columns(found, text_column, counts)
+    return _with_columns(found, text_column)
 
 
 def _find(path: Path) -> list[TextFile]:
@@ -143,9 +122,7 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _with_columns(
-    sources: list[TextFile], text_column: str | None, counts: Counter[str]
-) -> list[TextFile]:
+def _with_columns(sources: list[TextFile], text_column: str | None) -> list[TextFile]:
     chosen, left_out = [], []
     for source in sources:
         if source.suffix == ".txt":
@@ -168,7 +145,6 @@ def _with_columns(
         left_out.append(problem)
     if left_out and all(source.suffix == ".txt" for source in chosen):
         raise ValueError(f"{left_out[0]}; name the text column with --text-column")
-    counts["tables left out"] += len(left_out)
     return chosen
 
 
@@ -214,17 +190,14 @@ def read_file(file: TextFile) -> Iterator[tuple[int, str]]:
     return readers[file.suffix](file)
 
 
-def _read_all(path: Path, sources: list[TextFile], counts: Counter[str]) -> Iterator[Document]:
-    documents = 0
+def _read_all(path: Path, sources: list[TextFile]) -> Iterator[Document]:
+    empty = True
     for source in sources:
         for number, text in read_file(source):
-            if not text.strip():
-                counts["empty"] += 1
-                continue
-            documents += 1
-            counts["documents"] += 1
-            yield Document(f"{source.name}:{number}", text)
-    if documents == 0:
+            if text.strip():
+                empty = False
+                yield Document(f"{source.name}:{number}", text)
+    if empty:
         raise ValueError(f"no text in {path}: every file or record there is empty")
 
 

@@ -60,7 +60,7 @@ class Spans:
         return cls(length, words, values, joined[order], owners[order])
 
     def shared(self, text: str) -> tuple[int, list[int]]:
-        """Counts the positions where a span of the set starts; lists the set's documents with it."""
+        """Counts the positions where one of the spans starts; lists the documents that have it."""
         ids = np.array([self.words.get(word, 0) for word in _words(text)], np.int64)
         hashes = _hashes(ids, self.values, self.length)
         if not len(hashes) or not len(self.hashes):
