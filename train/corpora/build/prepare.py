@@ -66,7 +66,7 @@ def prepare(
         raise ValueError(f"eval_fraction: expected 0 to 1, got {eval_fraction}")
     if sequence_length < 3:
         raise ValueError(f"sequence_length: expected at least 3, got {sequence_length}")
-    options = {
+    options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "sequence_length": sequence_length,
         "eval_fraction": eval_fraction,
@@ -87,9 +87,9 @@ def _prepare_all(root: str, out: str, options: dict[str, Any]) -> str:
         raise FileNotFoundError(f"{root}: expected folders named as corpora ({names}), found none")
     lines, failed = [], []
     for source in found:
-        folders = (os.path.join(folder, source.name) for folder in (root, out))
+        inside, made = os.path.join(root, source.name), os.path.join(out, source.name)
         try:
-            lines.append(_prepare_one(source, *folders, **options))
+            lines.append(_prepare_one(source, inside, made, **options))
         except (ValueError, OSError) as error:
             failed.append(f"{source.name}: {error}")
     missing = ", ".join(source.name for source in known if source not in found)
