@@ -1,9 +1,10 @@
-"""Bounded attention for sm90 (H100, H200) in Mosaic GPU: TMA, wgmma, specialised warpgroups.
+"""Bounded attention for sm90 (H100, H200) in Mosaic GPU: TMA, wgmma, specialized warpgroups.
 
-Three kernels of one plan. A block of threads owns `groups` x 64 positions; its last warpgroup only
-copies, through TMA, the tiles that the bounds admit into a ring of shared memory, and the others
-compute. Both loops run from the first admitted tile to the last, so a tile outside is neither
-computed nor fetched. The schedule is FlashAttention-3's (arXiv:2407.08608) without its ping-pong.
+The three kernels share one design. A block of threads owns `groups` x 64 positions. Its last
+warpgroup only copies the tiles within the bounds through TMA into a ring of shared memory, and the
+others compute. Both loops run from the first to the last tile in bounds, so tiles out of bounds are
+neither computed nor fetched. The schedule is FlashAttention-3's (arXiv:2407.08608) without its
+ping-pong.
 """
 
 import dataclasses
@@ -34,12 +35,12 @@ from modernbert_jax.attention.vjp import Attention, with_vjp
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 
-_ROWS = 64  # positions of a warpgroup: the height of a wgmma
+_ROWS = 64  # positions per warpgroup, the height of a wgmma
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Warpgroups that compute, positions streamed at a time, and slots of the ring."""
+    """Computing warpgroups, positions streamed per step, and slots of the ring."""
 
     groups: int
     columns: int
@@ -47,13 +48,13 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        """Positions that a block owns."""
+        """The number of positions that a block owns."""
         return self.groups * _ROWS
 
 
 def supports(q_BLHK: jax.Array, bounds: Bounds, device: Any) -> str | None:
-    """None if `attention` runs on this device and shape, else one line saying why not."""
-    del bounds  # any interval will do
+    """Returns None if `attention` supports this device and shape, else the reason in one line."""
+    del bounds  # any interval is supported
     if device.platform not in ("gpu", "cuda"):
         return f"pallas_hopper: expected an NVIDIA GPU, got {device.platform}"
     capability = getattr(device, "compute_capability", "unknown")
@@ -91,7 +92,7 @@ def forward_tiles(window: int | None, head_dim: int) -> Tiles:
 
 
 def dkv_tiles(window: int | None, head_dim: int) -> Tiles:
-    """Tiles of the dk/dv kernel: two accumulators, so registers are what limits it."""
+    """Tiles of the dk/dv kernel, which is limited by registers: it has two accumulators."""
     if head_dim == 128:
         return Tiles(groups=1, columns=64, stages=3)
     return Tiles(groups=2, columns=64 if is_narrow(window) else 128, stages=3)
@@ -106,7 +107,7 @@ def forward(
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BLHK in q's dtype, lse_BHL float32, -inf for a query without a key)."""
+    """Returns (out_BLHK in q's dtype, lse_BHL in float32, -inf without keys)."""
     check_scale(scale)
     B, L, H, K = _checked(q_BLHK).shape
     tiles = forward_tiles(bounds.window, K)
@@ -142,7 +143,7 @@ def backward(
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, dv): one kernel over tiles of queries, one over tiles of keys."""
+    """Returns (dq, dk, dv): one kernel loops over tiles of queries, one over tiles of keys."""
     L, K = _checked(q_BLHK).shape[1::2]
     tiles_dq, tiles_dkv = forward_tiles(bounds.window, K), dkv_tiles(bounds.window, K)
     sizes = tiles_dq.rows, tiles_dq.columns, tiles_dkv.rows, tiles_dkv.columns
@@ -375,7 +376,7 @@ def _dkv_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a kernel is specialised for."""
+    """The static parameters of a kernel."""
 
     tiles: Tiles
     window: int | None
@@ -385,7 +386,7 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Where a block of threads is, and the column tiles it visits (see `Tiled.ranges_BT4`)."""
+    """The position of a block of threads and the column tiles it visits (`Tiled.ranges_BT4`)."""
 
     plan: _Plan
     row: jax.Array
@@ -432,7 +433,7 @@ class _Block:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """Slots of shared memory, with a barrier each for filled and for free again."""
+    """Slots of shared memory, each with one barrier for "filled" and one for "free"."""
 
     buffers: list
     filled: Any
@@ -445,7 +446,7 @@ class _Ring:
         return cls(buffers, filled, free)
 
     def wait(self, slot):
-        """The slot's buffers, once they are filled."""
+        """Waits until the slot is filled and returns its buffers."""
         plgpu.barrier_wait(self.filled.at[slot])
         return [buffer.at[slot] for buffer in self.buffers]
 
@@ -454,7 +455,7 @@ class _Ring:
 
 
 def _produce(block, sources):
-    """The copying warpgroup: fills a slot as soon as every computing warpgroup has left it."""
+    """The copying warpgroup: fills a slot once every computing warpgroup has released it."""
     tiles = block.plan.tiles
     if tiles.groups > 1:
         plgpu.set_max_registers(24, action="decrease")
@@ -475,7 +476,7 @@ def _produce(block, sources):
 
 
 def _load_own(block, pairs, lo_ref, hi_ref, edges_smem, ready):
-    """A computing warpgroup's own rows into shared memory; returns their bounds (lo, hi)."""
+    """Copies a computing warpgroup's rows to shared memory; returns their bounds (lo, hi)."""
     if block.plan.tiles.groups > 1:
         plgpu.set_max_registers(240, action="increase")
     ready = ready.at[block.group]
@@ -497,7 +498,7 @@ def _store_own(block, pairs):
 
 
 def _product(a, b):
-    """a @ b on the tensor cores with float32 accumulation, b in shared memory."""
+    """Computes a @ b on the tensor cores with float32 accumulation and b in shared memory."""
 
     def multiply(acc_ref):
         plgpu.wgmma(acc_ref, a, b)
@@ -507,7 +508,7 @@ def _product(a, b):
 
 
 def _accumulate(sum_RK, a, b, plan):
-    """sum + a @ b with `a` in registers, added by the tensor cores."""
+    """Computes sum + a @ b with `a` in registers; the tensor cores add."""
     if plan.interpreted:
         return sum_RK + _register_product(a, b, plan)
     multiply = pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))
@@ -515,7 +516,7 @@ def _accumulate(sum_RK, a, b, plan):
 
 
 def _register_product(a, b, plan):
-    """a @ b with `a` in registers."""
+    """Computes a @ b with `a` in registers."""
     if plan.interpreted:  # JAX's interpreter knows wgmma on shared memory only
         product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # wgmma would have read b through the proxy that TMA writes through
@@ -524,7 +525,7 @@ def _register_product(a, b, plan):
 
 
 def _masked(s_RC, edges, column, block):
-    """-inf where the bounds of its row do not admit the column."""
+    """Sets scores to -inf if the column is outside the bounds of the row."""
     lo_R, hi_R = edges
     column_RC = lax.broadcasted_iota(jnp.int32, s_RC.shape, 1) + column * block.plan.tiles.columns
     seen_RC = (_across(lo_R, s_RC.shape) <= column_RC) & (column_RC < _across(hi_R, s_RC.shape))
@@ -540,7 +541,7 @@ def _down(x_C, shape):
 
 
 def _matrix(slots: int, rows: int, like):
-    """`slots` matrices in shared memory, laid out as TMA writes and wgmma reads them."""
+    """`slots` matrices in shared memory, in the layout that TMA writes and wgmma reads."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM((slots, rows, like.shape[-1]), like.dtype, transforms=transforms)
 

@@ -1,20 +1,21 @@
-"""TPU kernels (Pallas, Mosaic): a forward and one fused backward that visit only what is in bounds.
+"""TPU kernels (Pallas, Mosaic): a forward and one fused backward that visit only tiles in bounds.
 
-Layout. q, k and v are read as [B, L, H*K] in blocks of 128 lanes, 128 // K heads each: no transpose
-and no padded lanes (an odd head count is padded by a head of zeros). A head is told from its
-neighbours in the block by zeros in q (and d_out): the matrix unit takes no longer for a contraction
-over 128 lanes than over 64. Scores are held transposed, keys by queries, so that everything that
-belongs to a query (bounds, maximum, sum, log-sum-exp) lies along the lanes, as it does in HBM.
+Layout: q, k and v are read as [B, L, H*K] in blocks of 128 lanes, which hold 128 // K heads each.
+This needs no transpose and no padded lanes (an odd head count is padded with a head of zeros).
+Zeros in q (and d_out) separate a head from its neighbors in the block: for the matrix unit, a
+contraction over 128 lanes takes no longer than one over 64. Scores are transposed, keys by queries,
+so that everything that belongs to a query (bounds, maximum, sum, log-sum-exp) lies along the lanes,
+as it does in HBM.
 
-Global layers walk over tiles of keys with an online softmax; two scalars a tile of queries say
-which tiles. A step past the last one names the block that is already there, so nothing is fetched,
-and its arithmetic is skipped; the grid is only as long as the longest walk of the call. The mask is
-applied only in tiles that some query does not see whole. Local layers fetch the one span of keys
-that a tile of queries can see (from an element offset) and need no online softmax. The backward
-goes the same way and adds dk and dv up in VMEM, where one row of a block of heads fits whole: the
-scores are computed once for all three gradients.
+Global layers loop over tiles of keys with an online softmax; two scalars per query tile give the
+first and the last tile. A step past the last tile refers to the block that is already in VMEM, so
+it fetches nothing, and its arithmetic is skipped; the grid is as long as the longest loop of the
+call. The mask is applied only in tiles that some query does not see completely. Local layers fetch
+the one span of keys that a query tile can see (from an element offset) and need no online softmax.
+The backward pass loops in the same way and accumulates dk and dv in VMEM, where one row of a block
+of heads fits; it computes the scores once for all three gradients.
 
-A length that divides no tile is padded with zeros, which no bounds reach.
+A length that no tile size divides is padded with zeros, which lie outside all bounds.
 """
 
 import dataclasses
@@ -32,18 +33,18 @@ from modernbert_jax.attention.vjp import Attention, with_vjp
 
 _LANES = 128
 _LN_2 = math.log(2.0)
-# The running maximum starts here and not at -inf, so that a query without a key stays free of NaN.
+# The start of the running maximum; it is finite so that queries without keys never produce NaN.
 _FLOOR = -1e30
-# A wider window is walked over in tiles, as in global layers.
+# Wider windows use the loop over tiles of global layers.
 _WIDEST_BAND = 256
 _MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes in tokens: what one grid step fetches, and the units that it is worked through in.
+    """Sizes in tokens: what one grid step fetches, and the units in which it is processed.
 
-    A local layer fetches `queries + 2 * window` keys and has no use for `keys` and `unit_keys`.
+    A local layer fetches `queries + 2 * window` keys and ignores `keys` and `unit_keys`.
     """
 
     queries: int
@@ -54,7 +55,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What differs between TPU generations: VMEM a core, and the tiles of each pass and kind."""
+    """Differences between TPU generations: VMEM per core, and the tiles of each pass and kind."""
 
     vmem_bytes: int
     forward_global: Tiles = Tiles(1024, 512, 512, 512)
@@ -73,7 +74,7 @@ GENERATIONS = {
 
 
 def supports(q_BLHK: jax.Array, bounds: Bounds, device_kind: str) -> str | None:
-    """None if the kernels take these shapes on this device, else one line saying why not.
+    """Returns None if the kernels support these shapes on this device, else the reason in one line.
 
     `device_kind` is JAX's name, as in `jax.devices()[0].device_kind`.
     """
@@ -106,9 +107,9 @@ def forward(
     generation: Generation | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """out_BLHK in q's dtype and lse_BHL in float32 (natural log, -inf for a query without a key).
+    """Returns out_BLHK in q's dtype and lse_BHL in float32 (natural log, -inf without keys).
 
-    `generation` None is that of the device at hand; `interpret` goes to `pl.pallas_call`.
+    generation: by default that of the current device. interpret: passed to `pl.pallas_call`.
     """
     generation = generation or _present()
     plan = _plan(q_BLHK, bounds, generation.forward_global, generation.forward_local)
@@ -155,7 +156,7 @@ def backward(
     generation: Generation | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk and dv in the shapes and dtypes of q, k and v, from one kernel."""
+    """Returns dq, dk and dv in the shapes and dtypes of q, k and v, from one kernel."""
     generation = generation or _present()
     plan = _plan(q_BLHK, bounds, generation.backward_global, generation.backward_local)
     T, G = plan.tiles, plan.per_block
@@ -204,7 +205,7 @@ attention: Attention = with_vjp(forward, backward)
 
 
 def _present() -> Generation:
-    """Of the mesh that is being traced for, else of the default device."""
+    """The generation of the mesh that is being traced for, else of the default device."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     kind = abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
     return GENERATIONS.get(kind, GENERATIONS["TPU v6 lite"])
@@ -215,7 +216,7 @@ def _present() -> Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A call in numbers. `tiles.keys` and `tiles.unit_keys` are spans if `local`."""
+    """The sizes of one call. If `local`, `tiles.keys` and `tiles.unit_keys` are spans."""
 
     rows: int
     length: int
@@ -265,7 +266,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _pack(plan: _Plan, x_BLHK):
-    """[B, L, H, K] as [B, padded, blocks * 128]."""
+    """Reshapes [B, L, H, K] to [B, padded, blocks * 128]."""
     extra = plan.blocks * plan.per_block - plan.heads
     x_BLHK = jnp.pad(x_BLHK, ((0, 0), (0, plan.padded - plan.length), (0, extra), (0, 0)))
     return x_BLHK.reshape(plan.rows, plan.padded, plan.blocks * _LANES)
@@ -277,13 +278,13 @@ def _unpack(plan: _Plan, x):
 
 
 def _edges(plan: _Plan, bounds: Bounds):
-    """lo and hi as [B, 2, padded]; the queries added see nothing."""
+    """Stacks lo and hi as [B, 2, padded]; padded queries see nothing."""
     edges = jnp.stack([bounds.lo_BL, bounds.hi_BL], axis=1)
     return jnp.pad(edges, ((0, 0), (0, 0), (0, plan.padded - plan.length)))
 
 
 def _pack_stats(plan: _Plan, lse_BHL, delta_BHL):
-    """Base-2 log-sum-exp (+inf without a key: p is 0 there) and delta, [B, blocks, 2G, padded]."""
+    """Base-2 log-sum-exp (+inf without keys, so that p is 0) and delta, [B, blocks, 2G, padded]."""
     extra = plan.blocks * plan.per_block - plan.heads
     tail = ((0, 0), (0, extra), (0, plan.padded - plan.length))
     lse_BHL = jnp.pad(lse_BHL, tail, constant_values=-jnp.inf)
@@ -402,7 +403,7 @@ def _dot(a, b, contract_a: int, contract_b: int):
 
 
 def _one_head(x, head: int, head_dim: int):
-    """x [n, 128] with zeros in the lanes of the other heads."""
+    """Zeros the lanes of the other heads in x [n, 128]."""
     if head_dim == _LANES:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
@@ -410,7 +411,7 @@ def _one_head(x, head: int, head_dim: int):
 
 
 def _scores(k, q, edges, first_key):
-    """q k^T, transposed, [keys, queries]; -inf outside `edges` [2, queries], None for no mask."""
+    """The transposed q k^T, [keys, queries]; -inf outside `edges` [2, queries] or None."""
     s = _dot(k, q, 1, 1)
     if edges is None:
         return s
@@ -420,14 +421,14 @@ def _scores(k, q, edges, first_key):
 
 
 def _units(plan: _Plan):
-    """(head of the block, its queries) of each softmax that a tile of queries takes."""
+    """Yields (head of the block, its queries) of each softmax in a tile of queries."""
     U = plan.tiles.unit_queries
     starts = range(0, plan.tiles.queries, U)
     return [(head, slice(x, x + U)) for x in starts for head in range(plan.per_block)]
 
 
 def _staggered(units, *stages):
-    """stages[1](unit, stages[0](unit)) and so on, each stage one unit behind the one before it.
+    """Runs stages[1](unit, stages[0](unit)) and so on, each stage one unit behind the previous one.
 
     The compiler's scheduler stays near program order: this way the products of one unit overlap
     with the exponentials of its predecessor.
@@ -445,7 +446,7 @@ def _lanes_of(head: int, plan: _Plan):
 
 
 def _unit_span(plan: _Plan, i, start: int, first):
-    """Where in the fetched span the keys of a unit begin, and their number in the row (local)."""
+    """The offset of a unit's keys in the fetched span and in the row (local layers)."""
     key = i * plan.tiles.queries + start - plan.reach
     key = jnp.clip(key, 0, plan.padded - plan.tiles.unit_keys)
     return pl.multiple_of(key - first, _LANES // 2), pl.multiple_of(key, _LANES // 2)
@@ -487,7 +488,7 @@ def _forward_local(first, some, q, k, v, edges, out, lse, *, plan: _Plan, scale:
 
 
 def _natural(top, total):
-    """log-sum-exp from a base-2 maximum and sum."""
+    """Computes the log-sum-exp from a base-2 maximum and sum."""
     return jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) * _LN_2)
 
 
@@ -571,7 +572,7 @@ def _products(ks, vs, q_head, d_out_head, edges, first_key):
 
 
 def _weights(plan: _Plan, head: int, s, dp, stats, scale: float, dtype):
-    """p and the gradient of the scores, without the scale that dq and dk still need."""
+    """Returns p and the gradient of the scores, before the scale that dq and dk still need."""
     p = jnp.exp2(s * (scale / _LN_2) - stats[head : head + 1])
     delta = stats[plan.per_block + head : plan.per_block + head + 1]
     return p.astype(dtype), (p * (dp - delta)).astype(dtype)

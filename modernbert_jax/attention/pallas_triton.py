@@ -1,12 +1,11 @@
 """Bounded attention for sm80 to sm90 (A100, L4, RTX 30 and 40, H100) through Pallas' Triton
 lowering.
 
-Three kernels, each owning one tile and streaming the tiles that the bounds admit: the loop runs
-from the first to the last of them and the loads sit inside it, so a tile outside is not computed
-and not fetched. FlashAttention-2 (arXiv:2307.08691) without the parallel split of a row.
+There are three kernels. Each owns one tile and loops from the first to the last tile within the
+bounds; the loads are inside the loop, so tiles out of bounds are neither fetched nor computed. The
+algorithm is FlashAttention-2 (arXiv:2307.08691) without the parallel split of a row.
 
-JAX deprecates this lowering from 0.11 on and warns where it lowers; `_triton` is the one place that
-knows about it.
+JAX deprecates this lowering from 0.11 on and warns when it lowers; only `_triton` depends on that.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Positions a kernel owns (`rows`) and streams at a time (`columns`), and Triton's options."""
+    """Positions that a kernel owns (`rows`) and streams per step (`columns`); Triton's options."""
 
     rows: int
     columns: int
@@ -48,8 +47,8 @@ class Tiles:
 
 
 def supports(q_BLHK: jax.Array, bounds: Bounds, device: Any) -> str | None:
-    """None if `attention` runs on this device and shape, else one line saying why not."""
-    del bounds  # any interval will do
+    """Returns None if `attention` supports this device and shape, else the reason in one line."""
+    del bounds  # any interval is supported
     if (reason := _triton()[1]) is not None:
         return reason
     if device.platform not in ("gpu", "cuda"):
@@ -65,7 +64,7 @@ def supports(q_BLHK: jax.Array, bounds: Bounds, device: Any) -> str | None:
 
 
 def forward_tiles(window: int | None, head_dim: int, dtype: jnp.dtype) -> Tiles:
-    """Tiles of the forward kernel; a narrow window uses few keys of a wide tile."""
+    """Returns the forward kernel's tiles; a narrow window uses few keys of a wide tile."""
     if dtype == jnp.float32:
         return Tiles(32, 32)
     if is_narrow(window):
@@ -76,7 +75,7 @@ def forward_tiles(window: int | None, head_dim: int, dtype: jnp.dtype) -> Tiles:
 
 
 def backward_tiles(window: int | None, head_dim: int, dtype: jnp.dtype) -> Tiles:
-    """Tiles of the dq and the dk/dv kernel, which hold two or three operands of each size."""
+    """Returns the tiles of the dq and dk/dv kernels, with two or three operands of each size."""
     if dtype == jnp.float32:
         return Tiles(32, 32)
     if head_dim == 128:
@@ -95,7 +94,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_BLHK in q's dtype, lse_BHL float32, -inf for a query without a key)."""
+    """Returns (out_BLHK in q's dtype, lse_BHL in float32, -inf without keys)."""
     check_scale(scale)
     B, L, H, K = q_BLHK.shape
     tiles = forward_tiles(bounds.window, K, q_BLHK.dtype)
@@ -128,7 +127,7 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(dq, dk, dv): one kernel over tiles of queries, one over tiles of keys."""
+    """Returns (dq, dk, dv): one kernel loops over tiles of queries, one over tiles of keys."""
     B, L, H, K = q_BLHK.shape
     tiles = backward_tiles(bounds.window, K, q_BLHK.dtype)
     length = padded_length(L, tiles.rows, tiles.columns)
@@ -283,7 +282,7 @@ def _like(x):
 
 
 class _Specs:
-    """Block specs on a grid of (row tile, head, batch row): own tile, or the whole length."""
+    """Block specs for a grid of (row tile, head, batch row): the own tile, or the whole length."""
 
     def __init__(self, rows: int, length: int, head_dim: int):
         self.ranges = pl.BlockSpec((None, None, 4), lambda t, h, b: (b, t, 0))
@@ -304,7 +303,7 @@ def _call(kernel, *, tiles: Tiles, interpret: bool, **arguments):
 
 
 def _triton():
-    """(JAX's Triton lowering, None), or (None, why not): 0.10 has it, 0.11 and 0.12 warn."""
+    """Returns (JAX's Triton lowering, None) or (None, reason); jax 0.11 and 0.12 warn."""
     try:
         from jax.experimental.pallas import triton
     except ImportError:

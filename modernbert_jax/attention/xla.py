@@ -1,4 +1,4 @@
-"""Plain XLA, any backend, memory linear in L: bands for local layers, chunks for global ones.
+"""Plain XLA for any backend, with memory linear in L: bands for local layers, chunks for global.
 
 Short rows are one dense block. Local layers meet blocks of one window with both neighbours. Global
 layers go chunk by chunk with an online softmax over the chunks of keys that the bounds of the row
@@ -57,7 +57,7 @@ def backward(
     lse, delta = (jnp.swapaxes(per_query[..., i], 1, 2) for i in (0, 1))
     dq, dk, dv = _dense_backward(q, k, v, mask, lse, delta, d_out, scale)
     if kind == "bands":
-        dk, dv = (_fold_neighbours(x, B, block) for x in (dk, dv))
+        dk, dv = (_fold_neighbors(x, B, block) for x in (dk, dv))
     dq, dk, dv = (_join(x, B, L) for x in (dq, dk, dv))
     return dq.astype(q_BLHK.dtype), dk.astype(k_BMHK.dtype), dv.astype(v_BMHK.dtype)
 
@@ -66,7 +66,7 @@ attention: Attention = with_vjp(forward, backward)
 
 
 def _plan(q_BLHK, bounds: Bounds) -> tuple[str, int]:
-    """("dense", L), ("bands", block) or ("chunks", _), by what is static."""
+    """Chooses ("dense", L), ("bands", block) or ("chunks", size) from static values."""
     length = q_BLHK.shape[1]
     if bounds.window is not None:
         block = max(bounds.window, 16)
@@ -92,7 +92,7 @@ def _dense_forward(q, k, v, mask, scale):
 
 
 def _dense_backward(q, k, v, mask, lse, delta, d_out, scale):
-    """(dq, dk, dv) in float32, of the block alone."""
+    """Returns (dq, dk, dv) of one block in float32."""
     s = einsum("nqhd,nmhd->nhqm", q, k) * scale
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     p = jnp.where(mask[:, None], jnp.exp(s - lse[..., None]), 0.0)
@@ -106,7 +106,7 @@ def _dense_backward(q, k, v, mask, lse, delta, d_out, scale):
 
 
 def _split(x_BL, block: int):
-    """[B, L, ...] as [B * blocks, block, ...], padded at the end."""
+    """Reshapes [B, L, ...] to [B * blocks, block, ...], padded at the end."""
     B, L = x_BL.shape[:2]
     n = -(-L // block)
     x_BL = jnp.pad(x_BL, ((0, 0), (0, n * block - L), *((0, 0),) * (x_BL.ndim - 2)))
@@ -119,29 +119,29 @@ def _join(x, B: int, L: int):
 
 
 def _blocks(kind: str, block: int, bounds: Bounds, q_BLHK, k_BMHK, v_BMHK):
-    """(q, k, v, mask) as blocks: the whole row ("dense") or bands with their neighbours."""
+    """Returns (q, k, v, mask) in blocks: the whole row ("dense") or bands with their neighbors."""
     lo, hi = _split(bounds.lo_BL, block), _split(bounds.hi_BL, block)
     q, k, v = (_split(x, block) for x in (q_BLHK, k_BMHK, v_BMHK))
     first = jnp.zeros((len(q),), jnp.int32)
     if kind == "bands":
         B = len(q_BLHK)
         n = len(q) // B
-        k, v = (_neighbours(x, B) for x in (k, v))
+        k, v = (_neighbors(x, B) for x in (k, v))
         first = jnp.tile((jnp.arange(n, dtype=jnp.int32) - 1) * block, B)
     j = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :] + first[:, None, None]
     return q, k, v, (lo[..., None] <= j) & (j < hi[..., None])
 
 
-def _neighbours(x, B: int):
-    """Each block with the one before and the one after: [B * n, 3 * block, ...]."""
+def _neighbors(x, B: int):
+    """Joins each block with the previous and the next one: [B * n, 3 * block, ...]."""
     x = x.reshape(B, -1, *x.shape[1:])
     x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
     x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
     return x.reshape(-1, *x.shape[2:])
 
 
-def _fold_neighbours(x, B: int, block: int):
-    """The transpose of `_neighbours`: each block's three shares, added up."""
+def _fold_neighbors(x, B: int, block: int):
+    """The transpose of `_neighbors`: adds the three contributions to each block."""
     x = x.reshape(B, -1, 3, block, *x.shape[2:])
     x = jnp.pad(x, ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 2)))
     x = x[:, 2:, 0] + x[:, 1:-1, 1] + x[:, :-2, 2]
@@ -157,13 +157,13 @@ def _pad_to(x_BL, multiple: int):
 
 
 def _slice(x_BL, row, start, size: int):
-    """x_BL[row, start : start + size] with a leading axis of one."""
+    """Returns x_BL[row, start : start + size] with a leading axis of size 1."""
     sizes = (1, size, *x_BL.shape[2:])
     return jax.lax.dynamic_slice(x_BL, (row, start, *(0,) * (x_BL.ndim - 2)), sizes)
 
 
 def _each_chunk(body, B: int, length: int, chunk: int):
-    """body(row, number) for every chunk of every row, its results joined to [B, length, ...]."""
+    """Runs body(row, number) for every chunk of every row; joins results to [B, length, ...]."""
     n = -(-length // chunk)
     results = jax.lax.map(lambda i: body(i // n, i % n), jnp.arange(B * n, dtype=jnp.int32))
     return jax.tree.map(lambda x: _join(x[:, 0], B, length), results)
@@ -214,7 +214,7 @@ def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
 
 
 def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_BLHK, scale):
-    """The pass over queries gives dq; the same loop with the roles exchanged gives dk and dv.
+    """Computes dq in a loop over queries, and dk and dv in the same loop with swapped roles.
 
     The mask is symmetric, so the interval of a key's own index says which queries see it.
     """
