@@ -406,7 +406,7 @@ class TestBatches:
                 ]
             parts = [next(host) for host in hosts]
             want = next(alone)
-            assert len({(p.tokens, p.rows, p.epoch, p.row) for p in parts}) == 1
+            assert len({(p.tokens, p.sequences, p.epoch, p.row) for p in parts}) == 1
             assert parts[0].tokens == want.tokens and place(parts[0]) == place(want)
             for key, value in want.arrays.items():
                 np.testing.assert_array_equal(
@@ -461,7 +461,7 @@ class TestBatches:
         batches, clock, at = make(store, config), 0, []
         for step in range(30):
             batch = next(batches)
-            assert batch.rows == phase.batch_size_at(clock, 8, 2) == 2 * len(batch.arrays["labels"])
+            assert batch.sequences == phase.batch_size_at(clock, 8, 2) == 2 * len(batch.arrays["labels"])
             clock += batch.tokens
             assert batch.tokens == (batch.arrays["segment_ids"] > 0).sum()
             at.append((batch, clock))
@@ -469,10 +469,10 @@ class TestBatches:
                 resumed = make(store, config, **place(batch), tokens=clock)
             if step > 4:
                 same = next(resumed)
-                assert same.rows == batch.rows
+                assert same.sequences == batch.sequences
                 np.testing.assert_array_equal(same.documents, batch.documents)
-        assert [b.rows for b, _ in at] == sorted(b.rows for b, _ in at)
-        assert {b.rows for b, _ in at} == {2, 4, 6, 8}
+        assert [b.sequences for b, _ in at] == sorted(b.sequences for b, _ in at)
+        assert {b.sequences for b, _ in at} == {2, 4, 6, 8}
         first = plan_rows(store.lengths, 32, (17, 0, 0))
         used = at[6][0].row
         seen = np.concatenate([b.documents for b, _ in at[:7]])

@@ -88,7 +88,12 @@ class TestHardware:
     def flops(self, **how):
         lengths = np.full(self.ROWS, self.LENGTH)
         return hardware_flops(
-            BASE, lengths, rows=self.ROWS, sequence_length=self.LENGTH, places=self.PLACES, **how
+            BASE,
+            lengths,
+            sequences=self.ROWS,
+            sequence_length=self.LENGTH,
+            predictions=self.PLACES,
+            **how,
         )
 
     def test_adds_to_the_model(self):
@@ -102,8 +107,8 @@ class TestHardware:
 
     def test_counts_padding(self):
         half = hardware_flops(
-            BASE, np.full(self.ROWS // 2, self.LENGTH), rows=self.ROWS, sequence_length=self.LENGTH,
-            places=self.PLACES,
+            BASE, np.full(self.ROWS // 2, self.LENGTH), sequences=self.ROWS, sequence_length=self.LENGTH,
+            predictions=self.PLACES,
         )  # fmt: skip
         attention_ = model_flops(BASE, np.full(self.ROWS // 2, self.LENGTH), 0).attention
         assert half == pytest.approx(self.flops() - 3.5 * attention_)

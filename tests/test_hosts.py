@@ -163,7 +163,7 @@ def test_killed_and_started_again_is_the_same_run_bit_for_bit(
     again = Job(corpus, tmp_path)
     output = again.end()
     assert again.codes() == [0, 0], output
-    assert step < 7 or "taking up" in output[0]
+    assert step < 7 or "resuming from" in output[0]
     same_bits(tmp_path, alone)
 
 
@@ -173,7 +173,7 @@ def test_sigterm_on_one_host_stops_all_after_a_save(alone, corpus, tmp_path):
     job.processes[1].send_signal(signal.SIGTERM)
     output = job.end()
     assert job.codes() == [0, 0], output
-    assert "stopped; the same command goes on" in output[0]
+    assert "stopped; the same command resumes" in output[0]
     last = max(losses(tmp_path))
     assert last < STEPS
     assert (tmp_path / "checkpoints" / f"{last:08d}" / "config.json").exists()

@@ -14,7 +14,7 @@ from train.corpora.reports.mixture import Part, budget, flags, mixture, picture,
 from train.corpora.synthetic import synthetic_notes
 from train.pretrain import run as loop
 from train.pretrain.config import Phase, TrainConfig
-from train.pretrain.run import _prepare as open_corpora
+from train.pretrain.setup import prepare as open_corpora
 from train.tokens.store import open_store
 
 PARTS = [

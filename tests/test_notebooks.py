@@ -174,7 +174,7 @@ def test_fill_mask_runs(folder, monkeypatch):
 def test_pretrain_runs(folder, monkeypatch):
     printed = ran("03_pretrain", folder, monkeypatch)
     assert "stopped; the same command goes on" in printed
-    assert re.search(r"taking up .*checkpoints/0{6}\d\d \(step \d\d\)", printed)
+    assert re.search(r"resuming from .*checkpoints/0{6}\d\d \(step \d\d\)", printed)
     found = re.search(r"guessed (.*?)%.*?([\d.]+)%", printed)
     assert found
     guessed, commonest = map(float, found.groups())

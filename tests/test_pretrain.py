@@ -189,7 +189,7 @@ class TestResume:
         process = start(corpus, tmp_path)
         output = process.communicate()[0].decode()
         assert process.returncode == 0, output
-        assert kills == [2] or "taking up" in output
+        assert kills == [2] or "resuming from" in output
         alone = pathlib.Path(finished[0].workdir)
         assert losses(tmp_path) == losses(alone)
         newest = sorted((alone / "checkpoints").iterdir())[-1].name

@@ -17,7 +17,7 @@ from train.common.sharding import (
     MeshShape,
     local_slots,
     make_mesh,
-    padded_rows,
+    padded_batch_size,
     param_shardings,
     to_devices,
 )
@@ -68,7 +68,7 @@ def trained(shape: str, weighting: str = "tokens"):
     """(losses, parameters) of twenty steps on a mesh whose devices do not divide the rows."""
     mesh = mesh_of(shape)
     trainer = Trainer(dataclasses.replace(RECIPE, loss_weighting=weighting), MODEL, mesh)
-    slots = padded_rows(ROWS, mesh)
+    slots = padded_batch_size(ROWS, mesh)
     own = local_slots(slots, mesh)
     state, losses = trainer.fresh(), []
     for step in range(STEPS):
@@ -206,7 +206,7 @@ class TestRules:
     def test_sizes_that_an_axis_does_not_divide(self):
         shapes = param_shapes(ModernBertForMaskedLM, MODEL)
         with pytest.raises(
-            ValueError, match=r"attn\.W.*4 is no multiple of mesh axis tensor = 8.*4"
+            ValueError, match=r"attn\.W.*4 to be a multiple of mesh axis tensor = 8.*4"
         ):
             param_shardings(shapes, mesh_of("1x1x8"))
 
@@ -214,13 +214,13 @@ class TestRules:
         assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
         assert make_mesh(MeshShape(1, 2, 1)).devices.size == 2
         for shape in (MeshShape(3, 3, 1), MeshShape(-1, 16, 1), MeshShape(0, 1, 1)):
-            with pytest.raises(ValueError, match="to be the 8 devices"):
+            with pytest.raises(ValueError, match="to equal the 8 devices"):
                 make_mesh(shape)
 
 
 def test_rows_of_a_process():
     mesh = mesh_of("2x2x2")
-    assert padded_rows(5, mesh) == 8 and padded_rows(8, mesh) == 8
+    assert padded_batch_size(5, mesh) == 8 and padded_batch_size(8, mesh) == 8
     np.testing.assert_array_equal(local_slots(8, mesh), np.arange(8))
     array = np.arange(2 * 8 * 3).reshape(2, 8, 3)
     placed = to_devices({"x": array}, np.arange(8), 8, mesh)["x"]

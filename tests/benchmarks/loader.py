@@ -69,10 +69,10 @@ def draw(store: TokenStore, config: TrainConfig, how: dict[str, Any]) -> dict[st
     batches = Batches(store, MASKING, config, phase=0, **how)
     batch = next(batches)
     first, first_tokens = time.perf_counter(), batch.tokens
-    tokens, rows, masked, dropped = batch.tokens, batch.rows, batch.masked, batch.dropped
+    tokens, rows, masked, dropped = batch.tokens, batch.sequences, batch.masked, batch.dropped
     while batch.epoch == 0:
         batch = next(batches)
-        tokens, rows = tokens + batch.tokens, rows + batch.rows
+        tokens, rows = tokens + batch.tokens, rows + batch.sequences
         masked, dropped = masked + batch.masked, dropped + batch.dropped
     end = time.perf_counter()
     batches.close()

@@ -1,8 +1,8 @@
-"""What a step costs in FLOPs, from the configuration and lengths alone, and what devices can do.
+"""FLOPs of a step, counted from the configuration and lengths, and the peaks of devices.
 
 Model FLOPs are those that the mathematics needs: no padding, nothing computed twice, a local
 layer's query sees at most 2 window + 1 keys and a global layer's query its own segment. Hardware
-FLOPs add what a step does on top. A multiply-add is two. Norms, RoPE, activations, softmax and the
+FLOPs add what a step computes besides. A multiply-add counts as two. Norms, RoPE, activations, softmax and the
 optimizer are left out: together they are below 1 % of the matrix products.
 """
 
@@ -16,7 +16,7 @@ from modernbert_jax.config import FULL
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What one jax device has. link_bandwidth: to its neighbours, both directions together."""
+    """Peaks of one jax device. link_bandwidth: to its neighbors, both directions together."""
 
     flops: float  # dense bf16 FLOP/s
     hbm_bytes: float
@@ -48,7 +48,7 @@ PEAK: dict[str, Device] = {
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass, by part. head: dense and decoder, at predicted positions."""
+    """FLOPs of one forward pass by part. head: dense and decoder, at predicted positions."""
 
     linear: float  # the encoder's Wqkv, Wo, Wi, Wo
     attention: float  # scores and their product with the values
@@ -66,10 +66,10 @@ class Flops:
 
 
 def model_flops(config: ModernBertConfig, lengths: np.ndarray, predicted: float) -> Flops:
-    """Model FLOPs of the forward pass over segments of these lengths.
+    """Returns the model FLOPs of the forward pass over segments of these lengths.
 
-    lengths: tokens of each segment (document), e.g. of `segment_lengths`; [1024] * 32 for full
-    rows. predicted: positions that go through head and decoder, over all segments.
+    lengths: tokens of each segment (document), e.g. from `segment_lengths`; [1024] * 32 for full
+    sequences. predicted: positions that go through head and decoder, over all segments.
     """
     lengths = np.asarray(lengths, np.float64)
     tokens, D, V = lengths.sum(), config.hidden_size, config.vocab_size
@@ -89,32 +89,31 @@ def hardware_flops(
     config: ModernBertConfig,
     lengths: np.ndarray,
     *,
-    rows: int,
+    sequences: int,
     sequence_length: int,
-    places: int,
+    predictions: int,
     remat: str = "none",
 ) -> float:
-    """FLOPs that a training step gives the devices: model FLOPs and what is computed besides.
+    """Returns the FLOPs that a training step costs the devices: model FLOPs and what it adds.
 
-    rows of sequence_length tokens and `places` predicted positions each, in use or not (padding); the
-    attention's backward pass, which computes the scores again (5 products where the forward has 2);
-    the loss, which computes its logits again; what `remat` (train/pretrain/config.py) computes again. The
-    parts of tiles outside a segment or a window are not counted: they depend on the kernel.
+    `sequences` of sequence_length tokens with `predictions` positions each, used or padding; the
+    attention's backward pass, which recomputes the scores (5 products for the forward pass's 2);
+    the loss, which recomputes its logits; what `remat` (train/pretrain/config.py) recomputes. Parts
+    of tiles outside a segment or window are not counted: they depend on the kernel.
     """
     D, V = config.hidden_size, config.vocab_size
-    tokens = rows * sequence_length
+    tokens, positions = sequences * sequence_length, sequences * predictions
     linear = 2.0 * tokens * config.num_hidden_layers * _layer_weights(config)
     attention = model_flops(config, lengths, 0).attention
-    positions = rows * places
-    again = {"none": 0.0, "layers": linear + attention, "all_but_dots": attention}
-    if remat not in again:
-        raise ValueError(f"remat: expected one of {', '.join(again)}, got {remat!r}")
+    recomputed = {"none": 0.0, "layers": linear + attention, "all_but_dots": attention}
+    if remat not in recomputed:
+        raise ValueError(f"remat: expected one of {', '.join(recomputed)}, got {remat!r}")
     head = 2.0 * positions * (3 * D * D + 4 * V * D)
-    return 3 * linear + 3.5 * attention + head + again[remat]
+    return 3 * linear + 3.5 * attention + head + recomputed[remat]
 
 
 def segment_lengths(segment_ids: np.ndarray) -> np.ndarray:
-    """Tokens of each segment in rows [..., L]; id 0 is padding and counts for nothing."""
+    """Returns the tokens of each segment in sequences [..., L]; id 0 is padding."""
     ids = np.asarray(segment_ids)
     ids = ids.reshape(-1, ids.shape[-1])
     starts = np.ones(ids.shape, bool)
@@ -125,7 +124,7 @@ def segment_lengths(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str) -> float:
-    """Model FLOPs utilisation of a device: the share of its peak that model FLOPs keep busy.
+    """Returns the model FLOPs utilization of a device: model FLOPs as a share of its peak.
 
     tokens_per_second: of one device, without padding. flops_per_token: `model_flops(...).train`
     over the tokens. Raises ValueError for a device whose peak is not in PEAK.
@@ -139,6 +138,6 @@ def mfu(tokens_per_second: float, flops_per_token: float, device_kind: str) -> f
 
 
 def _layer_weights(config: ModernBertConfig) -> int:
-    """Weights of a layer's four matrices."""
+    """Returns the number of weights in a layer's four matrices."""
     D, F = config.hidden_size, config.intermediate_size
     return D * 3 * D + D * D + D * 2 * F + F * D

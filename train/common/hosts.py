@@ -9,13 +9,15 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 T = TypeVar("T")
+_WEEK_MS = 7 * 24 * 3600 * 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """How the processes of a run find each other (jax.distributed.initialize)."""
+    """How the processes of a multi-host run find each other (jax.distributed.initialize)."""
 
     coordinator: str = ""
     """HOST:PORT of process 0; empty detects it from Cloud TPU, SLURM or Open MPI."""
@@ -28,11 +30,11 @@ class Hosts:
 
 
 def connect(hosts: Hosts) -> None:
-    """jax.distributed.initialize() where there is more than one process; before any other jax call.
+    """Calls jax.distributed.initialize() for several processes; before any other jax call.
 
-    Explicit flags come first (coordinator, count and index, all three). Without them Cloud TPU,
-    SLURM (`srun`) and Open MPI say who is who; one process alone needs nothing.
-    Raises ValueError for flags that leave something open.
+    Explicit settings come first (coordinator, count and index, all three). Otherwise Cloud TPU,
+    SLURM (`srun`) and Open MPI provide them; a single process needs none. Raises ValueError if only
+    some are given.
     """
     given = (bool(hosts.coordinator), hosts.count > 0, hosts.index >= 0)
     heartbeat: dict[str, Any] = {"heartbeat_timeout_seconds": hosts.heartbeat_seconds}
@@ -50,7 +52,7 @@ def connect(hosts: Hosts) -> None:
 
 
 def _several() -> bool:
-    """Whether the environment speaks of more than one process."""
+    """Returns whether the environment describes more than one process."""
     env = os.environ
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         return True
@@ -58,23 +60,33 @@ def _several() -> bool:
         return True
     if env.get("JAX_PLATFORMS") == "cpu":
         return False
-    # On a Cloud TPU each worker asks the metadata server; that is right for one worker as well.
+    # On a Cloud TPU jax asks the metadata server, which is right for a single worker as well.
     return bool(glob.glob("/dev/accel*") or env.get("TPU_WORKER_HOSTNAMES"))
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this process writes the files that are written once."""
     return jax.process_index() == 0
 
 
+def log(text: str) -> None:
+    """Prints a line on the first process."""
+    if is_first():
+        print(text, flush=True)
+
+
 def barrier(name: str) -> None:
-    """Waits for all processes."""
+    """Waits for all processes, however long they need; a dead one ends the wait by its heartbeat.
+
+    Through the coordination service: a collective of Gloo, the backend on CPUs, gives up after 30
+    seconds while it connects, which no setting changes.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=_WEEK_MS)
 
 
 def first_then_others(name: str, make: Callable[[], T]) -> T:
-    """Runs `make` on the first process and then on the others, who find its work done."""
+    """Calls `make` on the first process and then on the others, which find its work done."""
     if is_first():
         made = make()
         barrier(name)
@@ -84,17 +96,17 @@ def first_then_others(name: str, make: Callable[[], T]) -> T:
 
 
 def from_first(value: int) -> int:
-    """The first process's integer, everywhere."""
+    """Returns the first process's integer on every process."""
     if jax.process_count() == 1:
         return value
-    # Two halves: jax's integers have 32 bits.
+    # In two halves, since jax's integers have 32 bits.
     halves = np.asarray([value >> 31, value & 0x7FFFFFFF], np.int32)
     high, low = multihost_utils.broadcast_one_to_all(halves)
     return (int(high) << 31) | int(low)
 
 
 def total(values: Any) -> np.ndarray:
-    """The sum over processes of a few numbers of each, float64 as far as float32 carries."""
+    """Returns the sum over processes of a few numbers each; float64 sums of float32 values."""
     values = np.asarray(values, np.float64)
     if jax.process_count() == 1:
         return values
@@ -102,7 +114,7 @@ def total(values: Any) -> np.ndarray:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """A global array whole, on every process."""
+    """Returns a global array in full on every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -101,14 +101,16 @@ def adamw(
         if params is None:
             raise ValueError("adamw: update needs the parameters")
         scale = jnp.minimum(1.0, max_grad_norm / (optax.tree.norm(updates) + 1e-6))
-        updates, state = adam.update(jax.tree.map(lambda g: g * scale, updates), state)
+        scaled: Any = jax.tree.map(lambda g: g * scale, updates)
+        moved: Any
+        moved, state = adam.update(scaled, state)
         rates = learning_rate if isinstance(learning_rate, Mapping) else None
 
         def one(path, u):
             rate = learning_rate if rates is None else rates[path]
             return -rate * (u + (weight_decay if decays(path) else 0.0) * params[path])
 
-        return {path: one(path, u) for path, u in updates.items()}, state
+        return {path: one(path, u) for path, u in moved.items()}, state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)  # pyright: ignore[reportArgumentType]
 

@@ -1,8 +1,8 @@
-"""Which part of which array lies on which device: one table for the weights, one line for the rows.
+"""How arrays are placed on devices: weights by their axis letters, batches by sequence.
 
-The mesh has three axes. Rows of a batch are split over `data` and `fsdp`; parameters and moments
-over `fsdp`, and gathered over it once a step; heads, MLP and vocabulary over `tensor`. One device
-is a mesh of 1 x 1 x 1: there is no other path.
+The mesh has three axes. The sequences of a batch are split over `data` and `fsdp`; parameters and
+moments over `fsdp`, and gathered over it once per step; heads, MLP and vocabulary over `tensor`. A
+single device is a mesh of 1 x 1 x 1, so that there is one code path.
 """
 
 import dataclasses
@@ -19,10 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from modernbert_jax.weights import weight_of
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-ROWS = (DATA, FSDP)
+BATCH = (DATA, FSDP)  # the mesh axes that split the sequences of a batch
 
-# The mesh axis of an axis letter; the first D of a matrix is split over fsdp.
-_TENSOR_AXES = "VHF"
+_TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split over fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +37,10 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, or of the first ones. data = -1 takes what fsdp and tensor leave.
+    """Returns a mesh of all devices; a single process may leave the last ones unused.
 
-    Slices of a multi-slice TPU job are joined by `data`, the axis that exchanges least. Raises
-    ValueError where the axes do not make up the devices.
+    The slices of a multi-slice TPU job are joined along `data`, the axis with the least
+    communication. Raises ValueError if the axes do not multiply to the number of devices.
     """
     shape = shape or MeshShape()
     devices = list(jax.devices() if devices is None else devices)
@@ -49,17 +48,19 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
     fsdp, tensor = shape.fsdp, shape.tensor
     data = n // max(fsdp * tensor, 1) if shape.data == -1 else shape.data
     if 0 < data * fsdp * tensor < n and len({d.process_index for d in devices}) == 1:
-        devices = devices[: data * fsdp * tensor]  # one process may leave some idle
+        devices = devices[: data * fsdp * tensor]
         n = len(devices)
     if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != n:
         raise ValueError(
-            f"mesh: expected data x fsdp x tensor to be the {n} devices, got "
-            f"{shape.data} x {fsdp} x {tensor}; --mesh.data -1 takes what the others leave"
+            f"mesh: expected data x fsdp x tensor to equal the {n} devices, got "
+            f"{shape.data} x {fsdp} x {tensor}; --mesh.data -1 uses the devices that remain"
         )
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
         if data % slices:
-            raise ValueError(f"mesh: data {data} is no multiple of the {slices} slices")
+            raise ValueError(
+                f"mesh: expected data to be a multiple of the {slices} slices, got {data}"
+            )
         grid = mesh_utils.create_hybrid_device_mesh(
             (data // slices, fsdp, tensor), (slices, 1, 1), devices
         )
@@ -69,19 +70,28 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
     )
 
 
+def describe(mesh: Mesh) -> str:
+    """Returns the mesh in words: "data 4 x fsdp 1 x tensor 2 (cpu, 1 processes)"."""
+    grid = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{grid} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes)"
+
+
+# Weights.
+
+
 def spec_of(path: str) -> P:
-    """The partition spec of a parameter. Raises ValueError for a path that no ModernBERT has."""
+    """Returns the partition spec of a parameter. Raises ValueError for an unknown path."""
     axes = weight_of(path).axes
     if axes == "D":
         return P()
-    spec = [TENSOR if axis in _TENSOR_AXES else None for axis in axes]
+    spec = [TENSOR if axis in _TENSOR_LETTERS else None for axis in axes]
     if "D" in axes:
         spec[axes.index("D")] = FSDP
     return P(*spec)
 
 
 def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Path -> where a parameter (and each of its moments) lies.
+    """Returns {path: sharding} of the parameters, which their moments share.
 
     Raises ValueError for a size that its mesh axis does not divide.
     """
@@ -92,18 +102,19 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
             if axis is not None and size % mesh.shape[axis]:
                 fitting = [n for n in range(1, mesh.shape[axis]) if size % n == 0]
                 raise ValueError(
-                    f"{path} of shape {tuple(leaf.shape)}: {size} is no multiple of mesh axis "
-                    f"{axis} = {mesh.shape[axis]}; the next smaller that fits is {fitting[-1]}"
+                    f"{path} of shape {tuple(leaf.shape)}: expected {size} to be a multiple of "
+                    f"mesh axis {axis} = {mesh.shape[axis]}; the next smaller divisor is "
+                    f"{fitting[-1]}"
                 )
         out[path] = NamedSharding(mesh, spec)
     return out
 
 
 def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
-    """The parameters as the model uses them: whole over fsdp, still split over tensor.
+    """Returns the parameters gathered over fsdp, still split over tensor, as the model uses them.
 
-    Weights of matrix products travel in the compute `dtype`. Norms and embeddings stay as they are:
-    the model uses them in float32, and a look-up's gradient adds up many tokens.
+    Weights of matrix products are gathered in the compute `dtype`. Norms and embeddings keep
+    theirs: the model uses them in float32, and an embedding's gradient adds up many tokens.
     """
 
     def one(path: str, value: jax.Array) -> jax.Array:
@@ -116,7 +127,7 @@ def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any) -> dict[str,
 
 
 def scatter(grads: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Gradients of gathered parameters in float32, split as the parameters are."""
+    """Returns the gradients of gathered parameters in float32, split as the parameters are."""
     return {
         path: jax.lax.with_sharding_constraint(
             g.astype(jnp.float32), NamedSharding(mesh, spec_of(path))
@@ -125,54 +136,10 @@ def scatter(grads: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-# Rows.
-
-
-def row_shards(mesh: Mesh) -> int:
-    """How many ways the rows of a micro-batch are split."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
-
-
-def padded_rows(micro_batch_size: int, mesh: Mesh) -> int:
-    """Row slots of a micro-batch: enough for all of its rows, and a multiple of the shards."""
-    shards = row_shards(mesh)
-    return -(-micro_batch_size // shards) * shards
-
-
-def local_slots(slots: int, mesh: Mesh) -> np.ndarray:
-    """Which of a micro-batch's row slots this process's devices hold, in order."""
-    where = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((slots,))
-    return np.unique(np.concatenate([np.arange(slots)[index] for index in where.values()]))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a batch, [A, slots, ...]."""
-    return NamedSharding(mesh, P(None, ROWS))
-
-
-def to_devices(
-    arrays: Mapping[str, np.ndarray], own: np.ndarray, slots: int, mesh: Mesh
-) -> dict[str, jax.Array]:
-    """Global arrays [A, slots, ...] of which this process gives its `own` slots, [A, own, ...]."""
-    sharding = batch_sharding(mesh)
-
-    def one(array: np.ndarray) -> jax.Array:
-        shape = (array.shape[0], slots, *array.shape[2:])
-
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[1].indices(slots)
-            first = int(np.searchsorted(own, start))
-            return array[:, first : first + stop - start]
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return {name: one(array) for name, array in arrays.items()}
-
-
 def place(
     read: Callable[[str], np.ndarray], shapes: Mapping[str, Any], shardings: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-    """Arrays made where they belong: each process hands over only its devices' parts."""
+    """Returns sharded arrays {path: array}; each process passes only its devices' parts to jax."""
     out = {}
     for path, leaf in shapes.items():
         value = np.asarray(read(path), leaf.dtype)
@@ -180,3 +147,47 @@ def place(
             tuple(leaf.shape), shardings[path], lambda index, value=value: value[index]
         )
     return out
+
+
+# Batches.
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of ways the sequences of a micro-batch are split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def padded_batch_size(micro_batch_size: int, mesh: Mesh) -> int:
+    """Returns micro_batch_size rounded up to a multiple of the shards."""
+    shards = batch_shards(mesh)
+    return -(-micro_batch_size // shards) * shards
+
+
+def local_slots(size: int, mesh: Mesh) -> np.ndarray:
+    """Returns the indices of a micro-batch's `size` sequences that this process holds, in order."""
+    indices = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in indices.values()]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of every array of a batch, [A, B, ...]."""
+    return NamedSharding(mesh, P(None, BATCH))
+
+
+def to_devices(
+    arrays: Mapping[str, np.ndarray], local: np.ndarray, size: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Returns global arrays [A, size, ...] from this process's part of them, [A, local, ...]."""
+    sharding = batch_sharding(mesh)
+
+    def one(array: np.ndarray) -> jax.Array:
+        shape = (array.shape[0], size, *array.shape[2:])
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[1].indices(size)
+            first = int(np.searchsorted(local, start))
+            return array[:, first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: one(array) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Watching a run: norms by kind of weight, loss spikes, stalls, goodput, a profiler's window."""
+"""Monitoring of a run: norms by kind of weight, loss spikes, stalls, goodput, profiler window."""
 
 import collections
 import contextlib
@@ -9,7 +9,6 @@ import os
 import pathlib
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
@@ -22,7 +21,7 @@ from modernbert_jax.weights import weight_of
 
 
 def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """L2 norm of the parameters (or gradients) {path: array} of each kind, float32 scalars.
+    """Returns the L2 norm of the parameters (or gradients) {path: array} of each kind, float32.
 
     For use under jit; leaves may be sharded. The squares add up to the square of the global norm.
     """
@@ -33,11 +32,11 @@ def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 class Spikes:
-    """Tells when a loss stands out above the last `window` of them.
+    """Flags loss spikes: losses far above the last `window` losses.
 
-    A spike is more than `factor` standard deviations above the median, the deviation being that of
-    the median absolute deviation and at least 1 % of the median. Neither is moved by a few spikes;
-    a level that stays becomes the new median. After a resume it starts over.
+    A spike is more than `factor` standard deviations above the median, where the deviation is
+    estimated from the median absolute deviation and is at least 1 % of the median. A few spikes
+    move neither; a level that stays becomes the new median. A resumed run starts without losses.
     """
 
     def __init__(self, window: int = 200, factor: float = 6.0):
@@ -46,102 +45,73 @@ class Spikes:
         self.inside = False
 
     def __call__(self, step: int, loss: float) -> str | None:
-        """A message at the first step of a spike, else None."""
+        """Returns a message at the first step of a spike, else None."""
         was_inside, message = self.inside, None
-        if len(self.losses) >= 20:  # fewer do not tell what is usual
+        if len(self.losses) >= 20:  # too few losses to estimate the spread otherwise
             median = statistics.median(self.losses)
             spread = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
             spread = max(spread, 0.01 * abs(median))
             self.inside = not loss <= median + self.factor * spread
             message = (
-                f"step {step}: loss spike: {loss:.3f}, where the median of the last "
-                f"{len(self.losses)} steps is {median:.3f} (spread {spread:.3f})"
+                f"step {step}: loss spike: {loss:.3f}; the last {len(self.losses)} steps have "
+                f"median {median:.3f}, spread {spread:.3f}"
             )
         self.losses.append(loss)
         return message if self.inside and not was_inside else None
 
 
 class Stall:
-    """Says on stderr where this host stands when no step has been done for `minutes`.
+    """Dumps the stacks of all threads to stderr when no step completes for `minutes`.
 
-    Host number, `where()` and the stacks of all threads (files, lines and functions, no values),
-    again every further `minutes`. A thread that waits inside a C call is listed by the Python line
-    that made it. 0 minutes: never.
+    It repeats every further `minutes`; 0 turns it off. Stacks name files, lines and functions, and
+    no values. `faulthandler` writes them from a thread without Python, so that a stall inside a C
+    call that holds the interpreter lock is shown as well.
     """
 
-    def __init__(
-        self, minutes: float, where: Callable[[], str], file: TextIO | None = None, host: int = 0
-    ):
-        self.seconds, self.where, self.host = 60.0 * minutes, where, host
-        # A file with a descriptor: sys.stderr of a notebook has none.
+    def __init__(self, minutes: float, file: TextIO | None = None):
+        self.seconds = 60.0 * minutes
+        # A notebook's sys.stderr has no file descriptor.
         self.file = file or sys.__stderr__ or sys.stderr
-        self._beat = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stall", daemon=True)
-        if minutes > 0:
-            self._thread.start()
+        self.beat()
 
     def beat(self) -> None:
-        """A step was done."""
-        self._beat = time.monotonic()
-
-    def _watch(self) -> None:
-        told, due = self._beat, self._beat + self.seconds
-        while not self._stop.wait(max(due - time.monotonic(), 0.0)):
-            if self._beat != told:
-                told, due = self._beat, self._beat + self.seconds
-            elif time.monotonic() >= due:
-                self._tell()
-                due += self.seconds
-
-    def _tell(self) -> None:
-        try:
-            place = self.where()
-        except Exception as error:  # the stacks matter more
-            place = f"where: {type(error).__name__}"
-        minutes = (time.monotonic() - self._beat) / 60
-        print(
-            f"host {self.host}: no step for {minutes:.1f} minutes; {place}",
-            file=self.file,
-            flush=True,
-        )
-        faulthandler.dump_traceback(self.file, all_threads=True)
+        """Restarts the wait: a step was completed."""
+        if self.seconds > 0:
+            faulthandler.dump_traceback_later(self.seconds, repeat=True, file=self.file)
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        """Ends the monitoring."""
+        if self.seconds > 0:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class Goodput:
     """The share of a run's wall time that went into steps that were kept, across restarts.
 
-    Each second since the very first start belongs to one kind. A ledger holds them, a line of JSON
-    at each start and each saved checkpoint:
+    Each second since the very first start belongs to one kind. A ledger file holds them, one line
+    of JSON per start and per saved checkpoint:
 
         {"start": unix seconds, "step": 1200}
         {"time": unix seconds, "step": 1400, "starting": s, "steps": s, "waiting": s, ...}
 
-    What is not in it is unproductive: the steps between the last checkpoint and a crash, and the
-    time until the restart. So are the lines beyond the step that a restart begins at. A last line
-    cut short by a crash is left out. For one thread.
+    Time that is not in the ledger is unproductive: steps between the last checkpoint and a crash,
+    and the time until the restart. Entries past the step we restart from are discarded, as is a
+    last line that a crash cut short. For use by a single thread.
     """
 
     KINDS: tuple[str, ...] = ("starting", "steps", "waiting", "saving", "evaluating", "compiling")
 
-    def __init__(
-        self,
-        path: Any,
-        step: int,
-        now: Callable[[], float] = time.time,
-    ):
-        """path: pathlib's or epath's; None on all hosts but one: they write nothing. step: done."""
+    def __init__(self, path: Any, step: int, now: Callable[[], float] = time.time):
+        """path: a path of pathlib or epath; None writes no file, on all hosts but one.
+
+        step: the last completed step.
+        """
         self.path = path
         self.now = now
         self.lines = [] if self.path is None else _read_ledger(self.path)
         self.kind, self._since = "starting", now()
         self._seconds: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)
+        self._spent: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)  # since this start
         if isinstance(path, pathlib.Path) and path.exists():
             if not path.read_bytes().endswith(b"\n"):  # cut short: keep it a line of its own
                 self._append("\n")
@@ -149,7 +119,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def doing(self, kind: str) -> Iterator[None]:
-        """Time in here is of that kind, but for what is inside another `doing`."""
+        """Counts the time inside as this kind, except what is inside a nested `doing`."""
         outer = self._switch(kind)
         try:
             yield
@@ -157,17 +127,17 @@ class Goodput:
             self._switch(outer)
 
     def commit(self, step: int) -> None:
-        """The state after `step` is safe, and with it the time until now. Call after each save."""
+        """Records the time until now; to be called after the state of `step` has been saved."""
         self._switch(self.kind)
         self._write({"time": self._since, "step": step, **self._seconds})
         self._seconds = dict.fromkeys(self.KINDS, 0.0)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by kind over all starts but for lost steps, and "wall" since the first start."""
+        """Returns seconds by kind without lost steps, and "wall" since the very first start."""
         self._switch(self.kind)
         kept: list[dict[str, Any]] = []
         for line in self.lines:
-            if "start" in line:  # goes on from here: later work is done again
+            if "start" in line:  # steps after this one are done again
                 kept = [k for k in kept if k["step"] <= line["step"]]
             else:
                 kept.append(line)
@@ -176,14 +146,20 @@ class Goodput:
         sums = {kind: math.fsum(k.get(kind, 0.0) for k in kept) for kind in self.KINDS}
         return sums | {"wall": self._since - first}
 
+    def since_start(self) -> dict[str, float]:
+        """Returns seconds by kind since this start."""
+        self._switch(self.kind)
+        return dict(self._spent)
+
     def share(self) -> float:
-        """Seconds in steps over wall seconds since the very first start; 0 at that moment."""
+        """Returns seconds in steps over wall seconds since the very first start; 0 at that time."""
         seconds = self.seconds()
         return seconds["steps"] / seconds["wall"] if seconds["wall"] > 0 else 0.0
 
     def _switch(self, kind: str) -> str:
         now, outer = self.now(), self.kind
-        self._seconds[outer] += now - self._since
+        for seconds in (self._seconds, self._spent):
+            seconds[outer] += now - self._since
         self.kind, self._since = kind, now
         return outer
 
@@ -191,7 +167,7 @@ class Goodput:
         self.lines.append(line)
         if isinstance(self.path, pathlib.Path):
             self._append(json.dumps(line) + "\n")
-        elif self.path is not None:  # in a bucket a file cannot grow
+        elif self.path is not None:  # a file in a bucket cannot be appended to
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def _append(self, text: str) -> None:
@@ -212,7 +188,7 @@ def _read_ledger(path: Any) -> list[dict[str, Any]]:
 
 
 class Profile:
-    """jax.profiler from the start of step `first`, for `steps` steps, into `folder`; 0: never.
+    """Runs jax.profiler for `steps` steps from step `first` on, into `folder`; 0: never.
 
     Read it with `tensorboard --logdir FOLDER` (its profile plug-in) or xprof.
     """

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ..common.flops import PEAK
 from ..common.optimizer import StableAdamWState
-from ..common.sharding import batch_sharding, padded_rows, param_shardings
+from ..common.sharding import batch_sharding, padded_batch_size, param_shardings
 from ..pretrain.config import Phase, TrainConfig
 from ..pretrain.masking import predicted_positions
 from ..pretrain.step import Trainer, TrainState
@@ -101,7 +101,7 @@ def abstract_arguments(trainer: Trainer, phase: Phase) -> tuple[Any, ...]:
     positions = predicted_positions(config.sequence_length, phase.mlm_probability)
     widths = {"input_ids": config.sequence_length, "segment_ids": config.sequence_length}
     widths |= {"predict_positions": positions, "labels": positions}
-    rows = (config.gradient_accumulation_steps, padded_rows(config.micro_batch_size, mesh))
+    rows = (config.gradient_accumulation_steps, padded_batch_size(config.micro_batch_size, mesh))
     batch = {
         name: jax.ShapeDtypeStruct((*rows, width), jnp.int32, sharding=batch_sharding(mesh))
         for name, width in widths.items()

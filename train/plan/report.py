@@ -99,9 +99,9 @@ def phase_costs(
     hardware = hardware_flops(
         config.model,
         lengths,
-        rows=split.gradient_accumulation_steps * split.padded_micro_batch_size,
+        sequences=split.gradient_accumulation_steps * split.padded_micro_batch_size,
         sequence_length=config.sequence_length,
-        places=predicted_positions(config.sequence_length, phase.mlm_probability),
+        predictions=predicted_positions(config.sequence_length, phase.mlm_probability),
         remat=config.remat,
     )
     compute = hardware / (devices * peak.flops)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..common.flops import PEAK
-from ..common.sharding import MeshShape, make_mesh, row_shards
+from ..common.sharding import MeshShape, batch_shards, make_mesh
 from ..pretrain.config import TrainConfig
 from . import search, topologies
 from .compile import Compiled, compile_step
@@ -69,7 +69,7 @@ def plan(
         config = dataclasses.replace(config, mesh=mesh_shape)
     mesh = make_mesh(config.mesh, devices)
     phase = max(config.phases, key=lambda phase: phase.mlm_probability)
-    splits = search.batch_splits(config.global_batch_size, row_shards(mesh))
+    splits = search.batch_splits(config.global_batch_size, batch_shards(mesh))
     results: dict[search.BatchSplit, Compiled] = {}
 
     def attempt(split: search.BatchSplit) -> Compiled:

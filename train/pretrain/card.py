@@ -1,6 +1,6 @@
 """Facts about a pretraining run for its model card (`modernbert_jax.card`).
 
-No text of a document is among the facts. What a run does not know, such as its license, is left out.
+No text of a document is among the facts. Unknown facts, such as the license, are left out.
 """
 
 import pathlib

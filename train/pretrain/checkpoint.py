@@ -1,15 +1,21 @@
 """The checkpoints of a run: WORKDIR/checkpoints/00001200, in the library's Orbax layout.
 
-They are written in the background. `data/state.json` holds where the run stands, the size of every
-file and a fingerprint of every array, so that a checkpoint that was cut short or changed on disk is
-noticed when it is read, and the one before it is used.
+Orbax writes the arrays in the background. `data/state.json` holds where the run stands, the size of
+every file and a fingerprint of every array, so that a checkpoint that was cut short or changed on
+disk is noticed when it is read, and the one before it is used. config.json is written last and
+commits a checkpoint.
+
+Orbax's `training.Checkpointer` (v1, 0.12) would also remove old checkpoints, but it puts everything
+into subfolders of its own: config.json, tokenizer.json and data/state.json would lie outside its
+commit, so that a crash could leave a committed checkpoint that `from_pretrained` and `convert`
+cannot read.
 """
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +37,26 @@ _ARCHITECTURE = (
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what was written."""
+    """The files of a checkpoint are not what was written."""
 
 
 class Checkpoints:
-    """Saves and restores the state of one run. workdir: a path of pathlib's or epath's.
+    """Saves and restores the state of one run. workdir: a path of pathlib or epath.
 
     Every process of the job makes the same calls.
     """
 
-    def __init__(self, workdir: Any, trainer: Trainer, keep: int, say: Callable[[str], None]):
-        self.workdir, self.trainer, self.keep, self.say = workdir, trainer, keep, say
-        self._last = -1  # the newest step that is saved, or being saved
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+    def __init__(self, workdir: Any, trainer: Trainer, keep: int, log: Callable[[str], None]):
+        self.workdir, self.trainer, self.keep, self.log = workdir, trainer, keep, log
+        self._last = -1  # the newest step that is saved or being saved
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Takes the state off the devices and goes on writing in the background.
+        """Copies the state off the devices and writes it in the background.
 
-        Waits for the save before it. When one is whole, all but the newest `keep` are removed.
-        Raises OSError, here or at the next call, where a checkpoint could not be written.
+        Waits for the previous save. Once a checkpoint is committed, all but the newest `keep` are
+        removed. Raises OSError, here or at the next call, if it cannot be written.
         """
         self.wait()
         step = int(state.optimizer.step)
@@ -60,7 +66,7 @@ class Checkpoints:
         folder = self.workdir / "checkpoints" / f"{step:08d}"
         marks = {k: int(v) for k, v in fingerprints(state).items()}
         if jax.default_backend() == "cpu":
-            # There "off the device" is the same memory, and the next step writes into it.
+            # There "off the device" is the same memory, which the next step overwrites.
             state = jax.tree.map(jnp.copy, state)
 
         def data() -> dict[str, Any]:
@@ -77,53 +83,45 @@ class Checkpoints:
                 data=data,
             )
         except Exception as error:
-            self._error = error
-            return self.wait()
+            self._fail(error)
 
         def commit() -> None:
-            try:
-                finish()
-                if is_first():
-                    for old in committed(self.workdir)[: -self.keep]:
-                        (old / CONFIG_FILE).unlink()  # from here on it is not whole
-                        remove_tree(old)
-            except BaseException as error:  # raised by wait()
-                self._error = error
+            finish()
+            if is_first():
+                for old in committed(self.workdir)[: -self.keep]:
+                    (old / CONFIG_FILE).unlink()  # no longer committed
+                    remove_tree(old)
 
-        self._thread = threading.Thread(target=commit, name="checkpoint")
-        self._thread.start()
+        self._saving = self._thread.submit(commit)
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises OSError where that did not end well."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            good = committed(self.workdir)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise OSError(
-                f"checkpoint of step {self._last}: could not be written ({reason}); make room, "
-                f"then the same command goes on from {good[-1] if good else 'the start'}"
-            ) from error
+        """Returns once nothing is being written. Raises OSError if the last save failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        good = committed(self.workdir)
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise OSError(
+            f"checkpoint of step {self._last}: could not be written ({reason}); free disk space, "
+            f"then the same command resumes from {good[-1] if good else 'the start'}"
+        ) from error
 
     def close(self) -> None:
-        """Lets a save that is under way end, whatever becomes of it."""
-        if self._thread is not None:
-            self._thread.join()
+        """Lets a save in progress end, whether it succeeds or not."""
+        self._thread.shutdown()
 
     def restore(self) -> tuple[TrainState, dict[str, Any], Any] | None:
-        """(state, position, folder) of the newest checkpoint that is sound; None without one.
+        """Returns (state, position, folder) of the newest intact checkpoint; None without one.
 
-        A damaged one is renamed to NAME.damaged, with a line that says so. Raises ValueError where
-        the newest is of another architecture.
+        A damaged one is renamed to NAME.damaged and logged. Raises ValueError if the newest has
+        another architecture.
         """
         if is_first():
-            for path in self.workdir.glob(
-                "checkpoints/*"
-            ):  # left by a crash in the middle of a save
+            for path in self.workdir.glob("checkpoints/*"):
                 if path.name.isdigit() and not (path / CONFIG_FILE).exists():
-                    remove_tree(path)
+                    remove_tree(path)  # a crash interrupted this save
         while True:
             step = from_first(self._newest() if is_first() else 0)
             if step < 0:
@@ -138,7 +136,7 @@ class Checkpoints:
             return state, position, folder
 
     def _newest(self) -> int:
-        """The newest step whose files have the sizes they were written with; -1 without one."""
+        """Returns the newest step whose files have their original sizes; -1 without one."""
         for folder in reversed(committed(self.workdir)):
             try:
                 _check_sizes(folder)
@@ -149,7 +147,7 @@ class Checkpoints:
         return -1
 
     def _set_aside(self, folder: Any, error: Damaged) -> None:
-        self.say(f"{folder}: damaged ({error}); going back to the one before it")
+        self.log(f"{folder}: damaged ({error}); using the checkpoint before it")
         if is_first():
             folder.rename(folder.with_name(folder.name + ".damaged"))
 
@@ -158,9 +156,7 @@ class Checkpoints:
         data = _read_state(folder)
         try:
             loaded = load_orbax(folder, optimizer=True, shardings=self.trainer.shardings.params)
-        except (
-            Exception
-        ) as error:  # what a reader meets in bytes that are not its own is its affair
+        except Exception as error:  # a reader of damaged bytes may raise anything
             raise Damaged(str(error).strip().split("\n")[0]) from None
         optimizer = loaded["optimizer"]
         step = jax.device_put(np.int32(optimizer["step"]), self.trainer.replicated)
@@ -176,9 +172,9 @@ class Checkpoints:
 
 @jax.jit
 def fingerprints(state: TrainState) -> dict[str, jax.Array]:
-    """Name -> uint32 of an array's bits: the sum of its words, each times an odd number of its own.
+    """Returns {name: uint32}: the sum of an array's words, each times an odd number of its own.
 
-    Integers add up to the same on any mesh, and no single word can change without changing it.
+    Integers add up to the same on any mesh, and a change to any single word changes the sum.
     """
 
     def mark(x: jax.Array) -> jax.Array:
@@ -197,7 +193,7 @@ def fingerprints(state: TrainState) -> dict[str, jax.Array]:
 
 
 def _sizes(folder: Any) -> dict[str, int]:
-    """Path -> bytes of every file of the arrays."""
+    """Returns {path: bytes} of every file of the arrays."""
     return {
         f"{name}/{path}": size
         for name in ("params", "optimizer")
@@ -206,12 +202,12 @@ def _sizes(folder: Any) -> dict[str, int]:
 
 
 def _walk(folder: Any) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of the files below; a bucket lists one level at a time."""
+    """Yields (path, bytes) of the files below; a bucket lists one level at a time."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir():
             yield from ((f"{path.name}/{name}", size) for name, size in _walk(path))
         else:
-            stat = path.stat()  # epath has its own, with a length
+            stat = path.stat()  # epath's has a length instead
             yield path.name, stat.length if hasattr(stat, "length") else stat.st_size
 
 

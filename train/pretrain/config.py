@@ -1,4 +1,4 @@
-"""What a pretraining run is: phases as data. The command line is made from these dataclasses."""
+"""The configuration of a pretraining run: phases as data; the command line is made from it."""
 
 import dataclasses
 import math
@@ -12,19 +12,30 @@ from ..common.sharding import MeshShape
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One phase. Weights and moments carry over from the last one; its token clock starts at 0."""
+    """One phase. Weights and moments carry over from the previous one; its token clock restarts."""
 
     name: str = "phase"
-    tokens: int = 10_000_000  # budget, in tokens without padding
-    mlm_probability: float = 0.30  # share of tokens to predict
-    learning_rate: float = 3e-4  # peak
-    corpus: tuple[str, ...] = ()  # folders or files, see TrainConfig; empty: the run's --corpus
-    warmup_tokens: int = 0  # linear, from 0
-    decay_tokens: int = 0  # at the end of the budget; 0 is a constant rate
+    """Name in logs, metrics and the model card."""
+    tokens: int = 10_000_000
+    """Token budget, without padding."""
+    mlm_probability: float = 0.30
+    """Probability that a token is selected for prediction."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    corpus: tuple[str, ...] = ()
+    """Corpora of this phase; empty uses the run's --corpus. See there."""
+    warmup_tokens: int = 0
+    """Tokens over which the learning rate rises linearly from 0."""
+    decay_tokens: int = 0
+    """Tokens at the end of the budget over which the rate decays; 0 keeps it constant."""
     decay: Literal["one_minus_sqrt", "linear"] = "one_minus_sqrt"
-    final_lr_ratio: float = 0.001  # of the peak, where the decay ends
-    batch_size_warmup_start: int = 0  # rows of the first steps; 0: all of them from the start
-    batch_size_warmup_tokens: int = 0  # by when all rows are in use
+    """Shape of the decay."""
+    final_lr_ratio: float = 0.001
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    batch_size_warmup_start: int = 0
+    """Sequences per step at the start of batch-size warm-up; 0 turns the warm-up off."""
+    batch_size_warmup_tokens: int = 0
+    """Tokens after which every step has global_batch_size sequences."""
 
     def __post_init__(self) -> None:
         if isinstance(self.corpus, str):
@@ -50,34 +61,38 @@ class Phase:
             factor = self.final_lr_ratio + (1.0 - self.final_lr_ratio) * (1.0 - x)
         return self.learning_rate * factor
 
-    def batch_size_at(self, tokens: int, rows: int, micro_batch_size: int) -> int:
-        """The rows of the step that starts at `tokens` of the phase's clock.
+    def batch_size_at(self, tokens: int, batch_size: int, micro_batch_size: int) -> int:
+        """Returns the number of sequences of the step that starts at `tokens` on the phase's clock.
 
-        They rise from batch_size_warmup_start to `rows` by one micro-batch at a time, each size serving as many
-        steps as the next. Source: ModernBERT's batch-size warm-up (its sequence packer).
+        It rises from batch_size_warmup_start to `batch_size` by one micro-batch at a time, and each
+        size is used for the same number of steps. Source: ModernBERT's batch-size warm-up (its
+        sequence packer).
         """
         if not self.batch_size_warmup_start or tokens >= self.batch_size_warmup_tokens:
-            return rows
-        sizes = range(self.batch_size_warmup_start, rows + 1, micro_batch_size)
+            return batch_size
+        sizes = range(self.batch_size_warmup_start, batch_size + 1, micro_batch_size)
         done = 0
         for size in sizes:
             done += size
             if tokens < math.ceil(self.batch_size_warmup_tokens * done / sum(sizes)):
                 return size
-        return rows
+        return batch_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """StableAdamW, as ModernBERT and BioClinical ModernBERT use it."""
+    """StableAdamW, with the values of ModernBERT and BioClinical ModernBERT."""
 
     b1: float = 0.9
+    """Decay rate of the first moment."""
     b2: float = 0.98
+    """Decay rate of the second moment."""
     eps: float = 1e-6
-    weight_decay: float = 1e-5  # fully decoupled: a share of the weight a step at the peak rate
-    max_learning_rate: float = (
-        0.0  # the rate at which weight_decay applies whole; 0: the phase's peak
-    )
+    """Added to the denominator of the update."""
+    weight_decay: float = 1e-5
+    """Fully decoupled: the fraction of a weight removed per step at the peak learning rate."""
+    max_learning_rate: float = 0.0
+    """Learning rate at which weight_decay applies in full; 0 uses the phase's peak."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,111 +100,144 @@ class TrainConfig:
     """A pretraining run."""
 
     model: ModernBertConfig = dataclasses.field(default_factory=ModernBertConfig.tiny)
+    """Architecture of a new model. With --init-from only dtypes and dropout are read from here."""
     phases: tuple[Phase, ...] = (Phase(),)
+    """Training phases, in order."""
     optimizer: Optimizer = Optimizer()
-    workdir: str = "runs/pretrain"  # checkpoints, tokens, metrics, curves and the export
-    # For the phases that name none: folders or files of .txt, .jsonl, .csv, .tsv, folders of tokens
-    # made by `prepare`, MDS folders. Empty: notes made by train/corpora/synthetic.
+    """Optimizer settings."""
+    workdir: str = "runs/pretrain"
+    """Folder or bucket (gs://...) for checkpoints, metrics, curves and the exported model."""
     corpus: tuple[str, ...] = ()
-    synthetic_notes: int = 12_000  # how many, where corpus is empty; 0: refuse instead
-    text_column: str = ""  # of .jsonl, .csv, .tsv; empty: text, notes, note, ...
-    tokenizer: str = ""  # folder or hub id; empty: a byte-level BPE trained on the corpus
-    init_from: str = ""  # checkpoint (HF, Orbax, or another run's workdir); empty: fresh weights
-    init_optimizer: bool = False  # take the Adam moments of init_from as well (Orbax only)
-    global_rope_theta: float = 0.0  # replaces init_from's (context extension); 0: leave it
+    """Corpora of phases that name none: folders or files of .txt, .jsonl, .csv or .tsv, folders
+    written by `prepare`, or MDS folders. A corpus listed n times is repeated n times per epoch.
+    Empty trains on synthetic notes."""
+    synthetic_notes: int = 12_000
+    """Number of synthetic notes written when no corpus is given; 0 raises an error instead."""
+    text_column: str = ""
+    """Column or key of the text in .jsonl, .csv and .tsv; empty tries text, notes, note, ..."""
+    tokenizer: str = ""
+    """Folder or hub id; empty uses the one of --init-from, or trains a byte-level BPE."""
+    init_from: str = ""
+    """Checkpoint to start from: HF or Orbax folder, a run's workdir, or hub id; empty: random."""
+    init_optimizer: bool = False
+    """Also load the optimizer's moments from --init-from (Orbax checkpoints only)."""
+    global_rope_theta: float = 0.0
+    """Replaces the value of --init-from, for context extension; 0 keeps it."""
     seed: int = 17
-    sequence_length: int = 1024  # tokens a packed row
-    global_batch_size: int = 32  # a step, over all micro-batches
-    gradient_accumulation_steps: int = (
-        1  # gradient accumulation; the loss is the same for any number
-    )
-    mask_special_tokens: bool = False  # the reference's packed training may mask [CLS] and [SEP]
-    # tokens: the mean over all masked tokens of a step. sequences: as the reference's trainer has
-    # it, the mean of each micro-batch weighted by its number of sequences.
+    """Seed used for initialization, order of the data, masks and dropout."""
+    sequence_length: int = 1024
+    """Tokens per packed sequence."""
+    global_batch_size: int = 32
+    """Packed sequences per step, over all devices and micro-batches."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per step. The loss does not depend on it with loss_weighting=tokens."""
+    mask_special_tokens: bool = False
+    """Allow [CLS] and [SEP] to be masked, as ModernBERT's packed training may do."""
     loss_weighting: Literal["tokens", "sequences"] = "tokens"
+    """tokens: mean over the masked tokens of a step, sum_t l_t / N. sequences: the mean of each
+    micro-batch m weighted by its number of sequences, sum_m s_m / S (sum_t l_mt / N_m), as in
+    Composer."""
     mesh: MeshShape = MeshShape()
+    """Number of devices along each axis of the mesh."""
     hosts: Hosts = Hosts()
-    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"  # of dropout; rbg is quicker on TPUs
-    attention: str = ""  # implementation by name (modernbert_jax.attention); empty: chosen
-    scan_layers: bool = False  # one body for repeated layers: compiles faster, slower on CPUs
-    # What the backward pass computes again: nothing, whole layers, or all but matrix products.
+    """How the processes of a multi-host run find each other."""
+    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"
+    """Random number generator for dropout; rbg is faster on TPUs."""
+    attention: str = ""
+    """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
+    scan_layers: bool = False
+    """Scan over groups of layers: compiles faster, runs slower on CPUs."""
     remat: Literal["none", "layers", "all_but_dots"] = "none"
-    loss_chunk: int = 1024  # predicted positions a device whose logits exist at once
-    eval_fraction: float = 0.05  # of the documents, by a hash of the text
+    """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
+    loss_chunk: int = 1024
+    """Predictions per device in one chunk of logits; smaller uses less memory."""
+    eval_fraction: float = 0.05
+    """Fraction of documents in the evaluation set, chosen by a hash of the text."""
     eval_mlm_probability: float = 0.15
-    eval_every: int = 200  # steps; also at the end of each phase
-    eval_sequences: int = 128  # at most, of held-out text
-    checkpoint_every: int = 200  # steps; also at the end of each phase
+    """mlm_probability of the evaluation set."""
+    eval_every: int = 200
+    """Steps between evaluations; each phase also ends with one."""
+    eval_sequences: int = 128
+    """Maximum number of packed sequences per evaluation set."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; each phase also ends with one."""
     keep_checkpoints: int = 2
-    log_every: int = 10  # steps
-    stall_minutes: float = 15.0  # without a step, until every host says where it is
-    profile_step: int = 0  # step that jax.profiler starts at; 0: never
+    """Number of newest checkpoints to keep."""
+    log_every: int = 10
+    """Steps between updates of the progress line."""
+    stall_minutes: float = 15.0
+    """Every host dumps the stacks of its threads when no step completes for this long; 0: never."""
+    profile_step: int = 0
+    """First step recorded with jax.profiler; 0 records none."""
     profile_steps: int = 3
-    wandb: str = ""  # project of Weights & Biases (needs wandb); empty: none
-    fill_mask: tuple[str, ...] = ()  # sentences with [MASK], filled at the end
+    """Number of steps to record."""
+    wandb: str = ""
+    """Weights & Biases project to log to (needs the package wandb); empty logs to none."""
+    fill_mask: tuple[str, ...] = ()
+    """Sentences with [MASK] whose predictions are shown at the end."""
 
     def __post_init__(self) -> None:
         if isinstance(self.corpus, str):
             object.__setattr__(self, "corpus", (self.corpus,) if self.corpus else ())
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per micro-batch; the last micro-batch of a step may have fewer."""
+        return -(-self.global_batch_size // self.gradient_accumulation_steps)
+
     def validate(self) -> None:
-        """Raises ValueError with one line for values that cannot go together."""
+        """Raises ValueError with one line for values that cannot be combined."""
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
         for name in (
-            "sequence_length",
-            "global_batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "eval_every",
-            "keep_checkpoints",
-            "loss_chunk",
-            "eval_sequences",
-        ):
+            "sequence_length", "global_batch_size", "gradient_accumulation_steps", "log_every",
+            "checkpoint_every", "eval_every", "keep_checkpoints", "loss_chunk", "eval_sequences",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.gradient_accumulation_steps > self.global_batch_size:
             raise ValueError(
-                f"gradient_accumulation_steps {self.gradient_accumulation_steps}: expected at most rows {self.global_batch_size}"
+                f"gradient_accumulation_steps: expected at most global_batch_size "
+                f"{self.global_batch_size}, got {self.gradient_accumulation_steps}"
             )
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction: expected 0 to 1, got {self.eval_fraction}")
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
-                f"sequence_length {self.sequence_length} exceeds the model's max_position_embeddings "
-                f"{self.model.max_position_embeddings}; lower --sequence-length"
+                f"sequence_length {self.sequence_length} exceeds the model's "
+                f"max_position_embeddings {self.model.max_position_embeddings}; lower "
+                "--sequence-length"
             )
-        step_tokens = self.global_batch_size * self.sequence_length
         for phase in self.phases:
-            if not 0 < phase.mlm_probability < 1:
-                raise ValueError(
-                    f"phase {phase.name}: mlm_probability: expected 0 to 1, got {phase.mlm_probability}"
-                )
-            if phase.tokens < step_tokens:
-                raise ValueError(
-                    f"phase {phase.name}: a budget of {phase.tokens:,} tokens is below one step of "
-                    f"{step_tokens:,} (rows x sequence_length); raise tokens or lower --global-batch-size"
-                )
-            if phase.batch_size_warmup_start and (
-                phase.batch_size_warmup_start % self.micro_batch_size
-                or self.global_batch_size % self.micro_batch_size
-                or not phase.batch_size_warmup_tokens
-                or phase.batch_size_warmup_start > self.global_batch_size
-            ):
-                raise ValueError(
-                    f"phase {phase.name}: batch_size_warmup_start {phase.batch_size_warmup_start}: expected "
-                    f"batch_size_warmup_tokens with it, and batch_size_warmup_start and rows {self.global_batch_size} to be "
-                    f"multiples of the {self.micro_batch_size} rows of a micro-batch"
-                )
-            if not 0 <= phase.warmup_tokens + phase.decay_tokens <= phase.tokens:
-                raise ValueError(
-                    f"phase {phase.name}: warmup_tokens + decay_tokens "
-                    f"{phase.warmup_tokens + phase.decay_tokens:,} exceed its "
-                    f"{phase.tokens:,} tokens"
-                )
+            if problem := self._problem_of(phase):
+                raise ValueError(f"phase {phase.name}: {problem}")
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows a micro-batch; the last one of a step may have fewer."""
-        return -(-self.global_batch_size // self.gradient_accumulation_steps)
+    def _problem_of(self, phase: Phase) -> str:
+        """Returns what is wrong with a phase, or an empty string."""
+        batch_size, micro_batch_size = self.global_batch_size, self.micro_batch_size
+        step_tokens = batch_size * self.sequence_length
+        if not 0 < phase.mlm_probability < 1:
+            return f"mlm_probability: expected 0 to 1, got {phase.mlm_probability}"
+        if phase.tokens < step_tokens:
+            return (
+                f"a budget of {phase.tokens:,} tokens is below one step of {step_tokens:,} "
+                "(global_batch_size x sequence_length); raise tokens or lower --global-batch-size"
+            )
+        if not 0 <= phase.warmup_tokens + phase.decay_tokens <= phase.tokens:
+            return (
+                f"warmup_tokens + decay_tokens {phase.warmup_tokens + phase.decay_tokens:,} exceed "
+                f"its {phase.tokens:,} tokens"
+            )
+        start = phase.batch_size_warmup_start
+        if start and (
+            start % micro_batch_size
+            or batch_size % micro_batch_size
+            or not phase.batch_size_warmup_tokens
+            or start > batch_size
+        ):
+            return (
+                f"batch_size_warmup_start {start}: expected batch_size_warmup_tokens to be set, "
+                f"and batch_size_warmup_start and global_batch_size {batch_size} to be multiples "
+                f"of the micro-batch size {micro_batch_size}"
+            )
+        return ""

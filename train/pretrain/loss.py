@@ -8,10 +8,10 @@ from jax.sharding import Mesh, PartitionSpec as P
 
 from modernbert_jax.packing import IGNORE_INDEX
 
-from ..common.sharding import DATA, FSDP, ROWS, TENSOR, row_shards
+from ..common.sharding import BATCH, DATA, FSDP, TENSOR, batch_shards
 
-_HIDDEN = P(None, ROWS, None, None)  # N B C D
-_LABELS = P(None, ROWS, None)  # N B C
+_HIDDEN = P(None, BATCH, None, None)  # N B C D
+_LABELS = P(None, BATCH, None)  # N B C
 
 
 def masked_cross_entropy(
@@ -22,17 +22,18 @@ def masked_cross_entropy(
     chunk: int = 1024,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of losses in nats, number of right guesses) where labels are not IGNORE_INDEX; float32.
+    """Returns (sum of losses in nats, correct predictions), float32.
 
-    Sums, so that a mean is right across chunks, micro-batches and devices. A device holds the
-    logits of at most `chunk` positions (or one of each of its rows) at a time; the backward pass
-    computes them again from one log-sum-exp a position. Under a mesh rows are split over data and
-    fsdp and the vocabulary over tensor, and the weight's gradient is summed over devices once, not
-    once a chunk.
+    hidden_BPD: states at predicted positions. weight_VD, bias_V: of the decoder. labels_BP: token
+    ids, IGNORE_INDEX at unused positions. Sums rather than means, so that a mean over chunks, micro-batches and devices is exact. A
+    device holds the logits of at most `chunk` positions (or of one position per sequence) at a
+    time; the backward pass recomputes them from one log-sum-exp per position. Under a mesh,
+    sequences are split over data and fsdp and the vocabulary over tensor, and the weight's gradient
+    is summed over devices once instead of once per chunk.
     """
     B, length, D = hidden_BPD.shape
-    rows = B if mesh is None else B // row_shards(mesh)
-    width = min(length, max(1, chunk // rows))
+    sequences = B if mesh is None else B // batch_shards(mesh)
+    width = min(length, max(1, chunk // sequences))
     tail = ((0, 0), (0, -length % width))
     hidden = jnp.pad(hidden_BPD, (*tail, (0, 0))).reshape(B, -1, width, D)
     labels = jnp.pad(labels_BP, tail, constant_values=IGNORE_INDEX).reshape(B, -1, width)
@@ -57,19 +58,19 @@ def _logits(hidden_BCD, weight_VD, bias_V):
 
 
 def _is_label(labels_BC, size: int, mesh: Mesh | None):
-    """Which of this device's `size` tokens is the label."""
+    """Returns a mask of the label among this device's `size` tokens of the vocabulary."""
     first = 0 if mesh is None else jax.lax.axis_index(TENSOR) * size
     tokens_V = first + jnp.arange(size, dtype=labels_BC.dtype)
     return labels_BC[..., None] == tokens_V[None, None, :]
 
 
-def _over(reduce, x, axes, mesh: Mesh | None):
+def _reduce(reduce, x, axes, mesh: Mesh | None):
     return x if mesh is None else reduce(x, axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(mesh, hidden, weight_VD, bias_V, labels):
-    """(loss, right) of hidden [N, B, C, D] and labels [N, B, C], chunk after chunk."""
+    """Returns (loss, correct) of hidden [N, B, C, D] and labels [N, B, C], chunk by chunk."""
     return _forward(mesh, hidden, weight_VD, bias_V, labels)[0]
 
 
@@ -80,20 +81,20 @@ def _forward(mesh, hidden, weight_VD, bias_V, labels):
         def body(sums, part):
             hidden_BCD, labels_BC = part
             logits_BCV = _logits(hidden_BCD, weight_VD, bias_V)
-            top_BC = _over(jax.lax.pmax, jnp.max(logits_BCV, axis=-1), TENSOR, mesh)
+            top_BC = _reduce(jax.lax.pmax, jnp.max(logits_BCV, axis=-1), TENSOR, mesh)
             total_BC = jnp.sum(jnp.exp(logits_BCV - top_BC[..., None]), axis=-1)
             is_label_BCV = _is_label(labels_BC, logits_BCV.shape[-1], mesh)
             picked_BC = jnp.sum(jnp.where(is_label_BCV, logits_BCV, 0.0), axis=-1)
-            total_BC, picked_BC = _over(jax.lax.psum, (total_BC, picked_BC), TENSOR, mesh)
+            total_BC, picked_BC = _reduce(jax.lax.psum, (total_BC, picked_BC), TENSOR, mesh)
             lse_BC = top_BC + jnp.log(total_BC)
             used_BC = labels_BC != IGNORE_INDEX
             loss = jnp.sum(jnp.where(used_BC, lse_BC - picked_BC, 0.0))
-            right = jnp.sum(jnp.where(used_BC & (picked_BC == top_BC), 1.0, 0.0))
-            return (sums[0] + loss, sums[1] + right), lse_BC
+            correct = jnp.sum(jnp.where(used_BC & (picked_BC == top_BC), 1.0, 0.0))
+            return (sums[0] + loss, sums[1] + correct), lse_BC
 
         zero = jnp.zeros((), jnp.float32)
         sums, lse = jax.lax.scan(body, (zero, zero), (hidden, labels))
-        return _over(jax.lax.psum, sums, ROWS, mesh), lse
+        return _reduce(jax.lax.psum, sums, BATCH, mesh), lse
 
     if mesh is not None:
         local = jax.shard_map(
@@ -123,7 +124,7 @@ def _backward(mesh, saved, d_sums):
             d_logits_BCV = d_logits_BCV.astype(hidden.dtype)
             d_weight_VD = d_weight_VD + _einsum("BCV,BCD->VD", d_logits_BCV, hidden_BCD)
             d_hidden_BCD = _einsum("BCV,VD->BCD", d_logits_BCV, weight_VD)
-            d_hidden_BCD = _over(jax.lax.psum, d_hidden_BCD, TENSOR, mesh)
+            d_hidden_BCD = _reduce(jax.lax.psum, d_hidden_BCD, TENSOR, mesh)
             return (d_weight_VD, d_bias_V), d_hidden_BCD.astype(hidden.dtype)
 
         zeros = (jnp.zeros(weight_VD.shape, jnp.float32), jnp.zeros(bias_V.shape, jnp.float32))
@@ -131,7 +132,7 @@ def _backward(mesh, saved, d_sums):
         if mesh is not None:
             d_weight = jax.lax.psum_scatter(d_weight, FSDP, scatter_dimension=1, tiled=True)
             d_weight = jax.lax.psum(d_weight, DATA)
-            d_bias = jax.lax.psum(d_bias, ROWS)
+            d_bias = jax.lax.psum(d_bias, BATCH)
         return d_hidden, d_weight, d_bias
 
     if mesh is not None:
@@ -142,7 +143,7 @@ def _backward(mesh, saved, d_sums):
             out_specs=(_HIDDEN, P(TENSOR, FSDP), P(TENSOR)),
             check_vma=False,
         )
-    # The count of right guesses has no slope.
+    # The number of correct predictions has no gradient.
     d_hidden, d_weight, d_bias = local(hidden, weight_VD, bias_V, labels, lse, d_sums[0])
     return d_hidden, d_weight.astype(weight_VD.dtype), d_bias, None
 

@@ -1,7 +1,7 @@
-"""BERT's corruption, drawn on the host: of the tokens picked, 80 % [MASK], 10 % random, 10 % kept.
+"""BERT's masking, drawn on the host: of the selected tokens 80 % [MASK], 10 % random, 10 % kept.
 
-Each token has one 64-bit number, made from (seed, document, place in the document) alone, so that a
-mask depends neither on packing nor on hosts, and a whole row is drawn at once.
+Each token has one 64-bit number, a function of (seed, document, position in the document) alone, so
+that a mask depends neither on packing nor on hosts, and a whole sequence is drawn at once.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step: 2^64 over the gold
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """What is masked. special_ids are never picked unless mask_special; ids < vocab_size."""
+    """What is masked. special_ids are never selected unless mask_special; ids < vocab_size."""
 
     rate: float
     mask_id: int
@@ -24,20 +24,20 @@ class Masking:
 
 
 def token_draws(documents: np.ndarray, lengths: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-    """A random uint64 for each token of these documents, which lie one after the other.
+    """Returns a random uint64 for each token of these documents, one document after the other.
 
-    Each document is a SplitMix64 stream of its own (Steele, Lea and Flood 2014) whose start is
-    drawn from the seed and the document's number.
+    Each document has its own SplitMix64 stream (Steele, Lea and Flood 2014), whose start is drawn
+    from the seed and the document's number.
     """
     key = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     streams = _mix(key + (documents.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     starts = (np.cumsum(lengths) - lengths).astype(np.uint64)
-    place = np.arange(1, lengths.sum() + 1, dtype=np.uint64)
-    return _mix(np.repeat(streams - starts * _GOLDEN, lengths) + place * _GOLDEN)
+    offsets = np.arange(1, lengths.sum() + 1, dtype=np.uint64)
+    return _mix(np.repeat(streams - starts * _GOLDEN, lengths) + offsets * _GOLDEN)
 
 
 def pick_positions(ids: np.ndarray, draws: np.ndarray, masking: Masking) -> np.ndarray:
-    """The positions to predict: each with probability `rate`, by the upper half of its draw."""
+    """Returns the positions to predict: each with probability `rate`, by its draw's upper half."""
     picked = np.flatnonzero(draws >> np.uint64(32) < np.uint64(round(masking.rate * 2**32)))
     if masking.mask_special:
         return picked
@@ -45,7 +45,7 @@ def pick_positions(ids: np.ndarray, draws: np.ndarray, masking: Masking) -> np.n
 
 
 def corrupt(ids: np.ndarray, picked: np.ndarray, draws: np.ndarray, masking: Masking) -> np.ndarray:
-    """The ids with those picked replaced, or not, by the lower half of their draws.
+    """Returns the ids with those picked replaced, or not, by the lower half of their draws.
 
     Source: Devlin et al. 2019; the rates of ModernBERT's data collator.
     """
@@ -60,9 +60,9 @@ def corrupt(ids: np.ndarray, picked: np.ndarray, draws: np.ndarray, masking: Mas
 def mask_document(
     ids: np.ndarray, masking: Masking, seed: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(corrupted ids, positions picked) of one document; seed ends with its number.
+    """Returns (corrupted ids, selected positions) of one document; seed ends with its number.
 
-    Its `ids` are the labels at the positions.
+    The labels at these positions are `ids`.
     """
     draws = token_draws(np.array(seed[-1:]), np.array([len(ids)]), seed[:-1])
     picked = pick_positions(ids, draws, masking)
@@ -70,7 +70,7 @@ def mask_document(
 
 
 def predicted_positions(sequence_length: int, rate: float) -> int:
-    """P, the positions a row predicts: the mean plus six sigma, rounded up to 16."""
+    """Returns P, the predictions per sequence: the mean plus six sigma, rounded up to 16."""
     mean = sequence_length * rate
     sigma = math.sqrt(sequence_length * rate * (1 - rate))
     return min(-(-math.ceil(mean + 6 * sigma) // 16) * 16, sequence_length)
@@ -79,7 +79,7 @@ def predicted_positions(sequence_length: int, rate: float) -> int:
 def fit_positions(
     positions: np.ndarray, limit: int, seed: tuple[int, ...]
 ) -> tuple[np.ndarray, int]:
-    """At most `limit` of a row's picks, in order, and how many were dropped at random."""
+    """Returns at most `limit` of a sequence's positions, in order, and how many were dropped."""
     surplus = len(positions) - limit
     if surplus <= 0:
         return positions, 0
@@ -88,7 +88,7 @@ def fit_positions(
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function: 64 bits to 64 bits, one to one."""
+    """SplitMix64's output function, a bijection of 64-bit integers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

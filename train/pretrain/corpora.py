@@ -1,0 +1,129 @@
+"""The corpora of a run: text goes through `prepare`, token folders are opened."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..common.hosts import log
+from ..common.workdir import is_remote
+from ..corpora.build.bpe import train_bpe
+from ..corpora.build.prepare import prepare, prepare_text, read_texts
+from ..corpora.sources import find
+from ..corpora.synthetic import write_corpus
+from ..tokens.store import SPLITS, TokenStore, is_store, joined, open_store
+from .config import TrainConfig
+
+Corpora = Mapping[str, Mapping[str, TokenStore]]  # {name: {split: its chunks}}
+
+
+def with_corpora(config: TrainConfig, workdir: Any) -> TrainConfig:
+    """Returns the configuration with each phase's corpora; writes synthetic notes if none is given.
+
+    Raises FileNotFoundError or ValueError for a corpus that does not exist or cannot be used.
+    """
+    default = config.corpus
+    if not default and not all(phase.corpus for phase in config.phases):
+        if not config.synthetic_notes:
+            names = ", ".join(phase.name for phase in config.phases if not phase.corpus)
+            raise ValueError(
+                f"corpus: expected one for each phase, got none for {names}; pass --corpus, or "
+                "--phases.0.corpus and so on"
+            )
+        folder = pathlib.Path(workdir) / "synthetic"
+        if not (folder / "done").exists():
+            log(f"writing {config.synthetic_notes:,} synthetic clinical notes")
+            write_corpus(folder, config.synthetic_notes, config.seed)
+            (folder / "done").write_text("")
+        default = (str(folder),)
+    phases = tuple(dataclasses.replace(p, corpus=p.corpus or default) for p in config.phases)
+    for corpus in dict.fromkeys(corpus for phase in phases for corpus in phase.corpus):
+        if not os.path.exists(corpus):
+            raise FileNotFoundError(
+                f"corpus {corpus}: expected a folder or file of .txt, .jsonl, .csv or .tsv, a "
+                "token folder or an MDS folder, found none"
+            )
+        if is_remote(workdir) and not is_store(corpus):
+            raise ValueError(
+                f"corpus {corpus}: a workdir in a bucket needs a corpus of tokens; run "
+                "`python -m train prepare` and pass its folder"
+            )
+    return dataclasses.replace(config, phases=phases)
+
+
+def open_corpora(config: TrainConfig, workdir: Any) -> list[Corpora]:
+    """Returns the corpora of each phase, tokenized on the first call.
+
+    config: of `with_corpora`. Raises ValueError for a phase without an evaluation set.
+    """
+    opened = {c: _open(config, workdir, c) for phase in config.phases for c in phase.corpus}
+    out = []
+    for phase in config.phases:
+        # A corpus listed n times is repeated n times per epoch, with new masks each time.
+        corpora = {
+            path: opened[path] | {"train": joined([opened[path]["train"]] * count)}
+            for path, count in Counter(phase.corpus).items()
+        }
+        names = [pathlib.PurePath(path).name for path in corpora]
+        if len(set(names)) == len(names):
+            corpora = dict(zip(names, corpora.values(), strict=True))
+        out.append(corpora)
+        train, evaluation = (joined([c[split] for c in corpora.values()]) for split in SPLITS)
+        if not len(evaluation.lengths):
+            raise ValueError(
+                f"phase {phase.name}: its corpora have no evaluation split; prepare them with a "
+                "larger --eval-fraction"
+            )
+        log(
+            f"phase {phase.name}: {len(train.lengths):,} chunks, {train.lengths.sum():,} tokens "
+            f"for training, {evaluation.lengths.sum():,} for evaluation; budget "
+            f"{phase.tokens:,} tokens"
+        )
+    return out
+
+
+def _open(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, TokenStore]:
+    if is_store(corpus):
+        cache = None if is_remote(workdir) else workdir / "tokens"
+        return open_store(corpus, config.eval_fraction, cache)
+    out = _prepared(workdir, corpus)
+    summary = prepare(
+        source=corpus,
+        tokenizer=os.fspath(workdir / "tokenizer"),
+        out=os.fspath(out),
+        sequence_length=config.sequence_length,
+        eval_fraction=config.eval_fraction,
+        text_column=config.text_column,
+        workers=1,  # new processes would import the calling script again
+    )
+    log(summary)
+    return open_store(out)
+
+
+def _prepared(workdir: Any, corpus: str) -> pathlib.Path:
+    """Returns the output folder of `prepare`; its name changes with the corpus's files."""
+    path = pathlib.Path(corpus)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return workdir / "tokens" / f"{path.name or 'corpus'}-{digest[:12]}"
+
+
+def train_tokenizer(config: TrainConfig, workdir: Any) -> Any:
+    """Returns a byte-level BPE tokenizer trained on the text of the first phase."""
+    log(f"training a byte-level BPE of at most {config.model.vocab_size:,} tokens")
+    corpora = [c for c in config.phases[0].corpus if not is_store(c)]
+    if not corpora:
+        raise ValueError(
+            "tokenizer: a corpus of tokens needs the one it was made with; pass --tokenizer"
+        )
+    source = find("text", config.text_column)
+    folders = [_prepared(workdir, corpus) for corpus in corpora]
+    for corpus, out in zip(corpora, folders, strict=True):
+        prepare_text(source, corpus, out, config.eval_fraction)
+    texts = (text for out in folders for text in read_texts(out, "train"))
+    return train_bpe(texts, config.model.vocab_size)

@@ -1,0 +1,186 @@
+"""One start of a run: what its phases share, and the log of its steps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ..common import flops
+from ..common.hosts import is_first, log
+from ..common.metrics import MetricsWriter
+from ..common.watch import Goodput, Profile, Spikes, Stall
+from ..common.workdir import committed
+from .config import Phase, TrainConfig
+from .data import Batch, Position
+from .step import Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+class Session:
+    """What the phases of one start share: model and tokenizer, metrics, monitors, stop signal."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        trainer: Trainer,
+        workdir: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        step: int,
+    ):
+        self.config, self.trainer = config, trainer
+        self.workdir, self.tokenizer = workdir, tokenizer
+        self.writer = MetricsWriter(workdir, step, config.wandb) if is_first() else None
+        self.goodput = Goodput(workdir / "goodput.jsonl" if is_first() else None, step)
+        self.spikes = Spikes()
+        self.stall = Stall(config.stall_minutes)
+        self.profile = Profile(config.profile_step, config.profile_steps, str(workdir / "profile"))
+        self.signal = StopSignal()
+        self.stopped = False  # whether a process received the stop signal, as all processes know
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Writes metrics, on the first process only."""
+        if self.writer is not None:
+            self.writer.write(kind, step, **values)
+
+    def close(self) -> None:
+        """Ends the monitors and closes the files."""
+        self.stall.close()
+        self.profile.close()
+        self.signal.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+class StopSignal:
+    """Notes SIGTERM (preemption), so that the loop saves a checkpoint and stops."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = None
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        except ValueError:  # not the main thread, which alone may handle signals
+            pass
+
+    def _receive(self, *_) -> None:
+        self.received = True
+
+    def flags(self, batch: Batch) -> np.ndarray:
+        """Returns [A, local, 1], with a positive sum over all processes once one received it."""
+        return np.full((*batch.arrays["labels"].shape[:2], 1), self.received, np.int32)
+
+    def close(self) -> None:
+        """Restores the previous handler."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+class StepLog:
+    """Logs the steps of a phase, each once the next one has been dispatched.
+
+    The host thus never makes the devices wait: it fetches numbers of a step while the next one
+    runs. tokens: the phase's clock at the start.
+    """
+
+    def __init__(self, session: Session, phase: Phase, tokens: int):
+        self.session, self.phase = session, phase
+        self.count = 0  # steps added
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, Any], Batch] | None = None
+        self._tokens = 0  # since the first step, which compiles
+        self._first: dict[str, float] = {}  # goodput's seconds at the end of the first step
+        self.bar = tqdm(
+            total=phase.tokens, initial=tokens, unit=" tok", unit_scale=True, dynamic_ncols=True,
+            desc=f"{phase.name} (mask {phase.mlm_probability:.0%})", disable=not is_first(),
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )  # fmt: skip
+
+    def add(
+        self, step: int, metrics: Any, batch: Batch, position: Position, learning_rate: float
+    ) -> None:
+        """Takes the metrics of a step that was dispatched, and logs the step before it."""
+        facts = {
+            "phase": self.phase.name,
+            "learning_rate": learning_rate,
+            "total_tokens": position.total_tokens,
+            "phase_tokens": position.phase_tokens,
+            "batch_size": batch.sequences,
+            "padding": 1.0 - batch.tokens / (batch.sequences * self.session.config.sequence_length),
+            "epoch": batch.epoch,
+        }
+        self.flush()
+        self._pending = (step, metrics, facts, batch)
+        self.count += 1
+
+    def flush(self) -> None:
+        """Logs the last step. Raises Diverged if its loss or gradient is not finite."""
+        if self._pending is None:
+            return
+        session = self.session
+        (step, metrics, facts, batch), self._pending = self._pending, None
+        with session.goodput.doing("steps"):
+            values = {name: float(value) for name, value in metrics.items()}
+        session.stopped = values.pop("stop") > 0
+        speeds = self._speeds(batch, values["masked"])
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            good = committed(session.workdir)
+            raise Diverged(
+                f"step {step}: the loss is {values['loss']}, the gradient norm "
+                f"{values['grad_norm']}; last good checkpoint: {good[-1] if good else 'none yet'}. "
+                "Lower the learning rate and pass that checkpoint as --init-from with a new "
+                "--workdir"
+            )
+        if spike := session.spikes(step, values["loss"]):
+            log(spike)
+        goodput = session.goodput.share()
+        session.write("train", step, **values, **facts, **speeds, goodput=goodput)
+        self.bar.update(batch.tokens)
+        if step % session.config.log_every == 0 or sys.stderr.isatty():
+            mfu = f" mfu {speeds['mfu']:.1%}" if "mfu" in speeds else ""
+            self.bar.set_postfix_str(
+                f"step {step} loss {values['loss']:.3f} acc {values['accuracy']:.1%} "
+                f"{speeds['tokens_per_second'] / 1e3:.1f}k tok/s{mfu} pad {facts['padding']:.1%} "
+                f"wait {speeds['waiting']:.0%}",
+                refresh=False,
+            )
+
+    def _speeds(self, batch: Batch, masked: float) -> dict[str, float]:
+        """Returns tokens per second, in total and per device, share of time spent waiting, MFU.
+
+        They are means since the phase's first step, without evaluation and saving.
+        """
+        spent = self.session.goodput.since_start()
+        if not self._first:
+            self._first = spent
+            speed = waiting = 0.0
+        else:
+            waited = spent["waiting"] - self._first["waiting"]
+            seconds = max(waited + spent["steps"] - self._first["steps"], 1e-9)
+            self._tokens += batch.tokens
+            speed, waiting = self._tokens / seconds, waited / seconds
+        trainer = self.session.trainer
+        devices = trainer.mesh.devices
+        kind, per_device = devices.flat[0].device_kind, speed / devices.size
+        speeds = {"tokens_per_second": speed, "tokens_per_second_device": per_device}
+        speeds["waiting"] = waiting
+        lengths = flops.segment_lengths(batch.arrays["segment_ids"])
+        if kind in flops.PEAK and len(lengths):
+            predicted = masked * lengths.sum() / batch.tokens  # of this process
+            model = flops.model_flops(trainer.model_config, lengths, predicted)
+            speeds["mfu"] = flops.mfu(per_device, model.train / lengths.sum(), kind)
+        return speeds
+
+    def close(self) -> None:
+        """Closes the progress bar."""
+        self.bar.close()
