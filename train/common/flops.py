@@ -2,8 +2,8 @@
 
 Model FLOPs are those that the mathematics needs: no padding, nothing computed twice, a local
 layer's query sees at most 2 window + 1 keys and a global layer's query its own segment. Hardware
-FLOPs add what a step computes besides. A multiply-add counts as two. Norms, RoPE, activations, softmax and the
-optimizer are left out: together they are below 1 % of the matrix products.
+FLOPs add what a step computes besides. A multiply-add counts as two. Norms, RoPE, activations,
+softmax and the optimizer are left out: together they are below 1 % of the matrix products.
 """
 
 import dataclasses

@@ -21,10 +21,8 @@ class Hosts:
 
     coordinator: str = ""
     """HOST:PORT of process 0; empty detects it from Cloud TPU, SLURM or Open MPI."""
-    count: int = 0
-    """Number of processes; 0 detects it from the launcher."""
-    index: int = -1
-    """Index of this process, from 0; -1 detects it from the launcher."""
+    count: int = 0  # Number of processes; 0 detects it from the launcher.
+    index: int = -1  # Index of this process, from 0; -1 detects it from the launcher.
     heartbeat_seconds: int = 100
     """The run ends on all processes when one has been silent for this many seconds."""
 

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard and, at the end, curves.png."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases and, at the end, curves.png."""
 
 import io
 import json
@@ -12,10 +12,11 @@ from modernbert_jax.checkpoint.files import write_bytes, write_text
 
 
 class MetricsWriter:
-    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard; a resumed run drops later steps.
+    """Appends to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
 
-    In a bucket a file cannot grow: there both lie in a local folder until `publish`. wandb: a
-    project of Weights & Biases, where the numbers go too; raises ImportError without the package.
+    Lines of steps past resumed_step are discarded. A file in a bucket cannot be appended to: there
+    both are in a local folder until `publish`. wandb: a Weights & Biases project to log to as well.
+    Raises ValueError if the package wandb is missing.
     """
 
     def __init__(self, workdir: Any, resumed_step: int, wandb: str = ""):
@@ -34,7 +35,7 @@ class MetricsWriter:
         )
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line; `kind` is train or eval."""
+        """Writes one line; `kind` is train or eval."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {
             f"{kind}/{k}": v
@@ -47,7 +48,7 @@ class MetricsWriter:
             self._wandb.log(numbers, step=step)
 
     def publish(self) -> None:
-        """Copies everything to a workdir in a bucket."""
+        """Copies all files to a workdir in a bucket."""
         self._board.flush()
         if self._local is self.workdir:
             return
@@ -57,7 +58,7 @@ class MetricsWriter:
             write_bytes(target, file.read_bytes())
 
     def close(self) -> None:
-        """Flushes all."""
+        """Flushes and closes all files."""
         self._file.close()
         self._board.close()
         self.publish()
@@ -78,7 +79,7 @@ def _wandb_run(project: str, workdir: Any) -> Any:
 
 
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one cut short by a crash is left out."""
+    """Returns the lines of metrics.jsonl, without one that a crash cut short."""
     path = workdir / "metrics.jsonl"
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -90,11 +91,11 @@ def read_metrics(workdir: Any) -> list[dict[str, Any]]:
 
 
 def plot(workdir: Any, baselines: dict[str, float]) -> Any:
-    """WORKDIR/curves.png: loss, masked accuracy and learning rate over tokens.
+    """Writes WORKDIR/curves.png: loss, masked accuracy and learning rate over tokens.
 
-    baselines: phase name -> accuracy of always guessing the commonest token.
+    baselines: {phase: accuracy of always predicting the commonest token}.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's pictures stay as they are
+    from matplotlib.figure import Figure  # pyplot would change a notebook's settings
 
     lines = read_metrics(workdir)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -115,7 +116,7 @@ def plot(workdir: Any, baselines: dict[str, float]) -> Any:
             for axis in axes:
                 axis.axvline(previous["total_tokens"] / 1e6, color="grey", lw=0.8)
         previous = line
-    axes[0].set_ylabel("nats a masked token")
+    axes[0].set_ylabel("nats per masked token")
     axes[1].legend(fontsize=8)
     path = workdir / "curves.png"
     picture = io.BytesIO()

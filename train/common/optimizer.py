@@ -12,7 +12,7 @@ from modernbert_jax.weights import decays
 
 
 class StableAdamWState(NamedTuple):
-    """step: updates done. mu, nu: the moments, already free of bias, shaped as the parameters."""
+    """step: updates done. mu, nu: the moments without bias, with the parameters' shapes."""
 
     step: jax.Array
     mu: Any
@@ -29,9 +29,8 @@ def stable_adamw(
     """AdamW with Adafactor's update clipping, per tensor, and fully decoupled weight decay.
 
     `update(grads, state, params, learning_rate=..., max_learning_rate=...)`: the rates are scalars
-    of
-    the step, since the schedules count tokens. The decay takes weight_decay * rate / max rate of a
-    weight, where the rate is the clipped one. mask: a tree of booleans (or one) saying what decays.
+    of the step, since the schedules count tokens. A weight decays by weight_decay * rate / max
+    rate, with the clipped rate. mask: a boolean, or a tree of them, for which weights decay.
 
         b1' = b1 (1 - b1^(t-1)) / (1 - b1^t), b2' likewise         (moments without bias)
         m = b1' m + (1 - b1') g;  v = b2' v + (1 - b2') g^2
@@ -76,7 +75,7 @@ def stable_adamw(
 
 
 def _unbiased(beta: float, t: jax.Array) -> jax.Array:
-    """The factor that keeps a moving average free of bias at step t; 0 at the first step."""
+    """Returns the factor that keeps a moving average unbiased at step t; 0 at the first step."""
     # 1 - beta^t as -expm1(t log beta): float32 loses half its digits in the plain form.
     log = math.log(beta) if beta > 0 else -math.inf
     return beta * jnp.expm1((t - 1) * log) / jnp.expm1(t * log)
@@ -116,5 +115,5 @@ def adamw(
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
-    """Path -> whether weight decay applies, see `modernbert_jax.weights`."""
+    """Returns {path: whether weight decay applies}; see `modernbert_jax.weights`."""
     return {path: decays(path) for path in params}

@@ -28,12 +28,10 @@ _TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split o
 class MeshShape:
     """Number of devices along each axis of the mesh."""
 
-    data: int = -1
-    """Copies of the model; -1 uses the devices that fsdp and tensor leave."""
+    data: int = -1  # Copies of the model; -1 uses the devices that fsdp and tensor leave.
     fsdp: int = 1
     """Number of ways parameters and moments are split; sequences are split over data and fsdp."""
-    tensor: int = 1
-    """Number of ways attention heads, MLP and vocabulary are split."""
+    tensor: int = 1  # Number of ways attention heads, MLP and vocabulary are split.
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:

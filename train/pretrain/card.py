@@ -21,7 +21,7 @@ def pretraining_facts(
     recipe: str,
     hardware: str,
 ) -> dict[str, Any]:
-    """Facts of a finished run. result: as result.json has it. stores: each phase's, by corpus.
+    """Returns the facts of a finished run. result: of result.json. stores: corpora of each phase.
 
     recipe: the name of its experiment in train/configs, or empty. hardware: devices and mesh.
     """
@@ -37,18 +37,19 @@ def pretraining_facts(
         "base_model": start.get("base_model"),
         "metrics": ["accuracy"],
         "training": {
-            "Task": "masked language modelling on packed rows",
+            "Task": "masked language modeling on packed sequences",
             **({"Recipe": recipe} if recipe else {}),
             "Start": start["name"] + " with its moments" * config.init_optimizer,
             "Tokens seen": result["total_tokens"],
             "Steps": result["steps"],
-            "Rows of a step": f"{config.global_batch_size} of {config.sequence_length:,} tokens",
+            "Batch size": f"{config.global_batch_size} sequences",
+            "Sequence length": f"{config.sequence_length:,} tokens",
             "Optimizer": (
                 f"StableAdamW, betas {optimizer.b1:g} and {optimizer.b2:g}, eps {optimizer.eps:g}, "
                 f"weight decay {optimizer.weight_decay:g}"
             ),
-            "Computed in": model.dtype,
-            "Dropout of the attention's output": model.attention_out_dropout,
+            "Compute dtype": model.dtype,
+            "Attention output dropout": model.attention_out_dropout,
             "Seed": config.seed,
             "Hardware": hardware,
             "Versions": versions(),
@@ -58,7 +59,7 @@ def pretraining_facts(
                 {
                     "phase": phase.name,
                     "tokens": phase.tokens,
-                    "mask rate": f"{phase.mlm_probability:.0%}",
+                    "mlm_probability": f"{phase.mlm_probability:.0%}",
                     "peak learning rate": phase.learning_rate,
                     "schedule": schedule_of(phase),
                     "corpora": [_last(name) for name in parts],
@@ -66,11 +67,11 @@ def pretraining_facts(
                 for phase, parts in zip(config.phases, stores, strict=True)
             ],
             "Corpora": [
-                {"corpus": _last(name), **about, "tokens to train on": tokens}
+                {"corpus": _last(name), **about, "training tokens": tokens}
                 for name, about in sources.items()
                 for tokens in [next(_tokens(p[name]) for p in stores if name in p)]
             ],
-            f"Held-out text, masked at {config.eval_mlm_probability:.0%}": _held_out(
+            f"Evaluation sets, masked at {config.eval_mlm_probability:.0%}": _evaluation(
                 result["phases"]
             ),
         },
@@ -87,7 +88,7 @@ def _tokens(store: Mapping[str, TokenStore]) -> int:
 
 
 def _source(path: str) -> dict[str, Any]:
-    """What the manifest of a corpus says of its source, where `prepare` made it from one."""
+    """Returns the source that a corpus's manifest names, if `prepare` made it from one."""
     manifest = manifest_of(path) if path else {}
     if not manifest.get("source") or manifest["source"] in GENERIC:
         return {}
@@ -95,17 +96,17 @@ def _source(path: str) -> dict[str, Any]:
 
 
 def _agreements(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What one must have signed for the corpora, which may hold for the weights as well."""
+    """Returns the access terms of the corpora, which may apply to the weights as well."""
     found = [find(about["source"]) for about in sources.values() if about]
     return [
-        f"Trained on {source.title} (access: {source.access}): its terms may hold for the weights."
+        f"Trained on {source.title} (access: {source.access}): its terms may apply to the weights."
         for source in found
         if source.access != "open"
     ]
 
 
 def schedule_of(phase: Phase) -> str:
-    """The learning rate of a phase in words."""
+    """Returns the learning rate schedule of a phase in words."""
     parts = [f"warm-up over {phase.warmup_tokens:,} tokens"] if phase.warmup_tokens else []
     if phase.warmup_tokens + phase.decay_tokens < phase.tokens:
         parts.append("constant")
@@ -115,8 +116,8 @@ def schedule_of(phase: Phase) -> str:
     return ", then ".join(parts)
 
 
-def _held_out(phases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each phase, and for each of its corpora where there are several."""
+def _evaluation(phases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each phase, and for each of its corpora if there are several."""
     rows = []
     for scores in phases:
         names = [key.removesuffix("loss") for key in scores if key.endswith("/loss")]
@@ -128,6 +129,6 @@ def _held_out(phases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "accuracy": f"{scores[f'{prefix}accuracy']:.1%}",
             }
             if not prefix:
-                row["commonest token"] = f"{scores['unigram_accuracy']:.1%}"
+                row["unigram accuracy"] = f"{scores['unigram_accuracy']:.1%}"
             rows.append(row)
     return rows

@@ -14,22 +14,15 @@ from ..common.sharding import MeshShape
 class Phase:
     """One phase. Weights and moments carry over from the previous one; its token clock restarts."""
 
-    name: str = "phase"
-    """Name in logs, metrics and the model card."""
-    tokens: int = 10_000_000
-    """Token budget, without padding."""
-    mlm_probability: float = 0.30
-    """Probability that a token is selected for prediction."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    corpus: tuple[str, ...] = ()
-    """Corpora of this phase; empty uses the run's --corpus. See there."""
-    warmup_tokens: int = 0
-    """Tokens over which the learning rate rises linearly from 0."""
+    name: str = "phase"  # Name in logs, metrics and the model card.
+    tokens: int = 10_000_000  # Token budget, without padding.
+    mlm_probability: float = 0.30  # Probability that a token is selected for prediction.
+    learning_rate: float = 3e-4  # Peak learning rate.
+    corpus: tuple[str, ...] = ()  # Corpora of this phase; empty uses the run's --corpus. See there.
+    warmup_tokens: int = 0  # Tokens over which the learning rate rises linearly from 0.
     decay_tokens: int = 0
     """Tokens at the end of the budget over which the rate decays; 0 keeps it constant."""
-    decay: Literal["one_minus_sqrt", "linear"] = "one_minus_sqrt"
-    """Shape of the decay."""
+    decay: Literal["one_minus_sqrt", "linear"] = "one_minus_sqrt"  # Shape of the decay.
     final_lr_ratio: float = 0.001
     """Learning rate at the end of the decay, as a fraction of the peak."""
     batch_size_warmup_start: int = 0
@@ -83,12 +76,9 @@ class Phase:
 class Optimizer:
     """StableAdamW, with the values of ModernBERT and BioClinical ModernBERT."""
 
-    b1: float = 0.9
-    """Decay rate of the first moment."""
-    b2: float = 0.98
-    """Decay rate of the second moment."""
-    eps: float = 1e-6
-    """Added to the denominator of the update."""
+    b1: float = 0.9  # Decay rate of the first moment.
+    b2: float = 0.98  # Decay rate of the second moment.
+    eps: float = 1e-6  # Added to the denominator of the update.
     weight_decay: float = 1e-5
     """Fully decoupled: the fraction of a weight removed per step at the peak learning rate."""
     max_learning_rate: float = 0.0
@@ -101,10 +91,8 @@ class TrainConfig:
 
     model: ModernBertConfig = dataclasses.field(default_factory=ModernBertConfig.tiny)
     """Architecture of a new model. With --init-from only dtypes and dropout are read from here."""
-    phases: tuple[Phase, ...] = (Phase(),)
-    """Training phases, in order."""
-    optimizer: Optimizer = Optimizer()
-    """Optimizer settings."""
+    phases: tuple[Phase, ...] = (Phase(),)  # Training phases, in order.
+    optimizer: Optimizer = Optimizer()  # Optimizer settings.
     workdir: str = "runs/pretrain"
     """Folder or bucket (gs://...) for checkpoints, metrics, curves and the exported model."""
     corpus: tuple[str, ...] = ()
@@ -123,12 +111,9 @@ class TrainConfig:
     """Also load the optimizer's moments from --init-from (Orbax checkpoints only)."""
     global_rope_theta: float = 0.0
     """Replaces the value of --init-from, for context extension; 0 keeps it."""
-    seed: int = 17
-    """Seed used for initialization, order of the data, masks and dropout."""
-    sequence_length: int = 1024
-    """Tokens per packed sequence."""
-    global_batch_size: int = 32
-    """Packed sequences per step, over all devices and micro-batches."""
+    seed: int = 17  # Seed used for initialization, order of the data, masks and dropout.
+    sequence_length: int = 1024  # Tokens per packed sequence.
+    global_batch_size: int = 32  # Packed sequences per step, over all devices and micro-batches.
     gradient_accumulation_steps: int = 1
     """Micro-batches per step. The loss does not depend on it with loss_weighting=tokens."""
     mask_special_tokens: bool = False
@@ -137,44 +122,32 @@ class TrainConfig:
     """tokens: mean over the masked tokens of a step, sum_t l_t / N. sequences: the mean of each
     micro-batch m weighted by its number of sequences, sum_m s_m / S (sum_t l_mt / N_m), as in
     Composer."""
-    mesh: MeshShape = MeshShape()
-    """Number of devices along each axis of the mesh."""
-    hosts: Hosts = Hosts()
-    """How the processes of a multi-host run find each other."""
+    mesh: MeshShape = MeshShape()  # Number of devices along each axis of the mesh.
+    hosts: Hosts = Hosts()  # How the processes of a multi-host run find each other.
     prng: Literal["threefry2x32", "rbg"] = "threefry2x32"
     """Random number generator for dropout; rbg is faster on TPUs."""
     attention: str = ""
     """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
-    scan_layers: bool = False
-    """Scan over groups of layers: compiles faster, runs slower on CPUs."""
+    scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.
     remat: Literal["none", "layers", "all_but_dots"] = "none"
     """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
     loss_chunk: int = 1024
     """Predictions per device in one chunk of logits; smaller uses less memory."""
     eval_fraction: float = 0.05
     """Fraction of documents in the evaluation set, chosen by a hash of the text."""
-    eval_mlm_probability: float = 0.15
-    """mlm_probability of the evaluation set."""
-    eval_every: int = 200
-    """Steps between evaluations; each phase also ends with one."""
-    eval_sequences: int = 128
-    """Maximum number of packed sequences per evaluation set."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; each phase also ends with one."""
-    keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep."""
-    log_every: int = 10
-    """Steps between updates of the progress line."""
+    eval_mlm_probability: float = 0.15  # mlm_probability of the evaluation set.
+    eval_every: int = 200  # Steps between evaluations; each phase also ends with one.
+    eval_sequences: int = 128  # Maximum number of packed sequences per evaluation set.
+    checkpoint_every: int = 200  # Steps between checkpoints; each phase also ends with one.
+    keep_checkpoints: int = 2  # Number of newest checkpoints to keep.
+    log_every: int = 10  # Steps between updates of the progress line.
     stall_minutes: float = 15.0
     """Every host dumps the stacks of its threads when no step completes for this long; 0: never."""
-    profile_step: int = 0
-    """First step recorded with jax.profiler; 0 records none."""
-    profile_steps: int = 3
-    """Number of steps to record."""
+    profile_step: int = 0  # First step recorded with jax.profiler; 0 records none.
+    profile_steps: int = 3  # Number of steps to record.
     wandb: str = ""
     """Weights & Biases project to log to (needs the package wandb); empty logs to none."""
-    fill_mask: tuple[str, ...] = ()
-    """Sentences with [MASK] whose predictions are shown at the end."""
+    fill_mask: tuple[str, ...] = ()  # Sentences with [MASK] whose predictions are shown at the end.
 
     def __post_init__(self) -> None:
         if isinstance(self.corpus, str):

@@ -25,11 +25,11 @@ def masked_cross_entropy(
     """Returns (sum of losses in nats, correct predictions), float32.
 
     hidden_BPD: states at predicted positions. weight_VD, bias_V: of the decoder. labels_BP: token
-    ids, IGNORE_INDEX at unused positions. Sums rather than means, so that a mean over chunks, micro-batches and devices is exact. A
-    device holds the logits of at most `chunk` positions (or of one position per sequence) at a
-    time; the backward pass recomputes them from one log-sum-exp per position. Under a mesh,
-    sequences are split over data and fsdp and the vocabulary over tensor, and the weight's gradient
-    is summed over devices once instead of once per chunk.
+    ids, IGNORE_INDEX at unused positions. Sums rather than means, so that a mean over chunks,
+    micro-batches and devices is exact. A device holds the logits of at most `chunk` positions (or
+    of one position per sequence) at a time; the backward pass recomputes them from one log-sum-exp
+    per position. Under a mesh, sequences are split over data and fsdp and the vocabulary over
+    tensor, and the weight's gradient is summed over devices once instead of once per chunk.
     """
     B, length, D = hidden_BPD.shape
     sequences = B if mesh is None else B // batch_shards(mesh)
