@@ -106,7 +106,7 @@ def adamw(
         rates = learning_rate if isinstance(learning_rate, Mapping) else None
 
         def one(path, u):
-            rate = learning_rate if rates is None else rates[path]
+            rate: Any = learning_rate if rates is None else rates[path]
             return -rate * (u + (weight_decay if decays(path) else 0.0) * params[path])
 
         return {path: one(path, u) for path, u in moved.items()}, state
