@@ -60,7 +60,8 @@ def open_corpora(config: TrainConfig, workdir: Any) -> list[Corpora]:
 
     config: of `with_corpora`. Raises ValueError for a phase without an evaluation set.
     """
-    opened = {c: _open(config, workdir, c) for phase in config.phases for c in phase.corpus}
+    paths = dict.fromkeys(corpus for phase in config.phases for corpus in phase.corpus)
+    opened = {path: _open(config, workdir, path) for path in paths}
     out = []
     for phase in config.phases:
         # A corpus listed n times is repeated n times per epoch, with new masks each time.
