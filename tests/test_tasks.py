@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import random
+import re
 from collections import Counter
 
 import datasets
@@ -17,6 +18,7 @@ import pytest
 import sklearn.model_selection
 from hypothesis import given, strategies as st
 
+from train import cli
 from train.finetune.tasks import TASKS, cos, deid, social_history, task_named
 from train.finetune.tasks.brat import BLANK_WORDS, WORDS, Span, documents, read_spans, tag
 from train.finetune.tasks.task import Data, hf_split, sklearn_split, three_ways
@@ -82,8 +84,16 @@ def test_single_splits(share):
 def test_tasks_by_name():
     assert len({task.name for task in TASKS}) == len(TASKS)
     assert all(task_named(task.name) is task for task in TASKS)
-    with pytest.raises(ValueError, match="expected a task of chemprot, phenotype.*got 'chem'"):
+    with pytest.raises(
+        ValueError, match="task: expected one of chemprot, phenotype.* qa, retrieval; got 'chem'"
+    ):
         task_named("chem")
+
+
+def test_help_lists_every_task(capsys):
+    assert cli.main(["finetune", "--help"]) == 0
+    words = re.findall(r"\w+", capsys.readouterr().out)
+    assert {"retrieval", *(task.name for task in TASKS)} <= set(words)
 
 
 def test_published_scores_cover_the_card():
@@ -589,7 +599,7 @@ def test_deid_refuses_files_that_do_not_fit(tmp_path):
         task_named("deid").load(tmp_path)
     assert "secret" not in str(error.value)
     (tmp_path / "id.res").write_text(masked[:-20])
-    with pytest.raises(ValueError, match="id.res: expected records .* got 9 whole ones of 10"):
+    with pytest.raises(ValueError, match="id.res: expected records .* got 9 complete ones of 10"):
         task_named("deid").load(tmp_path)
 
 
@@ -630,7 +640,7 @@ def test_negex_in_small(tmp_path):
     assert data.skipped == {"pairs that came before": 1}
     assert Counter(label for _, label in everything(data)) == {"negated": 12, "possible": 12}
     write_negex(tmp_path, [*rows, ("rash", 'No rash, "0".', "Affirmed")])
-    with pytest.raises(ValueError, match="line 27: the same pair .* answered otherwise"):
+    with pytest.raises(ValueError, match="line 27: the same pair .* with another label"):
         task_named("negex").load(tmp_path)
     write_negex(tmp_path, [*rows, ("rash", "a\ttab", "Affirmed")])
     with pytest.raises(ValueError, match="line 27: expected 6 fields"):
@@ -800,7 +810,7 @@ BAD = [
     ("tokens", {"a.conll": "secret\n"}, "line 1: expected a word and its tag"),
     ("tokens", {"a.conll": "the O\nsecret PER\n"}, "up to line 2: expected the tags"),
     ("tokens", {"a.conll": "secret O\n\n" * 9}, "two labels or more in training, got only 'O'"),
-    ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": ["O", "O"]}'}, "got 1 and 2"),
+    ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": ["O", "O"]}'}, "got 1 words and 2"),
     ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": [0]}'}, "labels: expected a list of s"),
     ("tokens", {"a.ann": "T1\tA 0 6\tsecret\n"}, "expected pairs of .txt and .ann"),
 ]
@@ -815,9 +825,38 @@ def test_bad_files(tmp_path, task, contents, message):
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_fields_of_tables_are_text(tmp_path):
+    """What pandas would read as missing, as numbers or as booleans."""
+    texts = ["NA", "null", "007", "True", "1e5", "None"]
+    rows = "".join(f"{text},{label}\n" for text in texts for label in ("NA", "01"))
+    (tmp_path / "all.csv").write_text("text,label\n" + rows)
+    data = task_named("classification").load(tmp_path)
+    assert sorted(everything(data)) == sorted((t, label) for t in texts for label in ("NA", "01"))
+
+
+def test_parquet(tmp_path):
+    records = [{"text": f"NA {i}", "label": i % 3} for i in range(30)]
+    for name, part in (("train-00000-of-00001", records[:20]), ("test", records[20:])):
+        pandas.DataFrame(part).to_parquet(tmp_path / f"{name}.parquet")
+    data = task_named("classification").load(tmp_path)
+    assert data.labels == ("0", "1", "2") and len(data.train) == 17
+    assert sorted(everything(data)) == sorted((r["text"], str(r["label"])) for r in records)
+    (tmp_path / "tokens").mkdir()
+    words = [{"tokens": ["in", "Bonn", str(i)], "ner_tags": ["O", "B-LOC", "O"]} for i in range(9)]
+    pandas.DataFrame(words).to_parquet(tmp_path / "tokens" / "all.parquet")
+    data = task_named("tokens").load(tmp_path / "tokens")
+    assert (("in", "Bonn", "3"), ("O", "B-LOC", "O")) in everything(data)
+    path = tmp_path / "tokens" / "all.parquet"
+    for broken in (path.read_bytes()[:-30], b"the secret"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="expected a complete Parquet file") as error:
+            task_named("tokens").load(path)
+        assert "secret" not in str(error.value)
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         task_named("classification").load(tmp_path / "missing")
     (tmp_path / "a.xml").write_text("")
-    with pytest.raises(ValueError, match="expected a file of .csv, .tsv, .jsonl"):
+    with pytest.raises(ValueError, match="expected a file of .csv, .tsv, .jsonl, .parquet"):
         task_named("classification").load(tmp_path / "a.xml")

@@ -1,4 +1,4 @@
-"""The tasks of `python -m train finetune`: the card's five, two on open data, your own."""
+"""The tasks of `python -m train finetune`: five of the model card, two open, your files."""
 
 from . import (
     chemprot,
@@ -29,8 +29,9 @@ TASKS: tuple[Task, ...] = (
 
 
 def task_named(name: str) -> Task:
-    """The task of that name. Raises ValueError with one line that lists all."""
+    """The task of that name. Raises ValueError with one line that lists all names."""
     for task in TASKS:
         if task.name == name:
             return task
-    raise ValueError(f"expected a task of {', '.join(t.name for t in TASKS)}; got {name!r}")
+    names = ", ".join(task.name for task in TASKS)
+    raise ValueError(f"task: expected one of {names}, retrieval; got {name!r}")

@@ -1,9 +1,9 @@
-"""brat's standoff annotations: .ann lines to spans, spans to one BIO tag a word.
+"""brat's standoff annotations: .ann lines to spans, spans to one BIO tag per word.
 
-A BIO tag holds one entity a word. Of two spans that share a word, the one that starts later (the
-inner one) is kept, on equal starts the one that stands later in the file; the reference prefers it
-too, but leaves the rest of the other as fragments that look like entities. Here the other is left
-out, and counted.
+With BIO tags a word belongs to one entity. Of two spans that share a word, the one that starts
+later (the inner one) is kept, or the one later in the file if they start together. The reference
+prefers it too, but leaves fragments of the other that look like entities. Here the other is skipped
+and counted.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-WORDS = re.compile(r"\w+|[^\w\s]")  # letters and digits, or one sign
-BLANK_WORDS = re.compile(r"\S+")  # between blanks
+WORDS = re.compile(r"\w+|[^\w\s]")  # letters and digits, or one other character
+BLANK_WORDS = re.compile(r"\S+")  # separated by whitespace
 
 DISCONTINUOUS = "discontinuous spans"
 MALFORMED = "malformed annotations"
@@ -24,7 +24,7 @@ OVERLAPPING = "spans that share a word with a later one"
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """text[start:end] is of this type, end excluded, in characters. text: as the .ann has it."""
+    """text[start:end], in characters, has this type. text: as repeated in the .ann file."""
 
     type: str
     start: int
@@ -33,7 +33,7 @@ class Span:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The file as it is, line ends included: brat counts each character."""
+    """The file unchanged, with its line ends: brat counts every character."""
     raw = path.read_bytes()
     for encoding in ("utf-8", "cp1252"):
         try:
@@ -44,9 +44,9 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_spans(path: pathlib.Path, skipped: Counter[str]) -> list[Span]:
-    """The text-bound annotations (T lines) of an .ann file, in its order.
+    """The text-bound annotations (T lines) of an .ann file, in order.
 
-    Discontinuous ones ("0 4;9 12") and malformed ones are left out and counted.
+    Discontinuous ("0 4;9 12") and malformed ones are skipped and counted.
     """
     spans = []
     for line in re.split(r"\r\n|\r|\n", read_text(path)):
@@ -65,10 +65,10 @@ def read_spans(path: pathlib.Path, skipped: Counter[str]) -> list[Span]:
 
 
 def read_document(text_file: pathlib.Path, skipped: Counter[str]) -> tuple[str, list[Span]]:
-    """A .txt file and the spans of the .ann file beside it; spans beyond the text are counted.
+    """The text and the spans of a .txt file and its .ann file; counts spans beyond the text.
 
-    Offsets of a file with CRLF may count both characters or one, as it was when it was annotated:
-    the reading is taken under which more spans have the text that their annotation repeats.
+    The offsets in a file with CRLF line ends may count one or two characters for each, depending on
+    the file that was annotated. The reading in which more spans match their annotated text is used.
     """
     spans = read_spans(text_file.with_suffix(".ann"), skipped)
     text = read_text(text_file)
@@ -87,9 +87,9 @@ def read_document(text_file: pathlib.Path, skipped: Counter[str]) -> tuple[str, 
 def documents(
     folder: pathlib.Path, skipped: Counter[str]
 ) -> list[tuple[pathlib.Path, str, list[Span]]]:
-    """(file, text, spans) of every .txt below a folder that has an .ann, sorted by path.
+    """(file, text, spans) of every .txt file with an .ann file below a folder, sorted by path.
 
-    Those without one are counted. Raises FileNotFoundError where there is no such pair.
+    Counts texts without annotations. Raises FileNotFoundError if there is no pair.
     """
     files = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
     pairs = [file for file in files if file.with_suffix(".ann").exists()]
@@ -108,9 +108,9 @@ def tag(
     *,
     whole: bool = True,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(words, their BIO tags). A span has the words wholly in it, or (whole=False) all it touches.
+    """(words, their BIO tags). A span has the words entirely in it or, if not whole, all it touches.
 
-    Spans without a word, and those that share one with a later span, are left out and counted.
+    Spans without a word, and those that share a word with a later span, are skipped and counted.
     """
     found = list(words.finditer(text))
     tags = ["O"] * len(found)

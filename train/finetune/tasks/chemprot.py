@@ -1,13 +1,13 @@
-"""ChemProt as BLUE distributes it: how the chemical and the gene that a sentence marks are related.
+"""ChemProt as distributed by BLUE: the relation of a chemical and a gene marked in a sentence.
 
-The reference numbers the labels of each split on its own, which agrees only as long as each split
-has all six; here they are one table.
+The reference numbers the labels of each split separately, which agrees only if each split has all
+six. Here one list numbers them.
 """
 
 import pathlib
 
 from .files import find_file, read_table
-from .task import Data, Example, Task, make_data
+from .task import Data, Example, Task, make_data, published
 
 LABELS = ("CPR:3", "CPR:4", "CPR:5", "CPR:6", "CPR:9", "false")
 HOMEPAGE = "https://github.com/ncbi-nlp/BLUE_Benchmark/releases (bert_data.zip)"
@@ -16,7 +16,7 @@ HOMEPAGE = "https://github.com/ncbi-nlp/BLUE_Benchmark/releases (bert_data.zip)"
 def load(folder: pathlib.Path) -> Data:
     """The official splits: train.tsv, dev.tsv and test.tsv, columns index, sentence and label.
 
-    Quotes are read as the CSV format has them, as pandas does for the reference.
+    Quotes are read as in CSV, which is how pandas reads them for the reference.
     """
     train, validation, test = (
         _read(find_file(folder, (f"{name}.tsv",), "ChemProt", HOMEPAGE))
@@ -31,7 +31,7 @@ def _read(path: pathlib.Path) -> list[Example]:
         if row["label"] not in LABELS:
             raise ValueError(
                 f"{path}, record {number}: expected one of the labels {', '.join(LABELS)}, got "
-                "another; is the file BLUE's, and its quotes as they were?"
+                "another; expected BLUE's file with its quotes unchanged"
             )
         examples.append(Example(row["sentence"], label=LABELS.index(row["label"])))
     return examples
@@ -44,16 +44,5 @@ TASK = Task(
     metric="weighted_f1",
     homepage=HOMEPAGE,
     load=load,
-    published={
-        "BioClinical ModernBERT base": 89.9,
-        "BioClinical ModernBERT large": 90.8,
-        "ModernBERT base": 89.5,
-        "ModernBERT large": 90.2,
-        "Bio_ClinicalBERT": 88.3,
-        "BioBERT": 89.5,
-        "BioMed-RoBERTa": 89.0,
-        "Clinical-Longformer": 74.2,
-        "Clinical-BigBird": 87.4,
-        "Clinical ModernBERT": 86.9,
-    },
+    published=published(89.9, 90.8, 89.5, 90.2, 88.3, 89.5, 89.0, 74.2, 87.4, 86.9),
 )

@@ -1,9 +1,9 @@
-"""DEID: names, dates, places and more that identify a person, in nursing notes.
+"""DEID: names, dates, locations and other identifying information in nursing notes.
 
-The texts (id.text) and the masked texts (id.res) are aligned, and what stands where a mask is has
-the mask's kind. Where masks stand side by side, or the text behind a mask is not found, the
-reference labels the rest of the record. Here a record must align as a whole, or is left out, and a
-mask of no known kind is "other", not a bare "B"; all of these are counted.
+The texts (id.text) and the masked texts (id.res) are aligned, and the text in place of a mask gets
+the mask's kind. If masks are adjacent, or the text after a mask is not found, the reference labels
+the rest of the record. Here a record that does not align as a whole is skipped, and a mask of an
+unknown kind becomes "other" instead of a bare "B"; all of these are counted.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ from collections import Counter
 
 from ...corpora.readers.text import read_lines
 from .files import find_file, token_data
-from .task import Data, Task, sklearn_split, three_ways
+from .task import Data, Task, published, sklearn_split, three_ways
 
 KINDS = ("age", "date", "location", "name", "other", "phone_nb")
 LABELS = ("O", *(f"B-{kind}" for kind in KINDS), *(f"I-{kind}" for kind in KINDS))
@@ -38,9 +38,10 @@ Words = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def load(folder: pathlib.Path) -> Data:
-    """An example a record of id.text and id.res; 70/15/15 by scikit-learn's split.
+    """One example per record of id.text and id.res; split 70/15/15 as scikit-learn does.
 
-    The split is of all records, so that one left out moves no other. Line ends count as blanks.
+    All records are split before any is skipped, so that this moves no other record. Line ends count
+    as spaces.
     """
     texts, masked = (
         _records(find_file(folder, (name,), "DEID", HOMEPAGE)) for name in ("id.text", "id.res")
@@ -65,14 +66,14 @@ def _records(path: pathlib.Path) -> list[tuple[str, str]]:
     if not records or len(records) != content.count("START_OF_RECORD="):
         raise ValueError(
             f"{path}: expected records from START_OF_RECORD=patient||||note|||| to "
-            f"||||END_OF_RECORD, got {len(records)} whole ones of "
+            f"||||END_OF_RECORD, got {len(records)} complete ones of "
             f"{content.count('START_OF_RECORD=')}"
         )
     return records
 
 
 def kind_of(mask: str) -> str | None:
-    """The kind of what a mask's content stands for, None where it is unknown."""
+    """The kind of text that a mask with this content replaces, None if it is unknown."""
     content = mask.strip().lower()
     for kind, phrases in PHRASES:
         if any(phrase in content for phrase in phrases):
@@ -83,14 +84,14 @@ def kind_of(mask: str) -> str | None:
 
 
 def align(text: str, masked: str, skipped: Counter[str]) -> Words | None:
-    """(words, tags) of a text with the help of its masked twin; None where they do not align.
+    """(words, tags) of a text, from its masked version; None if the two do not align.
 
-    Words stand between blanks, and at the ends of masks: "Dr.[**Name**]," has three.
-    Where only a blank parts two masks, the first gets one word, as in the reference.
+    Words end at whitespace and at the ends of masks: "Dr.[**Name**]," has three. If only a space
+    separates two masks, the first gets one word, as in the reference.
     """
     text, masked = _flat(text), _flat(masked)
     first, *rest = MASK.split(masked)
-    # (kinds, what follows): masks that touch are one gap.
+    # (kinds of the masks, text after them): adjacent masks are one gap.
     gaps: list[tuple[list[str], str]] = []
     kinds: list[str] = []
     unknown = 0
@@ -121,10 +122,10 @@ def _flat(text: str) -> str:
 
 
 def _hidden(text: str, first: str, plains: list[str]) -> list[str] | None:
-    """What the gaps before each plain text hide: the shortest, from the left; never nothing.
+    """The text in the gap before each plain text: never empty, and the shortest from the left on.
 
-    Taking each plain text where it first occurs never bars a later one, so if this fails, there is
-    no alignment. The last one ends the text.
+    Using the first occurrence of each plain text never prevents a later match, so if this fails
+    there is no alignment. The last plain text ends the text.
     """
     if not plains:
         return [] if text == first else None
@@ -144,7 +145,7 @@ def _hidden(text: str, first: str, plains: list[str]) -> list[str] | None:
 
 
 def _tags(kinds: list[str], n: int, skipped: Counter[str]) -> list[str]:
-    """Tags of n words under masks that touch: one entity, a word a mask where the kinds differ."""
+    """Tags of n words in place of adjacent masks: one entity, or one word per mask of its kind."""
     if len(set(kinds)) == 1:
         return [f"{'I' if i else 'B'}-{kinds[0]}" for i in range(n)]
     if len(kinds) == n:
@@ -155,21 +156,10 @@ def _tags(kinds: list[str], n: int, skipped: Counter[str]) -> list[str]:
 
 TASK = Task(
     name="deid",
-    title="DEID: what identifies a person, in nursing notes",
+    title="DEID: identifying information in nursing notes",
     kind="tokens",
     metric="f1",
     homepage=HOMEPAGE,
     load=load,
-    published={
-        "BioClinical ModernBERT base": 82.7,
-        "BioClinical ModernBERT large": 83.8,
-        "ModernBERT base": 78.3,
-        "ModernBERT large": 82.1,
-        "Bio_ClinicalBERT": 74.2,
-        "BioBERT": 74.3,
-        "BioMed-RoBERTa": 81.1,
-        "Clinical-Longformer": 82.3,
-        "Clinical-BigBird": 71.2,
-        "Clinical ModernBERT": 44.4,
-    },
+    published=published(82.7, 83.8, 78.3, 82.1, 74.2, 74.3, 81.1, 82.3, 71.2, 44.4),
 )

@@ -1,14 +1,17 @@
-"""Tasks from your own files: classification (also of pairs), multi-label, and tokens.
+"""Tasks from your own files: classification (also of text pairs), multilabel, and tokens.
 
 A folder holds train, validation (or valid, val, dev) and test; without validation, 15 % of train
-become it. A single file, or a brat folder without these subfolders, is split 70/15/15.
+is used for it. A single file, or a brat folder without these subfolders, is split 70/15/15.
 
-- classification: .csv, .tsv or .jsonl, with a column of text and one named label; with a second
-  column of text (text_pair, text2, sentence2, hypothesis) each example is a pair.
-- multilabel: the same; labels are a JSON list or stand between "|" or ";". Without such a column,
-  every column that holds only 0 and 1 is a label.
-- tokens: .conll, .bio, .iob, .txt or .tsv with a word and its tag a line, a blank line after each
-  sentence; .jsonl with words and labels; or a folder of brat's .txt and .ann.
+- classification: .csv, .tsv, .jsonl or .parquet with a text column and a label column; with a
+  second text column (text_pair, text2, sentence2, hypothesis) each example is a pair.
+- multilabel: the same; the labels are a list, or text with "|" or ";" between them. Without a label
+  column, every column that holds only 0 and 1 is a label.
+- tokens: .conll, .bio, .iob, .txt or .tsv with a word and its tag per line and a blank line after
+  each sentence; .jsonl or .parquet with words and labels; or a folder of brat's .txt and .ann.
+
+CSV, TSV and JSONL are read by the readers of `prepare`, not by pandas: these stream, name the
+record of an error, keep every field as text ("NA" and "null" too), and never quote a row.
 """
 
 import dataclasses
@@ -19,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from pyarrow.lib import ArrowException
+from pyarrow.parquet import ParquetFile
 
 from ...corpora.readers.text import (
     TEXT_COLUMNS,
@@ -37,8 +42,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-TABLES = (".csv", ".tsv", ".jsonl")
-TAGGED = (".conll", ".bio", ".iob", ".iob2", ".txt", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+TAGGED = (".conll", ".bio", ".iob", ".iob2", ".txt", ".tsv", ".jsonl", ".parquet")
 FIRST = ("text", "sentence", "sentence1", "premise", *TEXT_COLUMNS[1:])
 SECOND = ("text_pair", "text2", "sentence2", "hypothesis")
 LABEL = ("label", "labels", "gold_label", "class", "category")
@@ -47,15 +52,15 @@ LABEL = ("label", "labels", "gold_label", "class", "category")
 Tagged = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-# What the tasks of official files share.
+# Shared with the tasks of official files.
 
 
 def find_file(
     folder: pathlib.Path, names: tuple[str, ...], what: str, homepage: str
 ) -> pathlib.Path:
-    """The file of one of these names in a folder or below it, the first and nearest.
+    """The file with one of these names in a folder or below it; the first name, the nearest file.
 
-    Raises FileNotFoundError that says where it is to be had.
+    Raises FileNotFoundError that says where to get it.
     """
     for name in names:
         found = [path for path in folder.rglob(name) if path.is_file()]
@@ -71,8 +76,8 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(record number from 1, these columns) of a .csv or .tsv table with a header.
 
-    Upper and lower case of a column's name are one. Raises ValueError for a missing column, and for
-    a row that is not as long as the header.
+    Column names ignore case. Raises ValueError for a missing column, and for a row with more or
+    fewer fields than the header.
     """
     rows = _rows(path)
     _, header = next(rows, (0, []))
@@ -93,9 +98,9 @@ def token_data(
     where: pathlib.Path,
     labels: tuple[str, ...],
 ) -> Data:
-    """Data of texts that are words and tags; rows: which are train, validation and test.
+    """The Data of tagged texts. rows: the indices of train, validation and test.
 
-    None, and texts without a word, are left out after the split, so that no other changes place.
+    None and texts without a word are skipped after the split, which they therefore do not change.
     """
     ids = {label: i for i, label in enumerate(labels)}
     splits: list[list[Example]] = [[], [], []]
@@ -112,7 +117,7 @@ def token_data(
 
 
 def load_classification(path: pathlib.Path) -> Data:
-    """One label an example; see the module."""
+    """One label per example; see the module."""
     skipped: Counter[str] = Counter()
     splits = _splits(path, TABLES, lambda file: _classified(file, skipped))
     labels = _sorted({name for split in splits for _, name in split})
@@ -125,11 +130,11 @@ def load_classification(path: pathlib.Path) -> Data:
 
 
 def load_multilabel(path: pathlib.Path) -> Data:
-    """Any number of labels an example; see the module."""
+    """Any number of labels per example; see the module."""
     skipped: Counter[str] = Counter()
     splits = _splits(path, TABLES, lambda file: _labelled(file, skipped))
     flags = [names for split in splits for _, names in split if isinstance(names, dict)]
-    # Without a column of labels: the columns that hold 0 or 1 in every record.
+    # Without a label column: the columns that hold 0 or 1 in every record.
     common = set.intersection(*(set(names) for names in flags)) if flags else set()
     chosen = [[(example, _names(names, common)) for example, names in split] for split in splits]
     labels = _sorted({name for split in chosen for _, names in split for name in names})
@@ -149,7 +154,7 @@ def load_multilabel(path: pathlib.Path) -> Data:
 
 
 def load_tokens(path: pathlib.Path) -> Data:
-    """A tag a word; see the module."""
+    """One tag per word; see the module."""
     skipped: Counter[str] = Counter()
     if path.is_dir() and next(path.rglob("*.ann"), None) is not None:
         splits = _splits(path, None, lambda folder: _brat(folder, skipped))
@@ -167,7 +172,7 @@ def _splits(
     suffixes: tuple[str, ...] | None,
     read: Callable[[pathlib.Path], list[Any]],
 ) -> list[list[Any]]:
-    """What `read` gives of train, validation and test; suffixes None: these are subfolders."""
+    """`read` of train, validation and test, which are subfolders if suffixes is None."""
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     found = _parts(path, suffixes) if path.is_dir() else {}
@@ -182,7 +187,7 @@ def _splits(
             path = files[0]
         elif suffixes and _suffix(path) not in suffixes:
             raise ValueError(f"{path}: expected a file of {', '.join(suffixes)}")
-        return _take(read(path), three_ways)
+        return _divide(read(path), three_ways)
     if "train" not in found or "test" not in found:
         raise ValueError(
             f"{path}: expected train and test, and maybe validation; found {', '.join(found)}"
@@ -190,21 +195,21 @@ def _splits(
     train, test = read(found["train"]), read(found["test"])
     if "validation" in found:
         return [train, read(found["validation"]), test]
-    return [*_take(train, lambda n: hf_split(n, 0.15)), test]
+    return [*_divide(train, lambda n: hf_split(n, 0.15)), test]
 
 
-def _take(examples: list[Any], split: Callable[[int], Sequence[np.ndarray]]) -> list[list[Any]]:
+def _divide(examples: list[Any], split: Callable[[int], Sequence[np.ndarray]]) -> list[list[Any]]:
     return [[examples[i] for i in part] for part in split(len(examples))]
 
 
 def _parts(folder: pathlib.Path, suffixes: tuple[str, ...] | None) -> dict[str, pathlib.Path]:
-    """The files or subfolders that are named for a split."""
+    """The file or subfolder of each split, by its name."""
     found = {}
     for split, names in SPLITS.items():
         paths = [
             path
             for path in sorted(folder.iterdir())
-            if path.name.split(".")[0].lower() in names
+            if re.sub(r"-\d{5}-of-\d{5}$", "", path.name.split(".")[0].lower()) in names
             and (path.is_dir() if suffixes is None else _suffix(path) in suffixes)
         ]
         if len(paths) > 1:
@@ -232,10 +237,9 @@ def _same_length(path: pathlib.Path, number: int, row: list[str], header: list[s
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, fields) of a table or a .jsonl file."""
-    if _suffix(path) == ".jsonl":
-        for number, record in read_objects(path):
-            yield f"{path}, line {number}", record
+    """(where it is, fields) of each record of a table or a .jsonl file."""
+    if _suffix(path) in (".jsonl", ".parquet"):
+        yield from _objects(path)
         return
     rows = _rows(path)
     _, header = next(rows, (0, []))
@@ -244,8 +248,22 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, record {number}", dict(zip(header, row, strict=True))
 
 
+def _objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, object) of each line of a .jsonl file or row of a .parquet file."""
+    if _suffix(path) == ".jsonl":
+        for number, record in read_objects(path):
+            yield f"{path}, line {number}", record
+        return
+    try:
+        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}, row {number}", row
+    except (ArrowException, UnicodeDecodeError):  # their messages may quote data
+        raise ValueError(f"{path}: expected a complete Parquet file; get it again") from None
+
+
 def _texts(path: pathlib.Path, skipped: Counter[str]) -> Iterator[tuple[str, Example, dict]]:
-    """(place, example without its label, the other fields); empty texts are left out."""
+    """(where it is, example without its label, the other fields); skips empty texts."""
     for at, record in _records(path):
         columns = list(record)
         first = find_column(columns, FIRST)
@@ -279,7 +297,7 @@ def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example
         if isinstance(value, list | dict | float):
             raise ValueError(f"{at}: expected one label, got {type(value).__name__}")
         name = "" if value is None else str(value).strip()
-        # NaN is how pandas writes a label that is not there; "-" is SNLI's and MedNLI's.
+        # pandas writes a missing label as NaN, SNLI and MedNLI as "-".
         if not name or name.lower() in ("nan", "-"):
             skipped["examples without a label"] += 1
         else:
@@ -290,7 +308,7 @@ def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example
 def _labelled(
     path: pathlib.Path, skipped: Counter[str]
 ) -> list[tuple[Example, set[str] | dict[str, bool]]]:
-    """(example, its labels, or {column: whether it is 1} of the columns that hold 0 or 1)."""
+    """(example, its labels or {column: whether it is 1} of the columns that hold 0 or 1)."""
     found = []
     for at, example, record in _texts(path, skipped):
         column = find_column(list(record), LABEL)
@@ -314,7 +332,7 @@ def _names(names: set[str] | dict[str, bool], common: set[str]) -> set[str]:
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
-    """By name, or as numbers where all are."""
+    """Sorted by name, or as numbers if all are numbers."""
     numbers = all(name.isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
@@ -327,7 +345,8 @@ def _brat(folder: pathlib.Path, skipped: Counter[str]) -> list[Tagged]:
 
 
 def _tagged(path: pathlib.Path) -> list[Tagged]:
-    sentences = _tagged_objects(path) if _suffix(path) == ".jsonl" else _conll(path)
+    suffix = _suffix(path)
+    sentences = _tagged_objects(path) if suffix in (".jsonl", ".parquet") else _conll(path)
     found = []
     for at, words, tags in sentences:
         if any(not re.fullmatch(r"O|[BIES]-\S+", one) for one in tags):
@@ -339,7 +358,7 @@ def _tagged(path: pathlib.Path) -> list[Tagged]:
 
 
 def _conll(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(place, words, tags) of each sentence: the word comes first, its tag last."""
+    """(where it is, words, tags) of each sentence; a line has the word first and its tag last."""
     words: list[str] = []
     tags: list[str] = []
     number = 0
@@ -362,8 +381,7 @@ def _conll(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def _tagged_objects(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for number, record in read_objects(path):
-        at = f"{path}, line {number}"
+    for at, record in _objects(path):
         columns = list(record)
         words = record.get(find_column(columns, ("words", "tokens")) or "")
         tags = record.get(find_column(columns, ("labels", "tags", "ner_tags")) or "")
@@ -372,7 +390,9 @@ def _tagged_objects(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[s
                 raise ValueError(f"{at}: {name}: expected a list of strings")
         assert isinstance(words, list) and isinstance(tags, list)
         if len(words) != len(tags):
-            raise ValueError(f"{at}: expected a label a word, got {len(words)} and {len(tags)}")
+            raise ValueError(
+                f"{at}: expected one label per word, got {len(words)} words and {len(tags)} labels"
+            )
         yield at, [without_lone_surrogates(word) for word in words], tags
 
 

@@ -1,6 +1,6 @@
-"""NegEx: whether a condition that a sentence of a report names is affirmed, negated or possible.
+"""NegEx: whether a condition named in a sentence of a report is affirmed, negated or possible.
 
-An example is a pair, sentence and condition: the same sentence is asked about several conditions.
+An example is a pair of sentence and condition; a sentence may occur with several conditions.
 """
 
 import pathlib
@@ -12,16 +12,16 @@ from ...corpora.readers.text import read_lines
 from .files import find_file
 from .task import Data, Example, Task, make_data, three_ways
 
-# Those that the file's header names; its released version has no row that says Possible.
+# The labels in the file's header; no row of its released version is labeled Possible.
 LABELS = ("affirmed", "negated", "possible")
 HOMEPAGE = "https://github.com/chapmanbe/negex"
 
 
 def load(folder: pathlib.Path) -> Data:
-    """rsAnnotations-1-120-random.txt, split 70/15/15 by sentence, so that none is in two splits.
+    """rsAnnotations-1-120-random.txt, split 70/15/15 so that no sentence is in two splits.
 
-    Sentences, and conditions, that differ only in case or blanks are the same; a pair that comes
-    again is left out and counted. A pair with two different answers raises ValueError.
+    Case and whitespace are ignored in comparisons. A repeated pair is skipped and counted; a pair
+    with two different labels raises ValueError.
     """
     path = find_file(folder, ("rsAnnotations-1-120-random.txt",), "NegEx", HOMEPAGE)
     skipped: Counter[str] = Counter()
@@ -34,7 +34,7 @@ def load(folder: pathlib.Path) -> Data:
         status = fields[3].strip().lower() if len(fields) == 6 else ""
         if status not in LABELS:
             raise ValueError(
-                f"{path}, line {number}: expected 6 fields between tabs, the fourth "
+                f"{path}, line {number}: expected 6 fields between tabs, the fourth one of "
                 f"{', '.join(LABELS)}; got something else"
             )
         label = LABELS.index(status)
@@ -42,7 +42,7 @@ def load(folder: pathlib.Path) -> Data:
         before = answers.setdefault((sentence, condition), label)
         if before != label:
             raise ValueError(
-                f"{path}, line {number}: the same pair came before, answered otherwise"
+                f"{path}, line {number}: the same pair occurs before with another label"
             )
         group = groups.setdefault(sentence, [])
         if any(

@@ -1,10 +1,10 @@
-"""Phenotypes of patients in notes of MIMIC-III: 13 and "unsure", any number of them a note."""
+"""Phenotypes of patients in notes of MIMIC-III: 13 and "unsure", any number per note."""
 
 import pathlib
 from collections import Counter
 
 from .files import find_file, read_table
-from .task import Data, Example, Task, hf_split, make_data
+from .task import Data, Example, Task, hf_split, make_data, published
 
 LABELS = (
     "ADVANCED.CANCER",
@@ -29,8 +29,8 @@ NOTES = "https://physionet.org/content/mimiciii/1.4/"
 def load(folder: pathlib.Path) -> Data:
     """ACTdb102003.csv joined with MIMIC-III's NOTEEVENTS.csv or .csv.gz on ROW_ID; 70/10/20.
 
-    NONE means no label. Rows that have both NONE and a label contradict themselves: they are left
-    out, as are annotations whose note is missing or empty; both are counted.
+    NONE means no label. Contradictory rows with both NONE and a label are skipped and counted, and
+    so are annotations whose note is missing or empty.
     """
     skipped: Counter[str] = Counter()
     annotations = find_file(folder, ("ACTdb102003.csv",), "the phenotype annotations", HOMEPAGE)
@@ -52,7 +52,7 @@ def load(folder: pathlib.Path) -> Data:
 
 
 def _annotations(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[int, tuple[int, ...]]]:
-    """(ROW_ID, label) of the rows that do not contradict themselves."""
+    """(ROW_ID, label) of the rows that are not contradictory."""
     rows = []
     for number, row in read_table(path, ("ROW_ID", "NONE", *LABELS)):
         at = f"{path}, record {number}"
@@ -66,7 +66,7 @@ def _annotations(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[int, t
 
 
 def _texts(path: pathlib.Path, wanted: set[int]) -> dict[int, str]:
-    """The notes with these ROW_IDs; the file is read no further than the last of them."""
+    """{ROW_ID: note} of these ROW_IDs; reading stops after the last of them."""
     texts: dict[int, str] = {}
     for number, row in read_table(path, ("ROW_ID", "TEXT")):
         if len(texts) == len(wanted):
@@ -78,7 +78,7 @@ def _texts(path: pathlib.Path, wanted: set[int]) -> dict[int, str]:
 
 
 def _whole(value: str, at: str, column: str, most: int | None = None) -> int:
-    """A whole number; pandas writes 1.0 where a column once had gaps."""
+    """An integer; pandas writes 1.0 if the column once had missing values."""
     digits = value.strip().removesuffix(".0")
     if not digits.isdecimal() or (most is not None and int(digits) > most):
         expected = "a whole number" if most is None else " or ".join(map(str, range(most + 1)))
@@ -93,16 +93,5 @@ TASK = Task(
     metric="weighted_f1",
     homepage=HOMEPAGE,
     load=load,
-    published={
-        "BioClinical ModernBERT base": 58.1,
-        "BioClinical ModernBERT large": 60.8,
-        "ModernBERT base": 48.4,
-        "ModernBERT large": 58.3,
-        "Bio_ClinicalBERT": 25.8,
-        "BioBERT": 26.6,
-        "BioMed-RoBERTa": 36.8,
-        "Clinical-Longformer": 46.4,
-        "Clinical-BigBird": 26.5,
-        "Clinical ModernBERT": 54.9,
-    },
+    published=published(58.1, 60.8, 48.4, 58.3, 25.8, 26.6, 36.8, 46.4, 26.5, 54.9),
 )

@@ -3,8 +3,8 @@
 A folder holds train.json, validation.json (or dev.json) and test.json, or one file is split
 70/15/15: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text",
 "answer_start"}]}]}]}]}, or as .jsonl lines of {"question", "context", "answer", "answer_start"}. A
-question without an answer is left out and counted, as is an answer that is not where it is said
-to be.
+question without an answer is skipped and counted, and so is an answer that is not at its
+answer_start.
 """
 
 import json
@@ -61,7 +61,7 @@ def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any]]:
-    """(place, question, context, answer, where it starts)."""
+    """(where it is, question, context, answer, offset of the answer)."""
     if path.suffix == ".jsonl":
         for number, r in read_objects(path):
             keys = ("question", "context", "answer", "answer_start")

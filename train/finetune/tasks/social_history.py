@@ -1,8 +1,8 @@
 """Social History: substances, occupation, living and family, in MTSamples' social-history sections.
 
-As in the reference, words stand between blanks and an entity has those that lie wholly in it: one
-whose last word carries a full stop loses that word, and one that has no other is lost (counted).
-This is kept, because the published scores are measured so.
+As in the reference, words are separated by whitespace and an entity consists of the words that lie
+entirely in it: it loses a last word with a full stop, and is skipped and counted if it has no other
+word. This is kept because the published scores were measured this way.
 """
 
 import pathlib
@@ -10,7 +10,7 @@ from collections import Counter
 
 from .brat import BLANK_WORDS, documents, tag
 from .files import token_data
-from .task import Data, Task, three_ways
+from .task import Data, Task, published, three_ways
 
 TYPES = (
     "Alcohol Amount Drug EnvironmentalExposure ExposureHistory Extent Family Frequency History "
@@ -18,7 +18,7 @@ TYPES = (
     "Method Occupation Other PhysicalActivity QuitHistory Residence SexualHistory Status Temporal "
     "Tobacco Type"
 ).split()
-# The reference's 51 labels are those that its overwriting of spans leaves over, in this order.
+# The 51 labels that remain after the reference's overwriting of spans, in its order.
 LABELS = (
     *(f"B-{t}" for t in TYPES if t != "LivingSituation"),
     *(f"I-{t}" for t in TYPES if t != "PhysicalActivity"),
@@ -28,12 +28,12 @@ HOMEPAGE = "https://depts.washington.edu/bionlp/data/corpora/files/SocialHistory
 
 
 def load(folder: pathlib.Path) -> Data:
-    """An example a document: .txt with its .ann; 70/15/15. Labels beyond the 51 come after them."""
+    """One example per document (.txt with its .ann); 70/15/15. Other labels follow the 51."""
     skipped: Counter[str] = Counter()
     try:
         found = documents(folder, skipped)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; Social History is to be had at {HOMEPAGE}") from None
+        raise FileNotFoundError(f"{error}; get Social History from {HOMEPAGE}") from None
     tagged = [tag(text, spans, BLANK_WORDS, skipped) for _, text, spans in found]
     more = {label for _, tags in tagged for label in tags} - set(LABELS)
     labels = (*LABELS, *sorted(more))
@@ -47,16 +47,5 @@ TASK = Task(
     metric="f1",
     homepage=HOMEPAGE,
     load=load,
-    published={
-        "BioClinical ModernBERT base": 58.5,
-        "BioClinical ModernBERT large": 57.1,
-        "ModernBERT base": 53.1,
-        "ModernBERT large": 54.8,
-        "Bio_ClinicalBERT": 55.2,
-        "BioBERT": 55.8,
-        "BioMed-RoBERTa": 55.2,
-        "Clinical-Longformer": 56.8,
-        "Clinical-BigBird": 53.3,
-        "Clinical ModernBERT": 53.8,
-    },
+    published=published(58.5, 57.1, 53.1, 54.8, 55.2, 55.8, 55.2, 56.8, 53.3, 53.8),
 )

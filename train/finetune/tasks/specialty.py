@@ -1,9 +1,9 @@
 """Specialty: which medical specialty a transcribed note of MTSamples belongs to.
 
-The site files many a note under several specialties ("Surgery" beside the organ's own). The same
-text in training and test, with other answers, would be worth nothing, so a text is one example, and
-its answer is the rarest of its specialties, which says the most. Specialties with fewer than ten
-texts are left out: there is nothing to learn and to test on, and "other" is no specialty.
+The site lists many notes under several specialties ("Surgery" and that of the organ). A text that
+occurs in training and in test with different labels would make the scores meaningless. Each text is
+therefore one example, labeled with its rarest specialty, which is the most specific. Specialties
+with fewer than ten texts are skipped because they are too small to train and test on.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ HOMEPAGE = "https://www.kaggle.com/datasets/tboyle10/medicaltranscriptions"
 
 
 def load(folder: pathlib.Path) -> Data:
-    """mtsamples.csv, its distinct texts split 70/15/15; what is left out is counted."""
+    """mtsamples.csv, its distinct texts split 70/15/15; skipped texts are counted."""
     path = find_file(folder, ("mtsamples.csv",), "MTSamples", HOMEPAGE)
     skipped: Counter[str] = Counter()
     found: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""What every task module provides: a Task, and the examples that its files hold."""
+"""What every task module provides: a Task, which reads its files to examples in three splits."""
 
 import dataclasses
 import pathlib
@@ -7,16 +7,23 @@ from typing import Literal
 
 import numpy as np
 
+PUBLISHED_MODELS = (
+    "BioClinical ModernBERT base", "BioClinical ModernBERT large", "ModernBERT base",
+    "ModernBERT large", "Bio_ClinicalBERT", "BioBERT", "BioMed-RoBERTa", "Clinical-Longformer",
+    "Clinical-BigBird", "Clinical ModernBERT",
+)  # fmt: skip
+
 KIND = Literal["classification", "multilabel", "tokens", "qa"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One input with its answer.
+    """One input with its label.
 
-    text is the input; of a pair, text_pair the second one; of a token task `words` stands for both.
-    label: an index into the labels; for multilabel one 0 or 1 a label, for tokens one index a word,
-    for qa where the answer starts and ends in text_pair, the context, in characters.
+    text: the input, or the first text of a pair, whose second is text_pair. A task of kind "tokens"
+    has words instead of both. label: an index into the labels; 0 or 1 per label for multilabel, an
+    index per word for tokens; for qa the offsets, in characters, at which the answer starts and
+    ends in text_pair, the context.
     """
 
     text: str = ""
@@ -29,7 +36,7 @@ class Example:
 class Data:
     """The splits of a task and the names of its labels.
 
-    skipped: {reason: number} of what was left out, or kept but is out of the ordinary; no text.
+    skipped: {reason: number} of what was skipped, or kept although it is unusual; it holds no text.
     """
 
     labels: tuple[str, ...]
@@ -41,12 +48,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task: how its files are read and how it is scored.
+    """How the files of a task are read and how its predictions are scored.
 
-    metric picks the best epoch on validation and is what `published` gives: {model: test score in
-    per cent}, from the card of BioClinical ModernBERT. load(folder) raises FileNotFoundError, which
-    says where the files are to be had, or ValueError with one line for files that are not as
-    expected.
+    metric: selects the best epoch by its value on validation; `published` has its test scores from
+    the literature. load(folder): raises FileNotFoundError that says where to get the files, or
+    ValueError with one line for files in another form.
     """
 
     name: str
@@ -55,21 +61,26 @@ class Task:
     metric: Literal["weighted_f1", "micro_f1", "accuracy", "f1"]
     homepage: str
     load: Callable[[pathlib.Path], Data]
-    published: dict[str, float] = dataclasses.field(default_factory=dict)
+    published: dict[str, float] = dataclasses.field(default_factory=dict)  # see `published`
 
 
 def hf_split(n: int, test_share: float, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) rows as `datasets.Dataset.train_test_split(test_size, seed=seed)` has them."""
+    """(train, test) rows as in `datasets.Dataset.train_test_split(test_size, seed=seed)`."""
     order = np.random.default_rng(seed).permutation(n)
     tests = int(np.ceil(test_share * n))
     return order[tests:], order[:tests]
 
 
 def sklearn_split(n: int, test_share: float, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) rows as scikit-learn's train_test_split(random_state=seed) has them."""
+    """(train, test) rows as in scikit-learn's train_test_split(random_state=seed)."""
     order = np.random.RandomState(seed).permutation(n)
     tests = int(np.ceil(test_share * n))
     return order[tests:], order[:tests]
+
+
+def published(*scores: float) -> dict[str, float]:
+    """{model: test score in percent} from the model card of BioClinical ModernBERT."""
+    return dict(zip(PUBLISHED_MODELS, scores, strict=True))
 
 
 SPLIT = Callable[[int, float], tuple[np.ndarray, np.ndarray]]
@@ -78,7 +89,7 @@ SPLIT = Callable[[int, float], tuple[np.ndarray, np.ndarray]]
 def three_ways(
     n: int, split: SPLIT = hf_split, first: float = 0.3, second: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(train, validation, test) rows, 70/15/15: three tenths aside, then the half of those."""
+    """(train, validation, test) rows, 70/15/15: sets 30 % aside, then splits these in half."""
     train, aside = split(n, first)
     validation, test = split(len(aside), second)
     return train, aside[validation], aside[test]
@@ -90,10 +101,10 @@ def make_data(
     skipped: Mapping[str, int],
     where: pathlib.Path,
 ) -> Data:
-    """Data fit to train on, of train, validation and test examples.
+    """The Data of train, validation and test examples, after checks.
 
-    skipped also gets the labels that training lacks and the examples of test that it holds too.
-    Raises ValueError with one line for an empty split, or where all of training has one answer.
+    Counts labels that training lacks, and test examples that are also in training, in `skipped`.
+    Raises ValueError with one line for an empty split, or if all of training has the same label.
     """
     train, validation, test = splits
     notes = {reason: number for reason, number in skipped.items() if number}
