@@ -108,7 +108,7 @@ def tag(
     *,
     whole: bool = True,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(words, their BIO tags). A span has the words entirely in it or, if not whole, all it touches.
+    """(words, their BIO tags). A span has the words entirely in it; whole=False: all it touches.
 
     Spans without a word, and those that share a word with a later span, are skipped and counted.
     """
