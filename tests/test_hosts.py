@@ -200,6 +200,36 @@ def test_goes_on_with_other_hosts_and_another_mesh(alone, corpus, tmp_path):
     )
 
 
+LATE = """
+import time
+import jax
+from train.common.hosts import Hosts, connect, first_then_others
+connect(Hosts({coordinator!r}, 2, {index}))
+jax.devices()
+first_then_others("prepare", lambda: time.sleep(35 if {index} == 0 else 0))
+print("met", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_others_wait_longer_than_gloo(tmp_path):
+    """A first process that prepares for long: Gloo's own collectives give up after 30 s."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE.format(coordinator=coordinator, index=index)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+    output = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    assert all("met" in text for text in output)
+
+
 @pytest.mark.parametrize("hosts", [Hosts("127.0.0.1:1"), Hosts(count=2), Hosts("a:1", 2, 2)])
 def test_flags_that_leave_something_open(hosts):
     with pytest.raises(ValueError, match="hosts: expected"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec as P
 
 from modernbert_jax.packing import IGNORE_INDEX
+from modernbert_jax.precision import matmul_precision
 
 from ..common.sharding import BATCH, DATA, FSDP, TENSOR, batch_shards
 
@@ -49,7 +50,7 @@ def masked_cross_entropy(
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = matmul_precision(x.dtype)
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
