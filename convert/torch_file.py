@@ -12,7 +12,7 @@ import mmap
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,8 @@ EXTENSION_DTYPES = {
     "float8_e5m2": np.uint8,
     "float8_e5m2fnuz": np.uint8,
 }
-DTYPES = (
-    """float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64
-complex128""".split()
-    + list(EXTENSION_DTYPES)
-)
+DTYPES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64
+complex64 complex128""".split()
 # Names that only hold other values in Composer's checkpoints, beside the tensors.
 STUBS = """builtins.dict builtins.float builtins.int builtins.list
 composer.core.precision.Precision composer.core.time.Time composer.core.time.TimeUnit
@@ -59,7 +56,7 @@ ADMITTED = frozenset(
     [
         *STUBS,
         *CONTAINERS,
-        *(f"torch.{name}" for name in (*STORAGES, *DTYPES, "Size", "device")),
+        *(f"torch.{name}" for name in (*STORAGES, *DTYPES, *EXTENSION_DTYPES, "Size", "device")),
         *(f"torch._utils._rebuild_{name}" for name in ("tensor_v2", "tensor_v3", "parameter")),
         "torch._utils._rebuild_parameter_with_state",
         "torch.storage.UntypedStorage",
@@ -164,36 +161,32 @@ def _check(path: Path) -> None:
             )
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = {info.filename: info for info in archive.infolist()}
-            if len(infos) != len(archive.infolist()):
-                raise Refused("is a damaged zip file: it holds an entry twice")
-            packed = [i.filename for i in infos.values() if i.compress_type or i.flag_bits & 1]
+            infos = archive.infolist()
+            packed = [i.filename for i in infos if i.compress_type or i.flag_bits & 1]
             if packed:
                 raise Refused(f"has a compressed or encrypted entry {packed[0]!r}: expected none")
-            roots = [n.removesuffix("data.pkl") for n in infos if n.count("/") == 1]
-            roots = [root for root in roots if root.endswith("/")]
+            names = [i.filename for i in infos]
+            roots = [n.removesuffix("/data.pkl") for n in names if n.endswith("/data.pkl")]
             if len(roots) != 1:
                 raise Refused("is a zip file, but no PyTorch checkpoint: it has no data.pkl")
-            if f"{roots[0]}constants.pkl" in infos:
+            sizes = {i.filename.removeprefix(f"{roots[0]}/"): i.file_size for i in infos}
+            if "constants.pkl" in sizes:
                 raise Refused("is a TorchScript archive: save the model's state_dict() instead")
-            if (
-                infos.get(f"{roots[0]}byteorder")
-                and archive.read(f"{roots[0]}byteorder") != b"little"
-            ):
+            order = archive.read(f"{roots[0]}/byteorder") if "byteorder" in sizes else b"little"
+            if order != b"little":
                 raise Refused("was written on a big-endian machine: save it on a usual one")
-            sizes = {name: info.file_size for name, info in infos.items()}
-            data = archive.read(f"{roots[0]}data.pkl")
+            data = archive.read(f"{roots[0]}/data.pkl")
     except zipfile.BadZipFile as error:
         raise Refused(f"is a truncated or damaged zip file ({error})") from error
-    _Checker(data, lambda key: sizes.get(f"{roots[0]}data/{key}")).load()
+    _Checker(data, sizes).load()
 
 
 class _Checker(pickle.Unpickler):
     """Walks through a pickle in which every name is a placeholder, and checks names and sizes."""
 
-    def __init__(self, data: bytes, size_of: Callable[[str], int | None]):
+    def __init__(self, data: bytes, sizes: Mapping[str, int]):
         super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._size_of = size_of
+        self._sizes = sizes
 
     def find_class(self, module: str, name: str, /) -> type:
         name = f"{module}.{name}".replace("__builtin__.", "builtins.")
@@ -206,11 +199,10 @@ class _Checker(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> None:
         match pid:
-            case ("storage", type() as kind, str(key), _, int(count)) if (
-                issubclass(kind, _Placeholder)
-                and (width := STORAGES.get(kind.name.rpartition(".")[2])) is not None
+            case ("storage", type(name=str(kind)), str(key), _, int(count)) if (
+                width := STORAGES.get(kind.rpartition(".")[2])
             ):
-                size = self._size_of(key)
+                size = self._sizes.get(f"data/{key}")
                 if size is None:
                     raise Refused(f"is damaged: it has no entry 'data/{key}'")
                 if size != count * width:

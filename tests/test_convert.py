@@ -642,6 +642,34 @@ def test_a_checkpoint_without_its_configuration_needs_one(tmp_path, tensors, cap
             "--config", hf_file)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.bert.layers.1.attn.Wqkv.weight",
+        "model.bert.encoder.layers.01.attn.Wqkv.weight",
+        "model.bert.encoder.final_norm.weight",
+        "model.final_norm.weight",
+        "bert.final_norm.weight",
+        "model.classifier.weight",
+        "model.model.final_norm.weight",
+        "decoder.bias",
+        "",
+    ],
+)
+def test_near_misses_of_composers_names_are_unknown(key):
+    with pytest.raises(ValueError, match=f"unknown keys for a FlexBERT masked LM: {key}"):
+        composer.to_hf_keys({key: 0})
+
+
+def test_names_are_in_the_order_of_registration_whatever_the_order_of_the_input():
+    config = config_of(num_hidden_layers=12)
+    names = composer_names(config)
+    shuffled = sorted(names)  # by text layer 10 comes before layer 2
+    renamed = composer.to_composer_keys(dict.fromkeys(shuffled, 0))
+    assert list(renamed) == list(names.values())
+    assert set(composer.to_hf_keys(renamed)) == set(names)
+
+
 def test_modernberts_own_vocabulary_needs_no_tokenizer():
     config = flexbert.hf_config(flex_content(vocab_size=50368))
     assert [config[k] for k in ("pad_token_id", "cls_token_id", "sep_token_id")] == [
