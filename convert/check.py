@@ -240,10 +240,10 @@ def _golden(folder: Path) -> dict[str, Any]:
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(GOLDEN_TEXT).ids
     model = ModernBertForMaskedLM.from_pretrained(folder, dtype="float32")
 
-    def values(model: Any, ids_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def outputs(model: Any, ids_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         return model(ids_BL).logits, model.model(ids_BL).last_hidden_state
 
-    logits, hidden = _jit(model, values)(np.asarray([ids]))
+    logits, hidden = _jit(model, outputs)(np.asarray([ids]))
     found = {"logits": (logits, GOLDEN_LOGITS), "hidden": (hidden, GOLDEN_HIDDEN)}
     result: dict[str, Any] = {"text": GOLDEN_TEXT, "tolerance": GOLDEN_TOLERANCE, "passed": True}
     for name, (values, golden) in found.items():
