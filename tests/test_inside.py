@@ -114,7 +114,7 @@ def test_only_what_is_asked_for_is_computed():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="expected hidden_states.0 to hidden_states.3.*'layers.1'"):
         capture(tiny(), "layers.1", input_ids=np.zeros((1, 4), np.int32))
-    with pytest.raises(ValueError, match="for inference, without remat"):
+    with pytest.raises(ValueError, match="output_attentions: expected inference, got remat"):
         tiny()(np.zeros((1, 4), np.int32), output_attentions=True, remat=True)
 
 
