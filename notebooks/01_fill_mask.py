@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 1 · Fill a mask
 #
-# **At the end** you have the masked words of a sentence, from the two snippets that every model
-# card has, with one import changed; and notes as vectors.
+# **At the end** you will have filled the masked words of a sentence with the two snippets of the
+# model card, with one import changed, and turned notes into vectors.
 #
-# **Time:** 45 s on 2 CPU cores, most of it for training a small model in place of a download.
+# **Time:** 45 s on 2 CPU cores. Most of it trains a small model, which replaces a download.
 
 # %%
 import importlib.util
@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -34,14 +34,14 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # use the released checkpoint, from the hub
 
 # %% [markdown]
 # ## A model
 #
-# The released one; or three layers of width 64, trained here and now on 1,500 made-up notes
-# (notebook 3 shows how). That one knows the phrases of its notes and nothing else: read its answers
-# as a sign that all parts work.
+# This is either the released model, or three layers of width 64 that we train here on 1,500
+# synthetic notes (notebook 3 shows how). The small model has learned the phrases of its notes and
+# nothing else, so its answers only show that all parts work.
 
 # %%
 import contextlib
@@ -61,7 +61,7 @@ if not REAL:
 # %% [markdown]
 # ## The first snippet: a pipeline
 #
-# The result has the form that `transformers` gives it.
+# The result is the same list of dictionaries that `transformers` returns.
 
 # %%
 from modernbert_jax import pipeline  # was: from transformers import pipeline
@@ -70,12 +70,13 @@ pipe = pipeline("fill-mask", model=MODEL)
 pipe("Furosemide 40 mg twice [MASK] was started for heart failure.", top_k=2)
 
 # %% [markdown]
-# Several masks give a list for each mask, several texts a list for each text.
+# A text with several masks returns a list for each mask, and several texts return a list for each
+# text.
 
 
 # %%
 def show(text: str, **options) -> None:
-    """The answers on a line a mask."""
+    """Prints the answers, one line per mask."""
     answers = pipe(text, **options)
     print(text)
     for mask in answers if isinstance(answers[0], list) else [answers]:
@@ -86,22 +87,22 @@ show("with a [MASK] of 96 and a blood [MASK] of 124/59.", top_k=3)
 show("He will be seen in the neurology [MASK] in 12 [MASK].", top_k=3)
 
 # %% [markdown]
-# `targets` asks for some words only. The title of the patient should decide here. The small model
-# has learned that it is a man or a woman, and not yet to look at the title: for that `--config
-# demo` trains four times as long.
+# `targets` restricts the answers to some words. Here the title of the patient should decide. The
+# small model has learned that the word is man or woman, but not yet that it depends on the title;
+# `--config demo` trains four times as long and learns it.
 
 # %%
 show("Ms. Novak is a 63-year-old [MASK] who was seen for leg swelling.", targets=[" woman", " man"])
 show("Mr. Novak is a 63-year-old [MASK] who was seen for leg swelling.", targets=[" woman", " man"])
 
 # %% [markdown]
-# And this no made-up note says. The released model does know it.
+# No synthetic note contains this fact. The released model knows it.
 
 # %%
 show("[MASK] is a disease caused by an uncontrolled division of abnormal cells.", top_k=3)
 
 # %% [markdown]
-# A text without a mask is refused, with a line that says what is missing.
+# A text without a mask raises an error that says what is missing.
 
 # %%
 try:
@@ -127,7 +128,8 @@ predicted_token_id = outputs.logits[0, masked_index].argmax(axis=-1)
 print("Predicted token:", tokenizer.decode(predicted_token_id))
 
 # %% [markdown]
-# Logits are numbers for every word of the vocabulary: here the probabilities of the likeliest ten.
+# The logits hold one number for each token of the vocabulary. This plot shows the probabilities of
+# the ten most likely tokens.
 
 # %%
 import jax
@@ -144,8 +146,8 @@ axis.set(xscale="log", xlabel="probability", title=text)
 plt.show()
 
 # %% [markdown]
-# The model is a Flax module. `nnx.display(model)` shows all of it; a layer's attention is enough
-# here.
+# The model is a Flax module. `nnx.display(model)` shows all of it; here we show the attention of
+# one layer.
 
 # %%
 from flax import nnx
@@ -155,20 +157,21 @@ nnx.display(model.model.layers[1].attn)
 # %% [markdown]
 # ## Notes as vectors
 #
-# `Embedder` packs texts of any lengths into full rows and gives a vector for each, in the order of
-# the texts.
+# `Embedder` packs texts of any length into full sequences and returns one vector per text, in the
+# order of the texts.
 
 # %%
 from modernbert_jax import Embedder
 from train.corpora.synthetic import synthetic_notes
 
-notes = sorted(synthetic_notes(48, seed=1))  # a note begins with its kind
+notes = sorted(synthetic_notes(48, seed=1))  # a note starts with its kind
 embedder = Embedder.from_pretrained(MODEL, pooling="mean")
 vectors = embedder.encode(notes, batch_tokens=4_096)
 print(vectors.shape, vectors.dtype)
 
 # %% [markdown]
-# Cosines between all pairs. The squares along the diagonal are the four kinds of note.
+# The plot shows the cosine similarity of all pairs. The squares along the diagonal are the four
+# kinds of note.
 
 # %%
 kinds = [note.splitlines()[0].lower() for note in notes]
@@ -177,12 +180,13 @@ figure, axis = plt.subplots(figsize=(5.6, 4), layout="constrained")
 image = axis.imshow(vectors @ vectors.T, cmap="viridis", interpolation="nearest")
 axis.set_yticks(first, [kinds[i] for i in first])
 axis.set_xticks([])
-figure.colorbar(image, label="cosine")
+figure.colorbar(image, label="cosine similarity")
 plt.show()
 
 # %% [markdown]
 # ## Next
 #
-# - `pipeline(..., compile_cache="cache")` keeps compiled programs: the next process starts without
-#   compiling.
-# - Notebook 3 trains the model used here, notebook 4 fine-tunes it, notebook 5 looks inside.
+# - `pipeline(..., compile_cache="cache")` keeps the compiled programs, so that the next process
+#   starts without compiling.
+# - Notebook 3 trains the model used here, notebook 4 fine-tunes it, and notebook 5 inspects its
+#   attention.

@@ -12,11 +12,11 @@
 # ---
 
 # %% [markdown]
-# # 2 · Convert both ways, and read the certificate
+# # 2 · Convert in both directions, and read the parity report
 #
-# **At the end** you have a checkpoint in three layouts (Hugging Face's, Orbax, Composer's), the
-# proof that no bit was lost between them, and a certificate that the model here computes what
-# `transformers` does.
+# **At the end** you will have a checkpoint in three layouts (Hugging Face, Orbax and Composer), a
+# check that no bit was lost between them, and a parity report which shows that this library
+# computes the same values as `transformers`.
 #
 # **Time:** 20 s on 2 CPU cores. Nothing is downloaded.
 
@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,convert,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -35,13 +35,13 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # use the released checkpoint, from the hub
 
 # %% [markdown]
 # ## A checkpoint in Hugging Face's layout
 #
-# The released ModernBERT-base, or a model of its shape and one thousandth of its size, with seeded
-# weights.
+# This is either the released ModernBERT-base, or a model of the same architecture and one
+# thousandth of its size, with random weights from a seed.
 
 # %%
 import tempfile
@@ -53,7 +53,7 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from train.corpora.build.bpe import train_bpe
 from train.corpora.synthetic import synthetic_notes
 
-os.chdir(tempfile.mkdtemp())  # what follows is written there
+os.chdir(tempfile.mkdtemp())  # the files below are written there
 if REAL:
     from modernbert_jax.checkpoint.hub import resolve
 
@@ -70,7 +70,8 @@ for file in sorted(Path(SOURCE).iterdir()):
 # %% [markdown]
 # ## To Orbax and back
 #
-# The command line is `python -m convert VERB SRC DST`; here it is called in this process.
+# The command line is `python -m convert COMMAND SRC DST`, or `modernbert-jax convert COMMAND SRC
+# DST` with a wheel. Here we call it in this process.
 
 # %%
 import contextlib
@@ -80,7 +81,7 @@ from convert.cli import main
 
 
 def convert(command: str) -> None:
-    """`python -m convert COMMAND`, less the line on time and memory."""
+    """Runs `python -m convert COMMAND`, and leaves out the line with time and memory."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         if main([*command.split(), "--overwrite"]):
             raise RuntimeError("the command failed")
@@ -92,7 +93,7 @@ convert(f"from-hf {SOURCE} orbax")
 convert("to-hf orbax hf_again")
 
 # %% [markdown]
-# Every tensor has the bits that it had.
+# Every tensor has the same bits as before.
 
 # %%
 from modernbert_jax.checkpoint.hf import SafetensorsFolder
@@ -109,10 +110,11 @@ def same_bits(one: str, other: str) -> None:
 same_bits(SOURCE, "hf_again")
 
 # %% [markdown]
-# ## What changes on the way
+# ## What a conversion changes
 #
-# Only the shapes. Here a weight is shaped by its axes, so that heads and MLP halves can be split
-# over devices without a reshuffle: `Wqkv` is [D, 3, H, K], where torch has [3·H·K, D].
+# It changes only the shapes. Our weights have one axis for each logical dimension, so that heads
+# and MLP halves can be split over devices without rearranging them: `Wqkv` is [D, 3, H, K], while
+# torch stores [3·H·K, D].
 
 # %%
 from modernbert_jax.checkpoint.params import flatten
@@ -124,68 +126,72 @@ for key in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "mlp_norm"):
     print(f"{key:42}{str(here[key].shape):>18}{str(there[key].shape):>14}")
 
 # %% [markdown]
-# ## The certificate
+# ## The parity report
 #
-# `check` runs this model and `transformers`' on the same tokens, plain, padded and longer than the
-# window, and compares every layer. It needs torch; without it this part is left out.
+# `check` runs our model and the one of `transformers` on the same tokens: without padding, with
+# padding, and longer than the window. It compares every layer. It needs torch, and without it we
+# skip this part.
 
 # %%
 import json
 
-certificate = None
+report = None
 if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-    main(["check", "orbax", "--json", "certificate.json"])
-    certificate = json.loads(Path("certificate.json").read_text())
+    main(["check", "orbax", "--json", "parity.json"])
+    report = json.loads(Path("parity.json").read_text())
 else:
     print("torch or transformers is not installed: nothing to compare with")
 
 # %% [markdown]
-# Each number is the largest error of a layer, relative to its largest value. Float32 rounds at
-# 6e-8, and errors grow a little with depth; what was computed otherwise would stand at 1e-2 and
-# more.
+# Each number is the largest error of a layer, relative to the largest value of that layer. Float32
+# rounds at 6e-8, and errors grow a little with depth. A wrong computation would show errors of 1e-2
+# and more.
 
 # %%
 from matplotlib import pyplot as plt
 
 plt.rcParams["figure.dpi"] = 70
 
-if certificate:
+if report:
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    rows = list(certificate["errors"])
-    for name in certificate["inputs"]:
-        axis.semilogy([certificate["errors"][row][name] + 1e-9 for row in rows], "o-", label=name)
-    axis.axhline(certificate["tolerance"], color="crimson", ls="--", label="tolerance")
+    rows = list(report["errors"])
+    for name in report["inputs"]:
+        axis.semilogy([report["errors"][row][name] + 1e-9 for row in rows], "o-", label=name)
+    axis.axhline(report["tolerance"], color="crimson", ls="--", label="tolerance")
     axis.set_xticks(range(len(rows)), rows, rotation=30 if len(rows) < 12 else 90)
-    axis.set(ylabel="relative error", title="this model against transformers, layer by layer")
+    axis.set(ylabel="relative error", title="error relative to transformers, layer by layer")
     axis.legend(fontsize=8, ncols=2)
     plt.show()
 
 # %% [markdown]
-# The certificate also names what was compared: hashes of the weights and of the configuration, and
-# versions.
+# The report also identifies what was compared: it holds hashes of the weights and the
+# configuration, and the versions of all packages.
 
 # %%
-if certificate:
+if report:
     for name in ("model", "weights_sha256", "config_sha256", "worst", "tolerance", "passed"):
-        value = certificate[name]
+        value = report[name]
         print(f"{name:15} {value[:16] + '...' if name.endswith('sha256') else value}")
 
 # %% [markdown]
 # ## Composer
 #
-# The original training of ModernBERT used Composer, and its intermediate checkpoints are `.pt`
-# files of that library. They are read without torch, by a reader that runs no code from the file,
-# and written too, so that the original trainer can go on from a model of here.
+# ModernBERT was trained with Composer, and its intermediate checkpoints are `.pt` files of that
+# library. The converter reads them with `torch.load(weights_only=True)`, so no code in a file runs.
+# It also writes them, so that the original trainer can resume from one of our models. Both need
+# torch.
 
 # %%
-convert("to-composer orbax latest-rank0.pt")
-convert("from-composer latest-rank0.pt orbax_again")
-convert("to-hf orbax_again hf_from_composer")
-same_bits(SOURCE, "hf_from_composer")
+if importlib.util.find_spec("torch"):
+    convert("to-composer orbax latest-rank0.pt")
+    convert("from-composer latest-rank0.pt orbax_again")
+    convert("to-hf orbax_again hf_from_composer")
+    same_bits(SOURCE, "hf_from_composer")
 
 # %% [markdown]
 # ## Next
 #
-# - `python -m convert from-composer FILE.pt DIR --optimizer` brings the optimizer's moments along;
-#   then `train pretrain --init-from DIR --init-optimizer` goes on where the release stopped.
-# - A folder in either layout is a `model=` for everything here: `from_pretrained("orbax")`.
+# - `python -m convert from-composer FILE.pt DIR --optimizer` also converts the optimizer's moments.
+#   `python -m train pretrain --init-from DIR --init-optimizer` then continues where the release
+#   stopped.
+# - Everything in this library loads both layouts: `from_pretrained("orbax")` works as well.

@@ -14,9 +14,10 @@
 # %% [markdown]
 # # 3 · Pretrain in two phases on your own notes
 #
-# **At the end** you have a masked language model trained on a folder of notes, first with 30 % of
-# the tokens masked at a constant rate, then with 15 % and a decay to zero, as BioClinical
-# ModernBERT was; you have seen the run killed and taken up again, and its curves.
+# **At the end** you will have a masked language model trained on a folder of notes in two phases:
+# first with 30 % of the tokens masked and a constant learning rate, then with 15 % and a decay to
+# almost zero, as in BioClinical ModernBERT. You will have stopped and resumed the run, and plotted
+# its curves.
 #
 # **Time:** 60 s on 2 CPU cores. Nothing is downloaded.
 
@@ -26,7 +27,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -35,13 +36,13 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # go on from ModernBERT-base, from the hub
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # start from ModernBERT-base, from the hub
 
 # %% [markdown]
 # ## The notes
 #
-# A folder of `.txt`, `.jsonl`, `.csv` or `.tsv`. Put yours in place of these, which a seeded
-# generator makes up.
+# The corpus is a folder of `.txt`, `.jsonl`, `.csv` or `.tsv` files. These notes are synthetic,
+# from a generator with a seed; replace them with your own.
 
 # %%
 import json
@@ -53,9 +54,9 @@ file = write_corpus(NOTES, 1_500, seed=17)
 print(json.loads(file.open().readline())["text"])
 
 # %% [markdown]
-# ## The run, as data
+# ## The configuration
 #
-# A run is a dataclass, and a phase is one too. On the command line, the same: `python -m train
+# A run is a dataclass, and so is each phase. The same run on the command line is `python -m train
 # pretrain --config notebook --corpus runs/notes --workdir runs/mine`.
 
 # %%
@@ -67,25 +68,25 @@ config = dataclasses.replace(get_config(), corpus=(NOTES,), workdir="runs/mine")
 if REAL:
     from modernbert_jax import ModernBertConfig
 
-    gentle = [dataclasses.replace(phase, learning_rate=1e-4) for phase in config.phases]
+    phases = [dataclasses.replace(phase, learning_rate=1e-4) for phase in config.phases]
     config = dataclasses.replace(
         config,
         init_from="answerdotai/ModernBERT-base",  # its architecture, weights and tokenizer
         model=ModernBertConfig.base(dtype="bfloat16", attention_out_dropout=0.1),
-        phases=tuple(gentle),
+        phases=tuple(phases),
     )
 
 for phase in config.phases:
     print(
         f"{phase.name}: {phase.tokens:,} tokens, {phase.mlm_probability:.0%} masked, "
-        f"rate {phase.learning_rate:g}, decay over the last {phase.decay_tokens:,}"
+        f"learning rate {phase.learning_rate:g}, decay over the last {phase.decay_tokens:,}"
     )
 
 # %% [markdown]
-# ## Train, and pull the plug
+# ## Train, and interrupt the run
 #
-# Machines are taken away, with a SIGTERM first where one is lucky. Here a thread sends it in the
-# middle of phase 1. The run saves what it has and leaves.
+# Machines are preempted, usually with a SIGTERM as notice. Here a thread sends this signal in the
+# middle of phase 1. The run saves a checkpoint and stops.
 
 # %%
 import signal
@@ -100,22 +101,22 @@ STEPS = sum(phase.tokens for phase in config.phases) // (
 )
 
 
-def pull_the_plug() -> None:
-    """Sends SIGTERM after a quarter of the steps; each writes a line of metrics."""
+def interrupt() -> None:
+    """Sends SIGTERM after a quarter of the steps; each step writes one line of metrics."""
     metrics = Path(config.workdir) / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < STEPS // 4:
         time.sleep(0.05)
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # the run listens
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # the run handles it
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-threading.Thread(target=pull_the_plug, daemon=True).start()
+threading.Thread(target=interrupt, daemon=True).start()
 result = run(config)
 
 # %% [markdown]
-# The same call goes on where it stopped: the weights, the optimizer's moments, the place in the
-# notes and each phase's clock of tokens. The tests compare such runs with uninterrupted ones, bit
-# for bit.
+# The same call resumes the run: the weights, the optimizer's moments, the position in the data and
+# the number of tokens of each phase. The tests compare such runs with uninterrupted ones, bit for
+# bit.
 
 # %%
 result = run(config)
@@ -123,8 +124,9 @@ result = run(config)
 # %% [markdown]
 # ## Curves
 #
-# `metrics.jsonl` has a line for each step; the run draws `curves.png` and writes TensorBoard files
-# from the same numbers. The dashed line is the stop above, the solid one the change of phase.
+# `metrics.jsonl` has one line per step. The run also plots `curves.png` and writes TensorBoard
+# files from the same numbers. The dashed line marks the interruption, the solid line the change of
+# phase.
 
 # %%
 from matplotlib import pyplot as plt
@@ -144,25 +146,25 @@ for axis, name in zip(axes, ("loss", "accuracy", "learning_rate"), strict=True):
     axis.axvline(steps[STEPS // 4]["total_tokens"] / 1e3, color="grey", ls="--", lw=0.8)
     axis.axvline(config.phases[0].tokens / 1e3, color="grey", lw=0.8)
     axis.set(title=name.replace("_", " "), xlabel="thousand tokens")
-axes[0].legend(["training", "held out"], fontsize=8)
+axes[0].legend(["training", "evaluation"], fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## Is it any good?
+# ## How good is it?
 #
-# Share of the masked tokens of held-out notes that it guesses, beside that of always guessing the
-# commonest one.
+# This is the masked accuracy on the evaluation set: the fraction of masked tokens that the model
+# predicts correctly. The unigram baseline always predicts the most common token.
 
 # %%
 last = result["phases"][-1]
-print(f"guessed {last['accuracy']:.1%}; the commonest token {last['unigram_accuracy']:.1%}")
+print(f"masked accuracy {last['accuracy']:.1%}, unigram baseline {last['unigram_accuracy']:.1%}")
 print(f"{result['total_tokens']:,} tokens in {result['steps']} steps")
 
 # %% [markdown]
 # ## Use it
 #
-# `export` in the workdir is in Hugging Face's layout: it loads here and in `transformers`. The
-# phrases of the notes are in it; the rest of medicine is not.
+# The folder `export` in the workdir has Hugging Face's layout, and `transformers` loads it as well.
+# The model knows the phrases of the notes, and nothing else of medicine.
 
 # %%
 from modernbert_jax import pipeline
@@ -179,6 +181,6 @@ for text in (
 # %% [markdown]
 # ## Next
 #
-# - More of everything: `--config demo` (4 minutes, 72 % of the masked tokens), or `--config
+# - Train a larger model: `--config demo` (4 minutes, 72 % masked accuracy), or `--config
 #   bioclinical_base` on a pod (notebook 6 plans it).
-# - Fine-tune what came out: notebook 4 takes `model="runs/mine/export"`.
+# - Fine-tune your model: pass `model="runs/mine/export"` in notebook 4.

@@ -12,13 +12,13 @@
 # ---
 
 # %% [markdown]
-# # 4 · Fine-tune: is it there or not?
+# # 4 · Fine-tune a classifier of negation
 #
-# **At the end** you have a classifier that says whether a sentence affirms or negates a condition
-# (the NegEx task), its confusion matrix and its errors one by one; and a tagger of drugs that reads
-# notes longer than the model.
+# **At the end** you will have a classifier that decides whether a sentence affirms or negates a
+# condition (the NegEx task), with its confusion matrix and its errors one by one, and a drug tagger
+# that reads notes longer than the model.
 #
-# **Time:** 75 s on 2 CPU cores, half of it for training a small model in place of a download.
+# **Time:** 75 s on 2 CPU cores. Half of it trains a small model, which replaces a download.
 
 # %%
 import importlib.util
@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -35,14 +35,14 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # use the released checkpoint, from the hub
 NEGEX = os.environ.get("NEGEX_DIR", "")  # a folder with rsAnnotations-1-120-random.txt, if any
 
 # %% [markdown]
 # ## A pretrained model
 #
-# The released one, or three layers of width 64, trained here on made-up notes (notebook 3 shows
-# how).
+# This is either the released model, or three layers of width 64 that we train here on synthetic
+# notes (notebook 3 shows how).
 
 # %%
 import contextlib
@@ -50,7 +50,7 @@ import io
 
 MODEL, SCALE = "thomas-sounack/BioClinical-ModernBERT-base", 1
 if not REAL:
-    MODEL, SCALE = "runs/notebook/export", 100  # of learning rates: so small a model takes larger
+    MODEL, SCALE = "runs/notebook/export", 100  # a small model needs larger learning rates
     if not os.path.exists(MODEL):
         from train.configs.notebook import get_config
         from train.pretrain.run import run
@@ -62,8 +62,8 @@ if not REAL:
 # ## The sentences
 #
 # The NegEx file is free to download (github.com/chapmanbe/negex); set NEGEX_DIR to its folder.
-# Without it, sentences are made in its layout: one condition, or two of which one is negated, and a
-# few where "no" negates something else.
+# Without it, we generate sentences in the same layout: with one condition, or with two of which one
+# is negated, and a few where "no" negates something else.
 
 # %%
 import random
@@ -91,7 +91,7 @@ TWO = (
 
 
 def write_negex(folder: str, sentences: int, seed: int) -> None:
-    """Sentences in the layout of the NegEx file: a line for each condition that is asked about."""
+    """Writes sentences in the layout of the NegEx file, one line for each condition to classify."""
     draw, lines = random.Random(seed), ["number\tCondition\tsentence\tstatus\ttemporality\texp"]
     for _ in range(sentences):
         template, *answers = draw.choice(ONE if draw.random() < 0.85 else TWO)
@@ -108,8 +108,8 @@ if not NEGEX:
     write_negex(NEGEX, sentences=1_000, seed=0)
 
 # %% [markdown]
-# The harness reads and splits it: 70/15/15, and no sentence in two splits. An example is a pair,
-# the sentence and the condition.
+# The harness reads the file and splits it 70/15/15, with no sentence in two splits. Each example is
+# a pair: the sentence and the condition.
 
 # %%
 from train.finetune.tasks import task_named
@@ -122,8 +122,8 @@ for example in data.test[:3]:
 # %% [markdown]
 # ## Train
 #
-# The same as `python -m train finetune --task negex`, whose flags are the fields below. Short
-# sentences are packed into full rows; the best epoch by validation is kept.
+# This is the same as `python -m train finetune --task negex`, whose flags are the fields below.
+# Short sentences are packed into full sequences. The epoch with the best validation score is kept.
 
 # %%
 import warnings
@@ -132,9 +132,9 @@ from train.finetune.run import FinetuneConfig, finetune
 
 
 def scores_of(config: FinetuneConfig) -> dict[str, float]:
-    """Fine-tunes; the scores of the test split. The table that it prints is drawn below instead."""
+    """Fine-tunes and returns the scores on the test split, without printing the table."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the weights of the head are new
+        warnings.simplefilter("ignore")  # the weights of the head are new
         point = finetune(config)["points"][0]
     return {name: score["mean"] for name, score in point["test"].items()}
 
@@ -154,9 +154,9 @@ scores = scores_of(
 print(f"test: accuracy {scores['accuracy']:.1%}, weighted F1 {scores['weighted_f1']:.1%}")
 
 # %% [markdown]
-# ## Ask it
+# ## Use it
 #
-# `runs/negex/model` is in Hugging Face's layout, with the names of the labels.
+# The folder `runs/negex/model` has Hugging Face's layout and contains the names of the labels.
 
 # %%
 from modernbert_jax import pipeline
@@ -169,9 +169,9 @@ for condition in ("fever", "productive cough"):
 # %% [markdown]
 # ## Look at the errors
 #
-# Which answers are wrong, and what do they have in common? The small model has learned the words of
-# negation, and not whose they are: where a sentence names two conditions, it tosses a coin. More
-# layers and more pretraining learn that.
+# Which predictions are wrong, and what do they have in common? The small model has learned the
+# words of negation, but not which condition they belong to: if a sentence names two conditions, it
+# is no better than chance. A model with more layers and more pretraining learns this.
 
 # %%
 import numpy as np
@@ -180,17 +180,17 @@ from matplotlib import pyplot as plt
 plt.rcParams["figure.dpi"] = 70
 
 answers = pipe([{"text": e.text, "text_pair": e.text_pair or ""} for e in data.test])
-guesses = [data.labels.index(answer["label"]) for answer in answers]
+predictions = [data.labels.index(answer["label"]) for answer in answers]
 truth = [example.label for example in data.test]
-names = [data.labels[i] for i in sorted({*truth, *guesses})]
+names = [data.labels[i] for i in sorted({*truth, *predictions})]
 confusion = np.zeros((len(names), len(names)), int)
-for t, g in zip(truth, guesses, strict=True):
-    confusion[names.index(data.labels[t]), names.index(data.labels[g])] += 1
+for t, p in zip(truth, predictions, strict=True):
+    confusion[names.index(data.labels[t]), names.index(data.labels[p])] += 1
 
-asked = [example.text for example in data.test]
+texts = [example.text for example in data.test]
 groups = {"one condition": [], "two conditions": []}
-for text, t, g in zip(asked, truth, guesses, strict=True):
-    groups["two conditions" if asked.count(text) > 1 else "one condition"].append(t == g)
+for text, t, p in zip(texts, truth, predictions, strict=True):
+    groups["two conditions" if texts.count(text) > 1 else "one condition"].append(t == p)
 
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
 axes[0].imshow(confusion, cmap="Blues", vmax=2 * confusion.max())
@@ -198,17 +198,17 @@ for (row, column), count in np.ndenumerate(confusion):
     axes[0].text(column, row, str(count), ha="center", va="center")
 axes[0].set_xticks(range(len(names)), names)
 axes[0].set_yticks(range(len(names)), names)
-axes[0].set(xlabel="guess", ylabel="truth")
-axes[1].bar(list(groups), [np.mean(right) for right in groups.values()], width=0.5)
+axes[0].set(xlabel="predicted label", ylabel="true label")
+axes[1].bar(list(groups), [np.mean(correct) for correct in groups.values()], width=0.5)
 axes[1].axhline(0.5, color="grey", ls=":")
-axes[1].set(ylim=(0, 1.05), title="right answers, by sentence; dotted: a coin")
+axes[1].set(ylim=(0, 1.05), title="accuracy by sentence; dotted: chance")
 plt.show()
 
 # %% [markdown]
-# Here they are, the surest first. (Keep such output of your own notes to yourself.)
+# These are the errors, the most confident first. (Do not publish such output from your own notes.)
 
 # %%
-wrong = [i for i in range(len(truth)) if truth[i] != guesses[i]]
+wrong = [i for i in range(len(truth)) if truth[i] != predictions[i]]
 for i in sorted(wrong, key=lambda i: -answers[i]["score"])[:6]:
     example = data.test[i]
     print(f"{answers[i]['score']:.2f} for {answers[i]['label']}: {example.text_pair!r}")
@@ -218,8 +218,8 @@ print(f"{len(wrong)} of {len(truth)} are wrong")
 # %% [markdown]
 # ## Tags, in notes longer than the model
 #
-# A token task in the same way, from a file of words and tags: the drugs in the ends of made-up
-# notes.
+# A token task works in the same way, from a file of words and tags. Here the model learns to tag
+# the drugs in synthetic notes.
 
 # %%
 import json
@@ -230,7 +230,7 @@ DRUGS = {drug.name.lower() for diagnosis in DIAGNOSES for drug in diagnosis.drug
 
 
 def tags(words: list[str]) -> list[str]:
-    """B-DRUG for the name of a drug, else O."""
+    """Returns B-DRUG for the name of a drug and O for other words."""
     return ["B-DRUG" if word.strip(".,").lower() in DRUGS else "O" for word in words]
 
 
@@ -252,14 +252,15 @@ scores = scores_of(
 print(f"test: F1 of whole entities {scores['f1']:.1%}")
 
 # %% [markdown]
-# Now a text of twenty notes. The pipeline slides windows over it that overlap, judges each token
-# where it has the most context, and gives places in the text as it was.
+# Now we tag a text of twenty notes. The pipeline slides overlapping windows over it, takes the
+# prediction for each token from the window with the most context, and returns offsets in the
+# original text.
 
 # %%
 tagger = pipeline("token-classification", model="runs/drugs/model", aggregation_strategy="first")
 text = "\n\n".join(synthetic_notes(20, seed=6))
 length = len(tagger.tokenizer(text)["input_ids"])
-print(f"{length:,} tokens; the model takes {tagger.model.config.max_position_embeddings:,}")
+print(f"{length:,} tokens; the model reads {tagger.model.config.max_position_embeddings:,}")
 
 found = tagger(text)
 for entity in found[:3] + found[-2:]:
@@ -267,12 +268,12 @@ for entity in found[:3] + found[-2:]:
     print(f"{start:6}-{end:<6} {text[start:end].strip():20} {text[end : end + 30]!r}")
 
 expected = sum(tag != "O" for tag in tags(text.split()))
-print(f"{len(found)} found; the text holds {expected}")
+print(f"{len(found)} found; the text contains {expected}")
 
 # %% [markdown]
 # ## Next
 #
-# - `--seeds 42 43 44 45 46 --grid learning_rate=1e-5,2e-5` gives means and deviations; `--backend
-#   torch` runs any `transformers` model through the same harness.
-# - chemprot, phenotype, cos, social_history and deid are the tasks of the model card;
-#   classification, multilabel, pairs and tokens take your own files.
+# - `--seeds 42 43 44 45 46 --grid learning_rate=1e-5,2e-5` reports means and standard deviations,
+#   and `--backend torch` runs any `transformers` model through the same harness.
+# - chemprot, phenotype, cos, social_history and deid are the tasks of the model card.
+#   classification (of texts or pairs), multilabel, tokens and qa read your own files.

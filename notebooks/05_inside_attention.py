@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 5 · Inside attention
 #
-# **At the end** you have seen the two kinds of layer, what each head looks at, why packed notes do
-# not see each other, and which blocks a kernel has to visit.
+# **At the end** you will have seen the two kinds of layers, what each head attends to, why packed
+# notes do not attend to each other, and which blocks a kernel visits.
 #
-# **Time:** 45 s on 2 CPU cores, most of it for training a small model in place of a download.
+# **Time:** 45 s on 2 CPU cores. Most of it trains a small model, which replaces a download.
 
 # %%
 import importlib.util
@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -34,14 +34,15 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # the released checkpoint, from the hub
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # use the released checkpoint, from the hub
 
 # %% [markdown]
 # ## A window is two integers
 #
-# Every third layer is global: a token sees its whole text. The others are local: it sees `window`
-# tokens to either side. Either way the keys of a query are one interval, `lo` to `hi`, and no
-# matrix is stored. Here it is drawn, for 48 tokens and a window of 6; ModernBERT's is 64.
+# Every third layer is global: a token attends to its whole text. The other layers are local: a
+# token attends to `window` tokens on either side. In both cases the keys of a query form one
+# interval, from `lo` to `hi`, and no matrix is stored. The plot shows the intervals for 48 tokens
+# and a window of 6; ModernBERT's window is 64.
 
 # %%
 import numpy as np
@@ -62,11 +63,12 @@ axes[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# ## RoPE: two clocks
+# ## RoPE: two frequencies
 #
-# A position turns pairs of numbers of a head, each pair at its own pace; the dot product of a query
-# and a key then depends on their distance. `theta` sets how slow the slowest pairs are. Local
-# layers count to 64 and take 10,000; global ones count to 8,192 and take 160,000.
+# RoPE rotates pairs of channels of a head by angles that grow with the position. Each pair has its
+# own frequency, and the dot product of a query and a key depends on their distance. `theta` sets
+# the lowest frequency. Local layers, with distances up to 64, use 10,000; global layers, with
+# distances up to 8,192, use 160,000.
 
 # %%
 from modernbert_jax import ModernBertConfig
@@ -77,24 +79,24 @@ distance = np.unique(np.geomspace(1, 8192, 120).astype(int))
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for kind in ("full_attention", "sliding_attention"):
     theta = config.rope_theta(kind)
-    pace = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # radians a token
+    frequency = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # radians per token
     cos_1LK, _ = rope_tables(distance[None], config.head_dim, theta)
     label = f"theta {theta:,.0f} ({'global' if kind == 'full_attention' else 'local'})"
-    axes[0].semilogy(2 * np.pi / pace, label=label)
+    axes[0].semilogy(2 * np.pi / frequency, label=label)
     near = distance <= (8192 if kind == "full_attention" else config.window)
     axes[1].semilogx(distance[near], np.asarray(cos_1LK)[0].mean(-1)[near], label=label)
 axes[0].axhline(8192, color="grey", ls=":")
 axes[0].axhline(128, color="grey", ls=":")
-axes[0].set(xlabel="pair", ylabel="tokens a turn", title="pace; dotted: 128 and 8,192 tokens")
-axes[1].set(xlabel="distance, tokens", title="a vector's product with itself, so far away")
+axes[0].set(xlabel="pair", ylabel="tokens", title="period; dotted: 128 and 8,192 tokens")
+axes[1].set(xlabel="distance, tokens", title="dot product of a vector with itself at a distance")
 axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## What heads look at
+# ## What heads attend to
 #
-# The model is the released one, or three layers of width 64 with a window of 16, trained here on
-# made-up notes (notebook 3 shows how).
+# The model is either the released one, or three layers of width 64 with a window of 16 that we
+# train here on synthetic notes (notebook 3 shows how).
 
 # %%
 import contextlib
@@ -116,8 +118,8 @@ model = AutoModelForMaskedLM.from_pretrained(MODEL)
 print(f"window {model.config.window}:", ", ".join(model.config.layer_types[:3]))
 
 # %% [markdown]
-# `capture` gives hidden states and attention maps by name, for any model here. A call that does not
-# ask pays nothing.
+# `capture` returns hidden states and attention maps by name, for any model of this library. It
+# computes only what you name, and other calls are not slower because of it.
 
 # %%
 from modernbert_jax import capture
@@ -131,8 +133,9 @@ for name, array in list(inside.items())[-3:]:
     print(name, array.shape)
 
 # %% [markdown]
-# A map a layer for the first 80 tokens, the mean of its heads; the darker, the more a query (row)
-# takes from a key (column). The band of the local layers is the window.
+# The plot shows the mean attention map of all heads of a layer, for the first 80 tokens. A darker
+# color means that the query (row) has a larger weight on the key (column). The band in the local
+# layers is the window.
 
 # %%
 layers, few_blues = range(3), plt.get_cmap("Blues", 8)
@@ -145,7 +148,8 @@ axes[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# Heads differ in how far they look: the mean distance from a query to what it takes, in tokens.
+# Heads differ in how far they attend. This is the mean distance between a query and the keys,
+# weighted by attention, in tokens.
 
 # %%
 length = input_ids.shape[1]
@@ -156,25 +160,26 @@ for layer in layers:
     print(f"layer {layer}:", "  ".join(f"{reach:5.1f}" for reach in reach_H))
 
 # %% [markdown]
-# And what the masked word looks at, over all heads of a layer.
+# This is what the masked word attends to, averaged over all heads of a layer.
 
 # %%
 tokens = tokenizer.convert_ids_to_tokens(input_ids[0].tolist())
-place = tokens.index(tokenizer.mask_token)
-around = tokenizer.decode(input_ids[0, place - 8 : place + 4].tolist())
+position = tokens.index(tokenizer.mask_token)
+around = tokenizer.decode(input_ids[0, position - 8 : position + 4].tolist())
 print(f"...{around}...")
 for layer in layers:
-    weights_M = np.asarray(inside[f"attentions.{layer}"])[0, :, place].mean(0)
+    weights_M = np.asarray(inside[f"attentions.{layer}"])[0, :, position].mean(0)
     best = np.argsort(-weights_M)[:5]
     words = [tokenizer.decode([int(input_ids[0, i])]) for i in best]
-    shown = ", ".join(f"{w!r} ({i - place:+d})" for w, i in zip(words, best, strict=True))
+    shown = ", ".join(f"{w!r} ({i - position:+d})" for w, i in zip(words, best, strict=True))
     print(f"layer {layer}: {shown}")
 
 # %% [markdown]
 # ## Packing
 #
-# Three notes in one row, told apart by `segment_ids`. The interval of a query ends where its note
-# ends, so the map of a global layer is made of blocks, and each note gets what it would get alone.
+# Here three notes share one sequence, and `segment_ids` separate them. The interval of a query ends
+# where its note ends. The map of a global layer therefore consists of blocks, and each note gets
+# the same output as on its own.
 
 # %%
 texts = [" ".join(n.split()[:16]) for n in synthetic_notes(3, seed=3)]
@@ -198,8 +203,9 @@ print(f"largest difference of a logit, packed and alone: {np.abs(alone - there).
 # %% [markdown]
 # ## The blocks that a kernel visits
 #
-# A kernel works on tiles of 128 x 128. From the intervals it knows the first and the last tile of
-# keys for each tile of queries, and it touches no other. A row of 8,192 tokens, eight texts packed:
+# A kernel works on tiles of 128 x 128. The intervals give the first and the last tile of keys for
+# each tile of queries, and the kernel visits no other tile. The plot shows a sequence of 8,192
+# tokens with eight packed texts.
 
 # %%
 from modernbert_jax.attention.bounds import tile_bounds
@@ -220,7 +226,6 @@ plt.show()
 # %% [markdown]
 # ## Next
 #
-# - `python -m modernbert_jax.attention` checks and times every implementation on the device that
-#   you have.
-# - `capture(model, "hidden_states.*", ...)` feeds probes; `Embedder(layer=...)` makes vectors of any
-#   layer.
+# - `python -m modernbert_jax.attention` checks and times every implementation on your device.
+# - `capture(model, "hidden_states.*", ...)` returns the inputs for probes, and
+#   `Embedder(layer=...)` makes vectors from any layer.

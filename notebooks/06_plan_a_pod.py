@@ -14,11 +14,11 @@
 # %% [markdown]
 # # 6 · Plan a pod run
 #
-# **At the end** you know, for TPU slices that you do not have yet, whether a run fits into their
-# memory, what it exchanges, how many hours it takes and what it costs at your price.
+# **At the end** you will know, for TPU slices that you do not have yet, whether a run fits into
+# their memory, how much it communicates, how many hours it takes and what it costs at your price.
 #
-# **Time:** 5 s on 2 CPU cores; some minutes more if you compile a plan of your own. No TPU is
-# needed.
+# **Time:** 5 s on 2 CPU cores, and some minutes more if you compile a plan of your own. You need no
+# TPU.
 
 # %%
 import importlib.util
@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 
-SOURCE = "..."  # git+https://... or the URL of a wheel; not needed where the package is installed
+SOURCE = "..."  # git+https://... or the URL of a wheel, unless the package is installed
 if importlib.util.find_spec("modernbert_jax") is None:
     package = f"modernbert_jax[train,notebooks] @ {SOURCE}"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", package], check=True)
@@ -35,13 +35,13 @@ if importlib.util.find_spec("train") is None:  # a wheel holds it inside the pac
 
     sys.path.append(modernbert_jax.__path__[0])
 
-REAL = bool(os.environ.get("MODERNBERT_REAL"))  # compile the plan below instead of reading it
+REAL = bool(os.environ.get("MODERNBERT_REAL"))  # compile the plan below, do not read it
 
 # %% [markdown]
 # ## The run
 #
-# BioClinical ModernBERT, base: 160 billion tokens of PubMed, PMC and clinical text, then 8 billion
-# of clinical text alone, in rows of 8,192 tokens.
+# The run is BioClinical ModernBERT-base: 160 billion tokens of PubMed, PMC and clinical text, then
+# 8 billion tokens of clinical text alone, in sequences of 8,192 tokens.
 
 # %%
 from train import configs
@@ -53,14 +53,14 @@ for phase in config.phases:
         f"{phase.name:16} {phase.tokens / 1e9:6.1f} billion tokens, "
         f"{phase.mlm_probability:.0%} masked"
     )
-print(f"a step: {config.global_batch_size} rows of {config.sequence_length:,} tokens")
+print(f"a step has {config.global_batch_size} sequences of {config.sequence_length:,} tokens")
 
 # %% [markdown]
-# ## Hours, by hand
+# ## Hours, from a formula
 #
-# What the mathematics needs can be counted: FLOPs of a step, from the architecture and the lengths
-# of the documents. Hours are FLOPs over what the chips deliver, and that is their peak times a
-# utilisation (MFU) which only a measurement tells. 40 % is a fair hope; this is no promise.
+# The FLOPs of a step follow from the architecture and the lengths of the documents. The hours are
+# the FLOPs divided by what the chips deliver: their peak times the model FLOPs utilization (MFU),
+# which only a measurement shows. We assume 40 %, which is plausible but not measured.
 
 # %%
 import numpy as np
@@ -68,13 +68,12 @@ import numpy as np
 from train.common.flops import PEAK, model_flops
 
 tokens = config.global_batch_size * config.sequence_length
-documents = np.full(
-    config.global_batch_size, config.sequence_length
-)  # full rows: attention costs the most
+# Documents that fill a sequence have the largest cost of attention.
+documents = np.full(config.global_batch_size, config.sequence_length)
 
 
 def hours(phase, device: str, chips: int, mfu: float) -> float:
-    """Hours of a phase on so many chips."""
+    """Returns the hours of a phase on this number of chips."""
     flops = model_flops(config.model, documents, phase.mlm_probability * tokens).train
     return phase.tokens / tokens * flops / (chips * PEAK[device].flops * mfu) / 3600
 
@@ -86,10 +85,10 @@ for device in ("TPU v5 lite", "TPU v6 lite"):
 # %% [markdown]
 # ## Memory, from the compiler
 #
-# Whether it fits is harder to count. libtpu compiles the whole training step for devices that are
-# not here and says what it takes: `python -m train plan --config bioclinical_base --topology
-# v5e:4x4 --json FILE`. Four such files lie in `train/plan/examples`; the README has more of them in
-# a table.
+# No simple formula shows whether the run fits into memory. libtpu compiles the whole training step
+# for absent devices and reports the memory that it needs: `python -m train plan --config
+# bioclinical_base --topology v5e:4x4 --json FILE`. The folder `train/plan/examples` has four such
+# files, and `notebooks/guides/hardware.md` a table with more of them.
 
 # %%
 import json
@@ -106,9 +105,9 @@ for size in ("base", "large"):
         )
 
 if not REAL:
-    print("read from train/plan/examples; MODERNBERT_REAL=1 compiles")
+    print("read from train/plan/examples; MODERNBERT_REAL=1 compiles a plan")
 elif importlib.util.find_spec("libtpu") is None:
-    print("libtpu is not installed, so nothing is compiled: pip install libtpu")
+    print("nothing is compiled, because libtpu is not installed: pip install libtpu")
 else:
     command = (
         f"-m modernbert_jax plan --config bioclinical_base --topology {TOPOLOGY} --json plan.json"
@@ -131,19 +130,19 @@ for kind in kinds:
     bottom += part
 for x, plan in enumerate(plans.values()):
     axis.hlines(plan["available_bytes"] / 2**30, x - 0.4, x + 0.4, color="crimson", ls="--")
-axis.set(ylabel="GiB a device", title="memory of a step; dashed: what there is")
+axis.set(ylabel="GiB per device", title="memory of a step; dashed: available memory")
 axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Each row below is one step of phase 1. Parameters and moments are thin, since they are split over
-# 16 devices. Activations fill what the rows of a micro-batch make them fill: `plan` chooses the
-# fewest micro-batches that fit.
+# Parameters and moments are small because they are split over 16 devices. The activations grow with
+# the size of a micro-batch, and `plan` chooses the smallest number of micro-batches that fits. Each
+# line below describes one step of phase 1.
 
 # %%
 print(
-    f"{'':14}{'micro-batches':>14}{'padding':>12}{'communication':>15}{'at least':>11}"
-    f"{'at 40 %':>9}"
+    f"{'':14}{'micro-batches':>14}{'padding':>12}{'communication':>15}{'lower bound':>13}"
+    f"{'40 % MFU':>10}"
 )
 for (size, slice_), plan in plans.items():
     communication = sum(entry["communication_bytes"] for entry in plan["collectives"].values())
@@ -151,23 +150,25 @@ for (size, slice_), plan in plans.items():
     print(
         f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}"
         f"{plan['batch_padding']:>12.1%}{communication / 1e9:>12.1f} GB"
-        f"{first['compute_lower_bound_seconds']:>9.2f} s{first['seconds_per_step']:>7.2f} s"
+        f"{first['compute_lower_bound_seconds']:>11.2f} s{first['seconds_per_step']:>8.2f} s"
     )
 
 # %% [markdown]
-# The count by hand agrees with the plan's, apart from padding.
+# Our formula agrees with the plan, apart from padding.
 
 # %%
 base = plans["base", "v5e:4x4"]
 for phase, planned in zip(config.phases, base["phases"], strict=True):
-    own = hours(phase, base["device"], base["chips"], base["mfu"]) / (1 - base["batch_padding"])
-    assert abs(own / planned["hours"] - 1) < 0.01
-    print(f"{phase.name:16} by hand {own:5.1f} h, planned {planned['hours']:5.1f} h")
+    expected = hours(phase, base["device"], base["chips"], base["mfu"]) / (
+        1 - base["batch_padding"]
+    )
+    assert abs(expected / planned["hours"] - 1) < 0.01
+    print(f"{phase.name:16} formula {expected:5.1f} h, planned {planned['hours']:5.1f} h")
 
 # %% [markdown]
 # ## Cost, at your price
 #
-# The prices are made up: put yours in, for a chip and an hour.
+# These prices per chip-hour are only examples; replace them with yours.
 
 # %%
 PRICE = {"v5e": 1.0, "v6e": 2.5}
@@ -178,7 +179,7 @@ for (size, slice_), plan in plans.items():
     chip_hours = sum(phase["chip_hours"] for phase in plan["phases"]) * plan["mfu"] / mfu
     axis.plot(mfu * 100, chip_hours * PRICE[slice_[:3]], label=f"{size}, {slice_}")
 axis.axvline(40, color="grey", lw=0.8)
-axis.set(xlabel="model FLOPs utilisation, per cent", ylabel="cost of both phases")
+axis.set(xlabel="model FLOPs utilization, percent", ylabel="cost of both phases")
 axis.set_ylim(0)
 axis.legend(fontsize=8)
 plt.show()
@@ -194,8 +195,8 @@ for (size, slice_), plan in plans.items():
 # %% [markdown]
 # ## Next
 #
-# - When a slice is yours, the first steps of `pretrain` print tokens per second and the real MFU;
-#   put it in above.
-# - `--search` finds the largest micro-batch that fits; `--mesh.fsdp`, `--remat`,
-#   `--global-batch-size` and every other field of the config are options of `plan`, too.
-# - `notebooks/guides/tpu_pods.md`: create the slice, start on all hosts, resume.
+# - Once you have a slice, the first steps of `pretrain` print the tokens per second and the real
+#   MFU. Use that value above.
+# - `--search` finds the largest micro-batch that fits. `--mesh.fsdp`, `--remat`,
+#   `--global-batch-size` and every other field of the config are flags of `plan` as well.
+# - `notebooks/guides/tpu_pods.md` shows how to create the slice, start on all hosts, and resume.

@@ -1,4 +1,4 @@
-"""Makes notebooks/guides/reference.md from docstrings and command lines: `make reference`."""
+"""Writes notebooks/guides/reference.md from docstrings and command lines: `make reference`."""
 
 import ast
 import contextlib
@@ -22,12 +22,17 @@ import train.cli
 from modernbert_jax import attention, card
 from modernbert_jax.checkpoint.pretrained import Pretrained
 
+INSTALLED = """With a wheel, `python -m train X` and `python -m modernbert_jax X` are `modernbert-jax X`, and
+`python -m convert X` is `modernbert-jax convert X`."""
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "notebooks" / "guides" / "reference.md"
 
 
 def page() -> str:
-    """The whole page."""
-    parts = ["# Reference", "Made by `make reference` from the docstrings: change those."]
+    """Returns the complete page."""
+    parts = [
+        "# Reference",
+        "`make reference` generates this page from the docstrings; edit those instead.",
+    ]
     parts += [_doc(modernbert_jax), "## modernbert_jax"]
     aliases = []
     for name, value in vars(modernbert_jax).items():
@@ -37,16 +42,16 @@ def page() -> str:
             parts += _public(name, value)
         else:
             aliases.append(f"- `{name}` is `{value.__name__}`")
-    parts += ["### The names of transformers", "\n".join(aliases)]
+    parts += ["### Names of transformers", "\n".join(aliases)]
     parts += ["### Every model", *_methods(Pretrained)]
     parts += ["### Model cards", _doc(card), *_public("model_card", card.model_card)]
     parts += ["## modernbert_jax.attention", _doc(attention)]
     for name in attention.__all__:
         parts += _public(name, getattr(attention, name))
-    parts += ["## Commands", _doc(modernbert_jax.attention.__main__)]
+    parts += ["## Commands", INSTALLED, _doc(modernbert_jax.attention.__main__)]
     for cli in (modernbert_jax.inference.cli, convert.cli, train.cli):
         program = cli.__name__.split(".")[0]
-        parts += [f"### python -m {program}", _verbs(cli.main)]
+        parts += [f"### python -m {program}", _commands(cli.main)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -64,7 +69,7 @@ def _public(name: str, value: Any) -> Iterator[str]:
 
 
 def _methods(cls: type) -> Iterator[str]:
-    """What a class and its bases here define; of a model not what every model has."""
+    """Yields what a class and its bases define, without what every model inherits."""
     bases = [c for c in cls.__mro__ if c is cls or c is not Pretrained]
     bases = [c for c in bases if c.__module__.startswith("modernbert_jax")]
     found = {name: value for base in reversed(bases) for name, value in vars(base).items()}
@@ -78,7 +83,7 @@ def _methods(cls: type) -> Iterator[str]:
 
 
 def _signature(name: str, function: Any) -> str:
-    """As it is written, without self: how types are shown differs between versions of Python."""
+    """Returns the signature as written, because Python versions print types differently."""
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
     node = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef))
     node.args.args = [a for a in node.args.args if a.arg not in ("self", "cls")]
@@ -88,7 +93,7 @@ def _signature(name: str, function: Any) -> str:
 
 
 def _fields(cls: type) -> str:
-    """The fields of a dataclass as they are written, with their comments."""
+    """Returns the fields of a dataclass as written, with their comments."""
     source = textwrap.dedent(inspect.getsource(cls))
     (node,) = ast.parse(source).body
     assert isinstance(node, ast.ClassDef)
@@ -102,14 +107,16 @@ def _doc(thing: Any) -> str:
     return inspect.getdoc(thing) or ""
 
 
-def _verbs(main: Any) -> str:
-    """The verbs that a command's --help lists, with their line."""
+def _commands(main: Any) -> str:
+    """Returns a table of the commands that --help lists."""
     with mock.patch.dict(os.environ, COLUMNS="200"), contextlib.suppress(SystemExit):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             main(["--help"])
     plain = re.sub("[│•]", " ", out.getvalue())  # tyro draws boxes
-    verbs = re.findall(r"^ {2,6}(\w[\w-]*)(?: {2,}|\n {8,})(.+?) *$", plain, re.M)
-    return "\n".join(["| verb | |", "|---|---|", *(f"| {verb} | {text} |" for verb, text in verbs)])
+    found = re.findall(r"^ {2,6}(\w[\w-]*)(?: {2,}|\n {8,})(.+?) *$", plain, re.M)
+    return "\n".join(
+        ["| command | |", "|---|---|", *(f"| {name} | {text} |" for name, text in found)]
+    )
 
 
 if __name__ == "__main__":

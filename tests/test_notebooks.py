@@ -1,4 +1,4 @@
-"""The notebooks: text and outputs agree, small and free of machines' names; and all of them run."""
+"""The notebooks: text and outputs agree, are small and name no machine, and every notebook runs."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from modernbert_jax.checkpoint.params import param_shapes
 from notebooks import execute
 from train.configs.notebook import get_config
 
-# How many pictures each shows.
+# The number of pictures in each notebook.
 PICTURES = {
     "01_fill_mask": 2,
     "02_convert": 1,
@@ -26,7 +26,7 @@ PICTURES = {
     "05_inside_attention": 5,
     "06_plan_a_pod": 2,
 }
-# A folder of somebody's machine: /home/..., C:\Users\...
+# A path that belongs to one machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ each = pytest.mark.parametrize("name", PICTURES)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where notebooks run: those after the first find its model."""
+    """The folder where notebooks run; those after the first one reuse its model."""
     return tmp_path_factory.mktemp("notebooks")
 
 
@@ -48,7 +48,7 @@ def outputs_of(notebook) -> list:
 
 
 def text_of(notebook) -> str:
-    """All that a notebook printed or showed as plain text."""
+    """Returns everything that a notebook printed or showed as plain text."""
     shown = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs_of(notebook)]
     return "\n".join(shown)
 
@@ -65,7 +65,7 @@ def test_every_notebook_is_here():
 
 @each
 def test_text_and_notebook_are_a_pair(name):
-    """`make notebooks` writes the .ipynb; a .py that was edited after it shows here."""
+    """`make notebooks` writes the .ipynb; this test fails if the .py was edited afterwards."""
     text, notebook = jupytext.read(execute.FOLDER / f"{name}.py"), committed(name)
     cells = [[(c.cell_type, c.source) for c in one.cells] for one in (text, notebook)]
     assert cells[0] == cells[1]
@@ -96,9 +96,9 @@ def test_outputs_are_whole_small_and_of_no_machine(name):
     assert not MACHINE.search(text_of(notebook))
 
 
-def test_committed_plans_are_the_readmes():
-    """Notebook 6 reads plans from files; the README's table has the same."""
-    rows = (execute.FOLDER.parent / "README.md").read_text().splitlines()
+def test_committed_plans_are_those_of_the_guide():
+    """Notebook 6 reads plans from files; the table of the hardware guide has the same numbers."""
+    rows = (execute.FOLDER / "guides" / "hardware.md").read_text().splitlines()
     for path in (execute.FOLDER.parent / "train" / "plan" / "examples").glob("*_v5e_4x4.json"):
         plan = json.loads(path.read_text())
         size = plan["config"].removeprefix("bioclinical_")
@@ -110,7 +110,7 @@ def test_committed_plans_are_the_readmes():
 
 
 def test_the_config_that_they_train():
-    """Its docstring's numbers."""
+    """The numbers in its docstring."""
     config = get_config()
     config.validate()
     shapes = param_shapes(ModernBertForMaskedLM, config.model)
@@ -137,7 +137,7 @@ def test_tidy(tmp_path):
 
 
 def ran(name: str, folder: Path, monkeypatch) -> str:
-    """Runs a notebook from its text; what it printed."""
+    """Runs a notebook from its text and returns what it printed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tests run two at a time
     monkeypatch.delenv("MODERNBERT_REAL", raising=False)
     monkeypatch.delenv("NEGEX_DIR", raising=False)
@@ -163,7 +163,7 @@ def test_convert_runs(folder, monkeypatch):
 
 def test_plan_runs(folder, monkeypatch):
     printed = ran("06_plan_a_pod", folder, monkeypatch)
-    assert "phase1_all       by hand  47.8 h, planned  47.8 h" in printed
+    assert "phase1_all       formula  47.8 h, planned  47.8 h" in printed
 
 
 def test_fill_mask_runs(folder, monkeypatch):
@@ -173,12 +173,12 @@ def test_fill_mask_runs(folder, monkeypatch):
 
 def test_pretrain_runs(folder, monkeypatch):
     printed = ran("03_pretrain", folder, monkeypatch)
-    assert "stopped; the same command goes on" in printed
+    assert "stopped; the same command resumes" in printed
     assert re.search(r"resuming from .*checkpoints/0{6}\d\d \(step \d\d\)", printed)
-    found = re.search(r"guessed (.*?)%.*?([\d.]+)%", printed)
+    found = re.search(r"masked accuracy (.*?)%, unigram baseline ([\d.]+)%\n\d", printed)
     assert found
-    guessed, commonest = map(float, found.groups())
-    assert guessed > 35 > 10 > commonest
+    accuracy, unigram = map(float, found.groups())
+    assert accuracy > 35 > 10 > unigram
 
 
 def test_finetune_runs(folder, monkeypatch):
