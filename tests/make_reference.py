@@ -22,8 +22,8 @@ import train.cli
 from modernbert_jax import attention, card
 from modernbert_jax.checkpoint.pretrained import Pretrained
 
-INSTALLED = """With a wheel, `python -m train X` and `python -m modernbert_jax X` are `modernbert-jax X`, and
-`python -m convert X` is `modernbert-jax convert X`."""
+INSTALLED = """With a wheel, `python -m train X` and `python -m modernbert_jax X` are
+`modernbert-jax X`, and `python -m convert X` is `modernbert-jax convert X`."""
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "notebooks" / "guides" / "reference.md"
 
 

@@ -1,13 +1,10 @@
-"""Every command and snippet in README.md, CONTRIBUTING.md and notebooks/ is run here, in small.
+"""Runs every command and snippet in README.md, CONTRIBUTING.md and notebooks/, in a small form.
 
-A shell block runs in bash with nothing but stand-ins on the PATH, which note their arguments: so
-bash itself judges the syntax, and a program without a stand-in fails the block. What was noted then
-runs in this process, with flags appended that make it small (SMALLER); a command without a rule
-fails the test. Words that a reader replaces (DIR, FOLDER, notes/, ...) are small folders here.
-Commands within a line of prose are checked without being run.
-
-`make test-slow` runs this file, and `pytest tests/test_docs.py -k "not full"` only parses what
-trains or compiles, which is quicker.
+bash runs each shell block with stand-ins for all programs, which record their arguments. So bash
+checks the syntax, and a program without a stand-in fails. Each recorded command then runs in this
+process, with flags appended that make it small (SMALLER); a command without a rule fails. Words
+that a reader replaces (DIR, FOLDER, notes/, ...) are small folders here. Commands inside a line of
+prose are parsed, and run only if they are quick.
 """
 
 import csv
@@ -52,7 +49,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "notebooks" / "README.md",
-    # The reference is made of docstrings; test_reference.py has it.
+    # test_reference.py tests the reference, which is generated from docstrings.
     *sorted(p for p in (ROOT / "notebooks/guides").glob("*.md") if p.stem != "reference"),
 ]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weights of the head are new")]
@@ -60,16 +57,16 @@ by_name = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
 )
 
-# Programs that a document may use. Those of LAUNCHERS run others.
+# Programs that a document may use. Those in LAUNCHERS run others.
 LAUNCHERS = ("srun", "mpirun", "nohup")
-FOREIGN = ("git", "wget", "scontrol", "tail")  # not ours, or of the network: bash's check is all
+FOREIGN = ("git", "wget", "scontrol", "tail")  # not ours, or on the network: never run
 PROGRAMS = (
     *("modernbert-jax", "python", "python3", "pip", "pytest", "make", "pre-commit"),
     *("gcloud", "sbatch", "bash"),
     *LAUNCHERS,
     *FOREIGN,
 )
-# Flags appended to a command to make it small; of a flag that comes twice, the last one counts.
+# Flags appended to a command to make it small; if a flag comes twice, the last one counts.
 SMALL_RUN = (
     "--sequence-length 64 --global-batch-size 4 --gradient-accumulation-steps 2 --mesh.data 1 "
     "--eval-sequences 4 --synthetic-notes 200 "
@@ -90,8 +87,8 @@ SMALLER = {
     "--model.layer-types full_attention sliding_attention",
     "modernbert_jax.attention": "--length 64",
 }
-# What cannot be here as the document has it: sixteen devices, a second host. Two hosts run in
-# test_hosts.py, and every mesh in test_sharding.py.
+# Flags that a single process on a CPU cannot use as written. Two hosts run in test_hosts.py, and
+# every mesh in test_sharding.py.
 REPLACED = {
     "--mesh.fsdp": "--mesh.fsdp 2",
     "--hosts.count": "--hosts.count 0 --hosts.index -1 --hosts.coordinator ''",
@@ -103,7 +100,7 @@ REPLACED = {
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Code in a document. kind: python, sh, bash (a whole script), or tree (folders, described)."""
+    """Code in a document. kind: python, sh, bash (a complete script) or tree (list of folders)."""
 
     kind: str
     line: int
@@ -116,7 +113,7 @@ INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
 def blocks(document: Path) -> list[Block]:
-    """The fenced blocks and those indented by four blanks, in their order."""
+    """Returns the fenced blocks and those indented by four spaces, in order."""
     text = document.read_text()
     found = []
     for match in FENCE.finditer(text):
@@ -130,13 +127,13 @@ def blocks(document: Path) -> list[Block]:
 
 
 def inline_commands(document: Path) -> list[str]:
-    """Code within a line that begins with one of our programs."""
+    """Returns the code inside lines of prose that starts with a program."""
     text = INDENTED.sub("", FENCE.sub("", document.read_text()))
     spans = (" ".join(span.split()) for span in INLINE.findall(text))
     return [span for span in spans if span.split()[0] in PROGRAMS and " " in span]
 
 
-# A world in which the commands make sense
+# The folder in which commands run
 
 
 NOTES = [note for note in synthetic_notes(60, seed=5)]
@@ -150,7 +147,7 @@ def write_table(path: Path, header: list[str], rows: list[list[str]], delimiter:
 
 
 def write_downloads(folder: Path) -> None:
-    """Some of the corpora, in small, as their owners distribute them; all texts are invented."""
+    """Writes small corpora in the layout of their owners, with synthetic text."""
     write_table(
         folder / "mtsamples" / "mtsamples.csv",
         ["", "description", "medical_specialty", "sample_name", "transcription", "keywords"],
@@ -175,7 +172,7 @@ def write_downloads(folder: Path) -> None:
 
 
 def write_tasks(folder: Path) -> None:
-    """The files of the tasks that documents fine-tune on."""
+    """Writes the files of the tasks that documents fine-tune on."""
     rows = [
         [
             str(i),
@@ -215,7 +212,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def write_bert(folder: Path) -> None:
-    """A tiny BERT for the harness in torch."""
+    """Writes a tiny BERT for the torch backend."""
     import transformers
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "acts"]
@@ -232,7 +229,7 @@ def write_bert(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """What documents name, made once; and a hub cache that holds the published ids."""
+    """A folder with everything that documents name, and a hub cache with the published ids."""
     folder = tmp_path_factory.mktemp("things")
     (folder / "notes").mkdir()
     for i, note in enumerate(NOTES):
@@ -275,19 +272,19 @@ def things(tmp_path_factory):
 
 
 class World:
-    """A folder with what a document names, and the notes of the programs that it calls."""
+    """A folder with what a document names, and rules that run the commands that it contains."""
 
-    def __init__(self, document: Path, folder: Path, things: Path, really: bool):
-        self.document, self.folder, self.things, self.really = document, folder, things, really
+    def __init__(self, document: Path, folder: Path, things: Path, full: bool):
+        self.document, self.folder, self.things, self.full = document, folder, things, full
         self.text = document.read_text()
         self.ran: list[list[str]] = []
         links = {name: name for name in ("notes", "notes.csv", "test.csv", "DOWNLOADS")}
         links |= {name: name for name in ("CHECKPOINT", "CKPT", "ep0-ba52988-rank0.pt")}
         links |= {"FOLDER": "notes", "tokens/bio": "tokens", "tokens/clinical": "tokens"}
-        if "dmis-lab/biobert-v1.1" in self.text and really:
-            # transformers does not heed the hub's cache that this file sets; a folder comes first.
+        if "dmis-lab/biobert-v1.1" in self.text and full:
+            # transformers ignores the hub cache that this file sets, but a folder has priority.
             write_bert(folder / "dmis-lab" / "biobert-v1.1")
-        # Where the recipes of BioClinical ModernBERT begin.
+        # The recipes of BioClinical ModernBERT start from this folder.
         links |= {"checkpoints/base_context": "base_context"}
         for name, target in links.items():
             made = any(f"{before} {name}" in self.text for before in ("--out", ".pt"))
@@ -300,7 +297,7 @@ class World:
         stand_in = (
             "#!/bin/sh\n"
             '{ for word in "${0##*/}" "$@"; do printf \'%s\\037\' "$word"; done\n'
-            "printf '\\036'; } >>\"$NOTED\"\n"
+            "printf '\\036'; } >>\"$RECORD\"\n"
         )
         (folder / "stand-ins").mkdir()
         for name in PROGRAMS:
@@ -311,12 +308,12 @@ class World:
                 (place / venv).mkdir(parents=True)
                 (place / venv / "bin").symlink_to(folder / "stand-ins")
 
-    def noted(self, script: str) -> list[list[str]]:
-        """The arguments of each program that a script calls; none of them does anything."""
+    def recorded(self, script: str) -> list[list[str]]:
+        """Returns the arguments of each program that a script calls; the programs do nothing."""
         script = re.sub(r"(?<!\w)/shared", str(self.folder / "shared"), script)
-        record = self.folder / "noted"
+        record = self.folder / "recorded"
         record.write_text("")
-        env = {"PATH": str(self.folder / "stand-ins"), "NOTED": str(record)}
+        env = {"PATH": str(self.folder / "stand-ins"), "RECORD": str(record)}
         env |= {"SLURM_JOB_ID": "7", "OMPI_COMM_WORLD_RANK": "0"}
         bash = shutil.which("bash") or "bash"
         done = subprocess.run(
@@ -327,7 +324,7 @@ class World:
         return [call.split("\037")[:-1] for call in record.read_text().split("\036")[:-1]]
 
     def filled(self, words: list[str]) -> list[str]:
-        """The arguments with what a reader replaces."""
+        """Returns the arguments, with the words that a reader replaces filled in."""
         verb, out = words[0], []
         named = {flag: word for flag, word in zip(words, words[1:], strict=False)}
         kinds = {"prepare": ("DOWNLOADS", "--corpus"), "finetune": ("tasks", "--task")}
@@ -335,13 +332,13 @@ class World:
         directory = str(self.things / folder / named.get(flag, "")) if flag else "notes/"
         for before, word in zip(["", *words], words, strict=False):
             if word == "..." and not before.startswith("--"):
-                continue  # and more of the kind
+                continue  # more arguments like the one before
             word = {"DIR": directory, "...": HUB_IDS[0]}.get(word, word)
             out.append(word.replace("gs://BUCKET", str(self.folder / "bucket")))
         return out
 
     def run(self, call: list[str]) -> None:
-        """Runs or checks one command, unless the document has had it; fails where no rule is."""
+        """Runs or parses a command, unless it was run before; fails if there is no rule for it."""
         if call in self.ran:
             return
         self.ran.append(call)
@@ -351,18 +348,20 @@ class World:
             case ["python", "-m", "train.plan.install_cuda", "--target", _]:
                 pass  # 400 MB; test_plan.py runs it
             case ["python", "-m", "convert", *words]:
-                if words[0] == "check" and not self.really:  # torch, and a model a time
+                if words[0] == "check" and not self.full:  # slow: it loads torch
                     convert_cli.parse(words)
                 else:
                     done(convert_cli.main, words)
             case ["python", "-m", "modernbert_jax.attention", *words]:
-                more = SMALLER["modernbert_jax.attention"].split() if self.really else ["--help"]
+                more = SMALLER["modernbert_jax.attention"].split() if self.full else ["--help"]
                 done(self_check.main, [*words, *more])
             case ["python", "-m", "modernbert_jax", *words]:
-                if self.really:
+                if self.full or "--help" in words:
                     done(library_cli.main, words)
                 else:
                     library_cli.parser().parse_args(words)
+            case ["modernbert-jax", "--help"]:
+                done(umbrella.main, ["--help"])
             case ["modernbert-jax", command, *words]:  # as modernbert_jax/cli.py runs it
                 package = umbrella.COMMANDS[command][0]
                 self.run(
@@ -388,7 +387,7 @@ class World:
             case ["gcloud", *words]:
                 self.gcloud(words)
             case ["sbatch", script]:
-                assert f"`{script}`" in self.text, f"{script} is nowhere shown"
+                assert f"`{script}`" in self.text, f"the document does not show {script}"
             case ["bash", "-c", script]:
                 self.run_all(script)
             case [program, *words] if program in LAUNCHERS:
@@ -401,7 +400,7 @@ class World:
                 pytest.fail(f"no rule in tests/test_docs.py runs: {shlex.join(call)}")
 
     def run_all(self, script: str) -> None:
-        for call in self.noted(script):
+        for call in self.recorded(script):
             self.run(call)
 
     def train(self, words: list[str]) -> None:
@@ -411,11 +410,11 @@ class World:
         for flag, instead in REPLACED.items():
             more += f" {instead}" if flag in words else ""
         compiles = importlib.util.find_spec("libtpu") and "--cuda-compiler" not in words
-        if verb == "plan" and not (self.really and compiles):
+        if verb == "plan" and not (self.full and compiles):
             cli.plan_arguments(words[1:], "plan")[2].validate()
         else:
             help_alone = ["--help"] if "--help" in words else []
-            done(cli.main, [*words, *shlex.split(more), *help_alone] if self.really else words)
+            done(cli.main, [*words, *shlex.split(more), *help_alone] if self.full else words)
 
     def check_extras(self, words: list[str]) -> None:
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -424,7 +423,7 @@ class World:
                 assert set(extra.split(",")) <= set(known["optional-dependencies"]), word
 
     def gcloud(self, words: list[str]) -> None:
-        """Its own syntax is not ours to prove; what --command runs on the hosts is."""
+        """Checks the verb, and runs what --command runs on the hosts."""
         verbs = {"create", "ssh", "describe", "delete", "cp", "cat"}
         assert verbs & set(words[:4]), words
         if "--command" in words:
@@ -445,21 +444,21 @@ def done(main, words: list[str]) -> None:
 
 @pytest.fixture
 def enter(tmp_path, things, monkeypatch):
-    """A document's world: the working folder, the hub's cache, and what only parses."""
+    """Makes the World of a document and enters it; full=False only parses slow commands."""
 
-    def make(document: Path, really: bool) -> World:
+    def make(document: Path, full: bool) -> World:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(things / "hub"))
-        if not really:
+        if not full:
             for module, name in ((loop, "run"), (finetune, "finetune"), (retrieval, "train")):
                 monkeypatch.setattr(module, name, lambda config, **_: config.validate())
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of processes that a command starts
-        jax.config.update("jax_disable_most_optimizations", True)  # compiles sooner
-        return World(document, tmp_path, things, really)
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that a command starts
+        jax.config.update("jax_disable_most_optimizations", True)  # compiles faster
+        return World(document, tmp_path, things, full)
 
     yield make
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", None)  # which --compile-cache sets for good
+    jax.config.update("jax_compilation_cache_dir", None)  # set by --compile-cache
     compilation_cache.reset_cache()
 
 
@@ -468,8 +467,7 @@ def run_document(world: World) -> None:
     for block in blocks(world.document):
         where = f"{world.document.name}, line {block.line}"
         if block.kind == "python":
-            if not world.really:  # it has no small form: once is enough
-                exec(compile(block.text, where, "exec"), names)
+            exec(compile(block.text, where, "exec"), names)
         elif block.kind in ("sh", "bash"):
             world.run_all(block.text)
         elif block.kind == "tree":
@@ -480,23 +478,20 @@ def run_document(world: World) -> None:
 
 
 @by_name
-def test_blocks(document, enter):
-    run_document(enter(document, really=False))
-
-
-@by_name
-def test_blocks_in_full(document, enter, things, monkeypatch):
-    for name, value in topologies.environment("v5e").items():  # so that plan stays in this process
+def test_blocks(document, enter, things, monkeypatch):
+    for name, value in topologies.environment(
+        "v5e"
+    ).items():  # so that plan does not start a new process
         monkeypatch.setenv(name, value)
-    use_compile_cache(things / "compiled")  # documents run the same recipes again and again
-    run_document(enter(document, really=True))
+    use_compile_cache(things / "compiled")  # documents run the same recipes repeatedly
+    run_document(enter(document, full=True))
 
 
 @by_name
 def test_commands_in_prose(document, enter):
-    world = enter(document, really=False)
+    world = enter(document, full=False)
     for command in inline_commands(document):
-        command = command.replace("--config NAME", "--config demo")
+        command = re.sub(r" \.\.\.$", " --help", command).replace("--config NAME", "--config demo")
         world.run_all(command.replace("--task NAME", "--task negex --data DIR --model CHECKPOINT"))
 
 
@@ -507,7 +502,7 @@ def test_links_lead_somewhere(document):
 
 
 def test_no_command_escapes(tmp_path, things):
-    """A program, a verb, a flag and a language that nobody knows are each found."""
+    """Unknown programs, commands, flags, extras, files and languages all fail."""
     document = tmp_path / "guide.md"
     bad = ["```sh\ncurl x\n```\n", "```sh\npython -m nothing\n```\n", "```yaml\na: b\n```\n"]
     bad += ["```sh\npython -m train pretrain --no-such-flag 3\n```\n", "\n\n    unknown x\n"]
@@ -517,10 +512,10 @@ def test_no_command_escapes(tmp_path, things):
         folder = tmp_path / str(number)
         folder.mkdir()
         with pytest.raises((AssertionError, OSError, pytest.fail.Exception)):
-            run_document(World(document, folder, things, really=False))
+            run_document(World(document, folder, things, full=False))
 
 
-def test_the_table_of_corpora_is_the_catalogue():
+def test_the_table_of_corpora_is_current():
     rows = ["| `--corpus` | what | access | license | where | files |", "|---|---|---|---|---|---|"]
     for source in sources():
         if source.kind != "generic":
@@ -528,27 +523,24 @@ def test_the_table_of_corpora_is_the_catalogue():
             files = " ".join(f"`{name}`" for name in source.files)
             rows.append(f"| {' | '.join(cells)} | <{source.homepage}> | {files} |")
     found = (ROOT / "notebooks" / "guides" / "data_access.md").read_text()
-    assert "\n".join(rows) in found, "put this table there:\n" + "\n".join(rows)
+    assert "\n".join(rows) in found, "expected this table:\n" + "\n".join(rows)
 
 
-def test_the_costs_of_a_pod_are_those_of_the_readme():
-    """Hours and chip-hours of both phases, summed."""
+def test_the_costs_of_a_pod_are_those_of_the_plans():
+    """The hours and chip-hours in tpu_pods.md are the sums of both phases in hardware.md."""
+    guides = ROOT / "notebooks" / "guides"
 
-    def rows(path: Path, pattern: str) -> Iterator[re.Match]:
-        return re.finditer(pattern, path.read_text(), re.M)
+    def rows(name: str, pattern: str) -> Iterator[re.Match]:
+        return re.finditer(pattern, (guides / name).read_text(), re.M)
 
     numbers = lambda text: [float(x.replace(",", "")) for x in text.split(", ")]  # noqa: E731
+    pair = r"([\d.]+, [\d,]+)"
     sums = {
         (row[1], row[2]): np.sum([numbers(row[3]), numbers(row[4])], axis=0)
-        for row in rows(
-            ROOT / "README.md",
-            r"^\| (base|large) \| (\S+) \|.*\| ([\d.]+, [\d,]+) \| ([\d.]+, [\d,]+) \|$",
-        )
+        for row in rows("hardware.md", rf"^\| (base|large) \| (\S+) \|.*\| {pair} \| {pair} \|$")
     }
-    guide = ROOT / "notebooks" / "guides" / "tpu_pods.md"
-    pattern = r"^\| (\S+:\S+) \|.*\| ([\d.]+, [\d,]+) \| ([\d.]+, [\d,]+) \|$"
     found = 0
-    for row in rows(guide, pattern):
+    for row in rows("tpu_pods.md", rf"^\| (\S+:\S+) \|.*\| {pair} \| {pair} \|$"):
         for size, cell in (("base", row[2]), ("large", row[3])):
             np.testing.assert_allclose(numbers(cell), sums[size, row[1]], rtol=0.01)
             found += 1
