@@ -46,7 +46,6 @@ class JaxBackend:
 
     def __init__(self, config: FinetuneConfig, kind: KIND, labels: Sequence[str]):
         folder = start_folder(config.model)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
         self.cls = MODELS[kind]
         self.kind: KIND = kind
         head = {
@@ -56,6 +55,7 @@ class JaxBackend:
         }
         model = self.cls.from_pretrained(folder, dtype=config.dtype, param_dtype="float32", **head)
         self.model_config = model.config
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
         self.max_length = model.config.max_position_embeddings
         self.weights = {path: np.asarray(value) for path, value in flatten(model).items()}
         saved = load_orbax(folder)["params"] if is_orbax(folder) else SafetensorsFolder(folder)
