@@ -8,7 +8,6 @@ from train.pretrain.masking import (
     _mix,
     corrupt,
     fit_positions,
-    mask_document,
     pick_positions,
     predicted_positions,
     token_draws,
@@ -16,6 +15,13 @@ from train.pretrain.masking import (
 
 MASKING = Masking(rate=0.3, mask_id=4, vocab_size=1000, special_ids=(0, 1, 2, 3, 4))
 IDS = np.random.default_rng(0).integers(5, 1000, 100_000).astype(np.int32)
+
+
+def mask_document(ids, masking, seed):
+    """(corrupted ids, selected positions) of one document; seed ends with its number."""
+    draws = token_draws(np.array(seed[-1:]), np.array([len(ids)]), seed[:-1])
+    picked = pick_positions(ids, draws, masking)
+    return corrupt(ids, picked, draws, masking), picked
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.30])

@@ -57,18 +57,6 @@ def corrupt(ids: np.ndarray, picked: np.ndarray, draws: np.ndarray, masking: Mas
     return corrupted
 
 
-def mask_document(
-    ids: np.ndarray, masking: Masking, seed: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (corrupted ids, selected positions) of one document; seed ends with its number.
-
-    The labels at these positions are `ids`.
-    """
-    draws = token_draws(np.array(seed[-1:]), np.array([len(ids)]), seed[:-1])
-    picked = pick_positions(ids, draws, masking)
-    return corrupt(ids, picked, draws, masking), picked
-
-
 def predicted_positions(sequence_length: int, rate: float) -> int:
     """Returns P, the predictions per sequence: the mean plus six sigma, rounded up to 16."""
     mean = sequence_length * rate
