@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from convert import check, cli, composer, flexbert, torch_file
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, model
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, layers, model
 from modernbert_jax.checkpoint import hf as hf_layout, hub, orbax
 from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.weights import weight_of
@@ -1220,7 +1220,7 @@ def test_check_reports_a_folder_and_its_conversion(tmp_path, capsys, reference, 
 def test_check_fails_where_the_models_differ(tmp_path, hf, capsys, reference, monkeypatch):
     assert run("check", hf, "--tolerance", "0") == 1
     capsys.readouterr()
-    monkeypatch.setitem(model.ACTIVATIONS, "gelu", model.ACTIVATIONS["gelu_tanh"])
+    monkeypatch.setitem(layers.ACTIVATIONS, "gelu", layers.ACTIVATIONS["gelu_tanh"])
     out = tmp_path / "parity.json"
     assert run("check", hf, "--json", out) == 1
     assert capsys.readouterr().out.endswith("FAILED\n")
