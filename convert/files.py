@@ -102,10 +102,13 @@ def _shards(folder: Path, single: str, index: str) -> list[Path]:
 class _OneByOne(dict[str, np.ndarray]):
     """Tensors mapped from a file; each access releases the memory that the last one took."""
 
+    _last: np.ndarray | None = None
+
     def __getitem__(self, key: str) -> np.ndarray:
-        array = super().__getitem__(key)
-        torch_file.release_pages(array)
-        return array
+        if self._last is not None:
+            torch_file.release_pages(self._last)
+        self._last = super().__getitem__(key)
+        return self._last
 
 
 def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:

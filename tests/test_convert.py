@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import check, cli, composer, flexbert, torch_file
+from convert import check, cli, composer, files, flexbert, torch_file
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, heads, layers, model
 from modernbert_jax.checkpoint import hf as hf_layout, hub, orbax
 from modernbert_jax.checkpoint.params import param_shapes
@@ -265,6 +265,21 @@ def test_refuses_bin_shards_that_do_not_fit(tmp_path, hf, capsys):
         path.write_text(json.dumps({"weight_map": index["weight_map"] | {first: unsafe}}))
         refused(capsys, "expected plain file names", "from-hf", hf, dst)
     assert not dst.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux")
+def test_a_pt_file_is_not_kept_in_memory_beside_its_conversion(tmp_path):
+    path, size = tmp_path / "x.pt", 4 * 2**20
+    write_pt(path, {str(i): np.full(size // 4, i, np.float32) for i in range(8)})
+    tensors = files._OneByOne(torch_file.read(path))
+    assert [float(tensors[key].mean()) for key in tensors] == list(range(8))
+    resident, mapped = 0, False
+    for line in open("/proc/self/smaps"):
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            mapped = line.rstrip().endswith(str(path))
+        elif mapped and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+    assert 0 < resident < 2 * size
 
 
 # Composer.
