@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -274,7 +275,7 @@ def test_a_pt_file_is_not_kept_in_memory_beside_its_conversion(tmp_path):
     tensors = files._OneByOne(torch_file.read(path))
     assert [float(tensors[key].mean()) for key in tensors] == list(range(8))
     resident, mapped = 0, False
-    for line in open("/proc/self/smaps"):
+    for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
             mapped = line.rstrip().endswith(str(path))
         elif mapped and line.startswith("Rss:"):
