@@ -111,7 +111,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         implementation="reference")` or a sharded one. scan_layers: compile one body for each
         repeated group of layers, which compiles faster. remat: recompute each layer in the backward
         pass, or whatever a policy of jax.checkpoint_policies does not save. output_attentions:
-        costs [B, H, L, M] of memory per layer; `modernbert_jax.capture` computes some of them by name.
+        costs [B, H, L, M] of memory per layer; `modernbert_jax.capture` selects some by name.
         Raises ValueError for shapes that do not match, a mask with holes, and unpacked sequences
         longer than max_position_embeddings; TypeError for inputs of other models.
         """

@@ -461,7 +461,11 @@ class TestBatches:
         batches, clock, at = make(store, config), 0, []
         for step in range(30):
             batch = next(batches)
-            assert batch.sequences == phase.batch_size_at(clock, 8, 2) == 2 * len(batch.arrays["labels"])
+            assert (
+                batch.sequences
+                == phase.batch_size_at(clock, 8, 2)
+                == 2 * len(batch.arrays["labels"])
+            )
             clock += batch.tokens
             assert batch.tokens == (batch.arrays["segment_ids"] > 0).sum()
             at.append((batch, clock))

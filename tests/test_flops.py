@@ -107,8 +107,8 @@ class TestHardware:
 
     def test_counts_padding(self):
         half = hardware_flops(
-            BASE, np.full(self.ROWS // 2, self.LENGTH), sequences=self.ROWS, sequence_length=self.LENGTH,
-            predictions=self.PLACES,
+            BASE, np.full(self.ROWS // 2, self.LENGTH), sequences=self.ROWS,
+            sequence_length=self.LENGTH, predictions=self.PLACES,
         )  # fmt: skip
         attention_ = model_flops(BASE, np.full(self.ROWS // 2, self.LENGTH), 0).attention
         assert half == pytest.approx(self.flops() - 3.5 * attention_)

@@ -54,7 +54,8 @@ def small(corpus, workdir, **changes) -> TrainConfig:
     )
     config = TrainConfig(
         model=model, phases=phases, corpus=str(corpus), workdir=str(workdir), sequence_length=128,
-        global_batch_size=8, gradient_accumulation_steps=2, eval_every=5, eval_sequences=8, checkpoint_every=3, log_every=1,
+        global_batch_size=8, gradient_accumulation_steps=2, eval_every=5, eval_sequences=8,
+        checkpoint_every=3, log_every=1,
         eval_fraction=0.1, mesh=MeshShape(data=1), fill_mask=("The patient was [MASK].",),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)

@@ -121,7 +121,9 @@ class TestLoad:
 
     def test_what_does_not_go_together(self, model, small_tokenizer):
         loaded = ModernBertForMaskedLM.from_pretrained(model)
-        with pytest.raises(TypeError, match="dtype: expected none with a model that is already loaded"):
+        with pytest.raises(
+            TypeError, match="dtype: expected none with a model that is already loaded"
+        ):
             pipeline("fill-mask", loaded, small_tokenizer, dtype="bfloat16")
         small = ModernBertForMaskedLM(ModernBertConfig.tiny(vocab_size=64), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match="at most the model's 64 tokens, got 300"):

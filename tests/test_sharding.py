@@ -32,8 +32,8 @@ MODEL = ModernBertConfig.tiny(
     num_attention_heads=4, attention_out_dropout=0.1,
 )  # fmt: skip
 RECIPE = TrainConfig(
-    model=MODEL, optimizer=Optimizer(weight_decay=1e-2), global_batch_size=10, gradient_accumulation_steps=2, loss_chunk=16,
-    scan_layers=True, remat="layers",
+    model=MODEL, optimizer=Optimizer(weight_decay=1e-2), global_batch_size=10,
+    gradient_accumulation_steps=2, loss_chunk=16, scan_layers=True, remat="layers",
 )  # fmt: skip
 A, ROWS, LENGTH, PLACES = 2, 5, 96, 24
 

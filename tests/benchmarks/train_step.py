@@ -12,9 +12,9 @@ has the mean of those drawn. We pack those into rows. torch, which has no packed
 sorted by length in padded batches of as many places, summed into one update.
 
 Tokens are counted without padding. MFU counts model FLOPs (train/common/flops.py) against the
-device's peak. Before anything is timed both losses on the same weights and documents must agree. A step
-begins at 98,304 tokens (large: 57,344), the reference's micro-batch on a GPU, and is halved while
-it does not fit.
+device's peak. Before anything is timed both losses on the same weights and documents must agree. A
+step begins at 98,304 tokens (large: 57,344), the reference's micro-batch on a GPU, and is halved
+while it does not fit.
 """
 
 import argparse
