@@ -18,6 +18,7 @@ import tokenizers
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.orbax import load_orbax
+from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli
 from train.common.hosts import Hosts, connect
@@ -389,8 +390,8 @@ def test_pretrain_makes_the_tokens_of_prepare(finished, tmp_path):
     assert head[1:-1] == ids[: len(head) - 2]
 
 
-def test_packed_evaluation_equals_one_piece_a_row(finished):
-    """Evaluation packs its rows for speed; the numbers are those of unpacked rows."""
+def test_packed_evaluation_equals_one_document_per_sequence(finished):
+    """Evaluation packs documents for speed; the numbers are those of unpacked ones."""
     config = finished[0]
     workdir = pathlib.Path(config.workdir)
     (folder,) = (workdir / "tokens").iterdir()
@@ -415,7 +416,8 @@ def test_packed_evaluation_equals_one_piece_a_row(finished):
         build_row(store, np.array([piece]), masking, config.sequence_length, seed)
         for piece in range(len(store.lengths))
     ]
-    pad = [{k: np.zeros_like(v) - (k == "labels") for k, v in rows[0].items()}] * (-len(rows) % 4)
+    empty = {k: np.full_like(v, IGNORE_INDEX if k == "labels" else 0) for k, v in rows[0].items()}
+    pad = [empty] * (-len(rows) % 4)
     rows += pad
     unpacked = [
         {k: np.stack([row[k] for row in rows[i : i + 4]]) for k in packed[0]}
@@ -423,7 +425,7 @@ def test_packed_evaluation_equals_one_piece_a_row(finished):
     ]
     got, want = sums(packed), sums(unpacked)
     assert len(packed) < len(unpacked)
-    assert got[1:].tolist() == want[1:].tolist()  # right guesses, masked tokens
+    assert got[1:].tolist() == want[1:].tolist()  # correct predictions, masked tokens
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
 
 
