@@ -124,7 +124,7 @@ inputs = tokenizer(text, return_tensors="np")
 outputs = model(**inputs)
 
 masked_index = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
-predicted_token_id = outputs.logits[0, masked_index].argmax(axis=-1)
+predicted_token_id = int(outputs.logits[0, masked_index].argmax(axis=-1))
 print("Predicted token:", tokenizer.decode(predicted_token_id))
 
 # %% [markdown]

@@ -3,7 +3,7 @@
 The .py is what people edit and review (jupytext's py:percent); the .ipynb is made from it here and
 never by hand. A notebook runs in an empty folder, so that it leaves nothing behind and counts on
 nothing. What goes into the file is the same on every machine: no paths, no times of cells, no
-progress bars, pictures of few colours.
+progress bars, pictures of few colors.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def _text(text: str, folder: Path) -> str:
 
 
 def _smaller(png: str) -> str:
-    """A picture in 64 colours: a third of the bytes, and no difference to see."""
+    """A picture in 64 colors, which has a third of the bytes and looks the same."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
         few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
     made = io.BytesIO()
