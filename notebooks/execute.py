@@ -1,9 +1,9 @@
-"""python notebooks/execute.py [NAME ...]: runs notebooks from their .py, writes the .ipynb beside.
+"""python notebooks/execute.py [NAME ...]: executes notebooks from their .py and writes the .ipynb.
 
-The .py is what people edit and review (jupytext's py:percent); the .ipynb is made from it here and
-never by hand. A notebook runs in an empty folder, so that it leaves nothing behind and counts on
-nothing. What goes into the file is the same on every machine: no paths, no times of cells, no
-progress bars, pictures of few colors.
+People edit and review the .py (jupytext's py:percent); this program generates the .ipynb, which is
+never edited by hand. A notebook runs in an empty folder, so it depends on no file and leaves none.
+The outputs are the same on every machine: they contain no paths, no times of cells and no progress
+bars, and pictures have few colors.
 """
 
 import argparse
@@ -32,21 +32,21 @@ METADATA = {
 
 
 def sources() -> list[Path]:
-    """The notebooks as text, in order."""
+    """Returns the .py files of the notebooks, in order."""
     return sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
 def run(source: Path, folder: Path, timeout: int = 600) -> NotebookNode:
-    """Executes a notebook's text in `folder`; the notebook with its outputs, tidied.
+    """Executes a .py in `folder` and returns the notebook with its outputs, tidied.
 
-    timeout: of a cell, in seconds. The hub is out of reach, but for MODERNBERT_REAL. Raises
-    nbclient's CellExecutionError, which holds the cell and its traceback.
+    timeout: seconds per cell. The hub is offline unless MODERNBERT_REAL is set. Raises nbclient's
+    CellExecutionError, which holds the cell and its traceback.
     """
     notebook = jupytext.read(source)
     settings = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(FOLDER.parent), os.getenv("PYTHONPATH")))),
         "TOKENIZERS_PARALLELISM": "false",
-        "TPU_SKIP_MDS_QUERY": "1",  # no question to a metadata server where there is no TPU
+        "TPU_SKIP_MDS_QUERY": "1",  # do not query a metadata server
     }
     if not os.environ.get("MODERNBERT_REAL"):
         settings["HF_HUB_OFFLINE"] = "1"
@@ -68,7 +68,7 @@ def run(source: Path, folder: Path, timeout: int = 600) -> NotebookNode:
 
 
 def tidy(notebook: NotebookNode, folder: Path) -> NotebookNode:
-    """The notebook as it is committed: see the module."""
+    """Removes what differs between machines; see the module."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
@@ -103,7 +103,7 @@ def tidy(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def _text(text: str, folder: Path) -> str:
-    """Without progress bars (or tqdm's wish for one of widgets), and with the folder as "."."""
+    """Removes progress bars and tqdm's warning about widgets, and replaces the folder with "."."""
     text = _WIDGETS.sub("", text)
     text = "".join(line for line in text.splitlines(keepends=True) if not _BAR.search(line))
     for path in (folder.resolve(), folder, FOLDER.parent):
@@ -112,7 +112,7 @@ def _text(text: str, folder: Path) -> str:
 
 
 def _smaller(png: str) -> str:
-    """A picture in 64 colors, which has a third of the bytes and looks the same."""
+    """Returns the picture in 64 colors, which has a third of the bytes and looks the same."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
         few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
     made = io.BytesIO()
@@ -125,9 +125,9 @@ _WIDGETS = re.compile(r".*TqdmWarning: IProgress.*\n.*autonotebook.*\n")
 
 
 def main(argv: list[str]) -> int:
-    """Executes all notebooks, or those named; returns the exit code."""
+    """Executes the named notebooks, or all of them, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="such as 01_fill_mask; by default all")
+    parser.add_argument("names", nargs="*", help="for example 01_fill_mask; all by default")
     names = parser.parse_args(argv).names
     known: dict[str, Path] = {source.stem: source for source in sources()}
     if unknown := sorted(set(names) - set(known)):
