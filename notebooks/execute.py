@@ -39,8 +39,8 @@ def sources() -> list[Path]:
 def run(source: Path, folder: Path, timeout: int = 600) -> NotebookNode:
     """Executes a .py in `folder` and returns the notebook with its outputs, tidied.
 
-    timeout: seconds per cell. The hub is offline unless MODERNBERT_REAL is set. Raises nbclient's
-    CellExecutionError, which holds the cell and its traceback.
+    timeout: seconds per cell. Unless MODERNBERT_REAL is set, the hub is offline and JAX uses the
+    CPU. Raises nbclient's CellExecutionError, which holds the cell and its traceback.
     """
     notebook = jupytext.read(source)
     settings = {
@@ -49,7 +49,7 @@ def run(source: Path, folder: Path, timeout: int = 600) -> NotebookNode:
         "TPU_SKIP_MDS_QUERY": "1",  # do not query a metadata server
     }
     if not os.environ.get("MODERNBERT_REAL"):
-        settings["HF_HUB_OFFLINE"] = "1"
+        settings |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     before = dict(os.environ)
     os.environ.update(settings)
     try:
