@@ -83,8 +83,8 @@ def show(text: str, **options) -> None:
         print("   ", ", ".join(f"{a['token_str'].strip()} {a['score']:.0%}" for a in mask))
 
 
-show("with a [MASK] of 96 and a blood [MASK] of 124/59.", top_k=3)
-show("He will be seen in the neurology [MASK] in 12 [MASK].", top_k=3)
+show("He was afebrile at 36.8 degrees, with a [MASK] of 96 and a blood [MASK] of 124/59.", top_k=3)
+show("He will be seen in the neurology [MASK] in 12 [MASK] by Dr. Vasquez.", top_k=3)
 
 # %% [markdown]
 # `targets` restricts the answers to some words. Here the title of the patient should decide. The
