@@ -35,7 +35,7 @@ from train.pretrain.config import Phase
 phase = Phase("one", tokens=14_000, mlm_probability=0.30, learning_rate=3e-3, warmup_tokens=2_000)
 config = small(
     pathlib.Path({corpus!r}), pathlib.Path({workdir!r}), phases=(phase,), mesh=MeshShape(*{mesh}),
-    hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=10), eval_every=7,
+    hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=30), eval_every=7,
 )
 try:
     loop.run(config)
