@@ -527,7 +527,7 @@ class TestBatches:
         lengths = np.array([70, 64, 65])
         ids = [np.arange(n).astype(np.uint16) for n in lengths]
         store = TokenStore(lengths, "x", Memory(ids))
-        with pytest.raises(ValueError, match="pieces have up to 70 tokens, sequence_length is 64"):
+        with pytest.raises(ValueError, match="documents have up to 70 tokens, sequence_length is 64"):
             make(store, config_of(sequence_length=64))
         store = TokenStore(lengths[1:], "x", Memory(ids[1:]))
         batch = next(
@@ -537,7 +537,7 @@ class TestBatches:
             )
         )
         assert batch.tokens == 128 == (batch.arrays["segment_ids"] == 1).sum()
-        with pytest.raises(ValueError, match="expected pieces to train on, got none"):
+        with pytest.raises(ValueError, match="expected documents to train on, got none"):
             make(TokenStore(lengths[:0], "x", Memory([])), config_of())
 
 

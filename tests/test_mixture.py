@@ -130,7 +130,7 @@ def test_corpora_without_an_evaluation_split(prepared, tmp_path):
             tokenizer=str(prepared / "tokenizer"),
         )  # fmt: skip
 
-    with pytest.raises(ValueError, match="phase p: its corpora hold no document out"):
+    with pytest.raises(ValueError, match="phase p: its corpora have no evaluation split"):
         open_corpora(config(str(none)))
     _, _, (stores,) = open_corpora(config(str(none), str(prepared / "out" / "a")))
     assert not len(stores["none"]["eval"].lengths) and len(stores["a"]["eval"].lengths)
