@@ -527,7 +527,8 @@ class TestBatches:
         lengths = np.array([70, 64, 65])
         ids = [np.arange(n).astype(np.uint16) for n in lengths]
         store = TokenStore(lengths, "x", Memory(ids))
-        with pytest.raises(ValueError, match="documents have up to 70 tokens, sequence_length is 64"):
+        expect = "documents have up to 70 tokens, sequence_length is 64"
+        with pytest.raises(ValueError, match=expect):
             make(store, config_of(sequence_length=64))
         store = TokenStore(lengths[1:], "x", Memory(ids[1:]))
         batch = next(
