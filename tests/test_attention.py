@@ -224,7 +224,7 @@ class TestChoice:
 
     def test_cpu(self):
         choice = op.choose(self.q, self.bounds)
-        assert choice.name == "xla" and "proven" in choice.reason
+        assert choice.name == "xla" and "tested" in choice.reason
 
     def test_the_device_that_jax_is_told_to_use(self):
         last = jax.devices()[-1]
