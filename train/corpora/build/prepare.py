@@ -3,7 +3,7 @@
     OUT/text/NAME/1.0.0/    the data set: read, deduplicated, split; see build/dataset.py
     OUT/text/manifest.json  what was read, dropped and kept; written last
     OUT/tokens/             the token folder, complete once it has manifest.json
-    OUT/work/               unfinished work; removed at the end and safe to delete
+    OUT, folder "work"      unfinished work; removed at the end and safe to delete
 
 The same command resumes a killed run: files that were read and shards that were tokenized are kept.
 The same input gives the same bytes in every shard, for any number of workers.
