@@ -38,6 +38,11 @@ def test_shared_against_sets_of_strings(n):
         assert spans.shared(text) == (positions, documents)
 
 
+def test_canonical_equivalents_share_a_span():
+    spans = Spans.of(iter(["fie\u0300vre \u00e0 domicile"]), 3)
+    assert spans.shared("Fi\u00e8vre a\u0300 domicile") == (1, [0])
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A task of three texts and a corpus that has a span of the first, with other punctuation."""

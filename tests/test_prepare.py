@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -107,15 +108,24 @@ def split_of(text: str, eval_fraction: float) -> str:
 
 def test_splits_are_stable_and_near_the_fraction():
     notes = [f"note {i}" for i in range(20_000)]
-    keys = np.array([dedupe.key_of(note.encode()) for note in notes], dedupe.KEY)
+    keys = np.array([dedupe.key_of(note) for note in notes], dedupe.KEY)
     small, large, none = (dedupe.is_eval(keys["high"], share) for share in (0.05, 0.1, 0.0))
     # Binomial: mean 1000, standard deviation 31.
     assert 875 < small.sum() < 1125 and not none.any()
     assert (small <= large).all() and small.sum() < large.sum()
     assert small.tolist() == [split_of(note, 0.05) == "eval" for note in notes]
     # The first 8 bytes of its sha256 are 0.89935 of 2**64, on every machine and in every version.
-    high = dedupe.key_of(b"note 0")[0]
+    high = dedupe.key_of("note 0")[0]
     assert (dedupe.is_eval(high, 0.8993), dedupe.is_eval(high, 0.8994)) == (False, True)
+
+
+def test_canonical_equivalents_are_one_text():
+    """In either form; what NFC keeps has the key of its bytes, so its split stays."""
+    for text in ("Fièvre 39 °C, Ångström", "한국어 Ấ"):
+        nfc, nfd = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert nfc != nfd and dedupe.key_of(nfc) == dedupe.key_of(nfd)
+        digest = hashlib.sha256(nfc.encode()).digest()
+        assert dedupe.key_of(nfd)[:2] == tuple(np.frombuffer(digest, ">u8")[:2].tolist())
 
 
 def test_first_of_each_against_a_set(tmp_path, monkeypatch):
@@ -123,7 +133,7 @@ def test_first_of_each_against_a_set(tmp_path, monkeypatch):
     files, expected, seen = [], [], set()
     for number in range(4):
         texts = [str(n) for n in rng.integers(0, 60, number * 20)]
-        keys = np.array([dedupe.key_of(t.encode()) for t in texts], dedupe.KEY)
+        keys = np.array([dedupe.key_of(t) for t in texts], dedupe.KEY)
         files.append(tmp_path / f"{number}.npy")
         np.save(files[-1], keys)
         expected.append([t not in seen and not seen.add(t) for t in texts])

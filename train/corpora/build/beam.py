@@ -221,7 +221,7 @@ class BeamCorpusBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
             counts.append(chosen.counts)
         distinct = (
             documents
-            | "by text" >> beam.Map(lambda document: (key_of(document.text.encode()), document))
+            | "by text" >> beam.Map(lambda document: (key_of(document.text), document))
             | "first of equal texts" >> beam.CombinePerKey(min)
         )
         counts.append(distinct | "count documents" >> beam.Map(lambda _: ("documents", 1)))

@@ -1,22 +1,28 @@
-"""Exact-text deduplication by keys: 16 bytes of a text's sha256 represent it.
+"""Deduplication by keys: 16 bytes of the sha256 of a text in NFC, as tokenizers see it.
 
 Keys are stored in files, one for each job, so that memory holds one hash partition at a time.
 """
 
 import hashlib
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# high decides the split; low decides the partition; size in bytes of text.
+# high decides the split; low decides the partition; size in bytes of NFC.
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("size", "<u4")])
 AT_ONCE = 8_000_000  # keys in memory, about 50 bytes each
 
 
-def key_of(encoded: bytes) -> tuple[int, int, int]:
-    """The KEY of a text in UTF-8."""
+def key_of(text: str) -> tuple[int, int, int]:
+    """The KEY of a text. Its canonical equivalents (NFC, NFD) have the same key.
+
+    Raises UnicodeEncodeError for a text with lone surrogates.
+    """
+    # ModernBERT's tokenizer applies NFC, so texts that differ only in form give the same ids.
+    encoded = unicodedata.normalize("NFC", text).encode()
     digest = hashlib.sha256(encoded).digest()
     high, low = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
     return high, low, len(encoded)

@@ -183,14 +183,14 @@ def _write(examples: Iterable[Example], folder: pathlib.Path, report: Report) ->
                 report.drop("empty text", example.id)
                 continue
             try:
-                encoded = example.text.encode()
+                key = key_of(example.text)
             except UnicodeEncodeError:
                 report.drop("not valid Unicode", example.id)
                 continue
             meta = dict(sorted(example.meta.items()))
             record = json.dumps([example.id, example.text, meta], ensure_ascii=False)
             writer.write(record.encode())
-            keys += np.array(key_of(encoded), KEY).tobytes()
+            keys += np.array(key, KEY).tobytes()
             count += 1
     finally:
         writer.close()

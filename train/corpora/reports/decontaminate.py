@@ -1,8 +1,9 @@
 """python -m train decontaminate: finds documents of a corpus that share word spans with a test set.
 
-A span is 13 consecutive words: runs of letters, digits and "_", in lower case, with anything
-between them. The test set's spans are kept as 64-bit hashes; a document is hashed only where all
-words of a span occur somewhere in the test set. The report has ids and counts, never any text.
+A span is 13 consecutive words: runs of letters, digits and "_", in NFC and lower case, with
+anything between them. The test set's spans are kept as 64-bit hashes; a document is hashed only
+where all words of a span occur somewhere in the test set. The report has ids and counts, never any
+text.
 """
 
 import collections
@@ -13,6 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +74,7 @@ class Spans:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def _hashes(ids: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
