@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import tensorflow_datasets as tfds
 import tokenizers
 from array_record.python.array_record_module import ArrayRecordReader
 
-from modernbert_jax.tokenizer import AutoTokenizer, fingerprint
+from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint
 from train import cli
 from train.common import parallel
 from train.corpora.build import (
@@ -586,6 +587,47 @@ def test_prefix_space_is_the_tokenizers_own(tokenizer):
     assert fingerprint(plain) != fingerprint(blank)
     ids = [t.encode("fever", add_special_tokens=False) for t in (plain, blank)]
     assert ids[0] != ids[1] == plain.encode(" fever", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("add_prefix_space", [True, False])
+def test_windows_have_the_ids_of_the_whole_text(tokenizer, add_prefix_space):
+    """Against tokenizers alone, with whatever a window could tear apart."""
+    plain = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=add_prefix_space)
+    plain.add_tokens(["  ", "   "])  # ModernBERT has tokens for runs of spaces
+    content = backend_json(plain)
+    assert tokenize._can_cut(content)
+    backend = tokenizers.Tokenizer.from_str(content)
+    draw = random.Random(0)
+    pieces = [*"   \n'.,(a", *"  |   |\t | \u00a0|\u3000|Fever|12|39.5|n't|'s".split("|")]
+    pieces += [*"e\u0301|\u0301|\u00e9|[MASK]|[SEP]|\U0001f642|\u4e2d\u6587".split("|")]
+    for size in (1, 2, 7, 30) * 20:
+        text = "".join(draw.choices(pieces, k=120))
+        windows = list(tokenize._windows([text], size))
+        assert "".join(window for window, _ in windows) == text and len(windows) > 1
+        assert [last for _, last in windows] == [False] * (len(windows) - 1) + [True]
+        ids = [backend.encode(w, add_special_tokens=False).ids for w, _ in windows]
+        assert sum(ids, []) == backend.encode(text, add_special_tokens=False).ids
+    # Without such a place, and with tokenizers of which this is not known, a text stays whole.
+    assert list(tokenize._windows(["\u4e2d. \u6587" * 9, "b"], 2))[-1] == ("b", True)
+    facts = json.loads(content)
+    for other in ({"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": None}):
+        assert not tokenize._can_cut(json.dumps(facts | other))
+    token = facts["added_tokens"][0]
+    for other in ({"rstrip": True}, {"content": "two words"}):
+        added = [token | other]
+        assert not tokenize._can_cut(json.dumps(facts | {"added_tokens": added}))
+
+
+def test_a_document_in_windows_makes_the_same_bytes(made, notes, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "_WINDOW", 10)
+    calls = []
+    batches = tokenize._batches
+    monkeypatch.setattr(
+        tokenize, "_batches", lambda texts: (calls.append(b) or b for b in batches(texts))
+    )
+    run(notes[0], tokenizer, tmp_path / "out")
+    assert sum(map(len, calls)) > 10 * len(notes[1])
+    assert shards(tmp_path / "out") == shards(made[0])
 
 
 def test_workers_do_not_wait_for_jax():

@@ -21,7 +21,7 @@ SHARD_BYTES = 1 << 30  # of ids, after which the next shard begins
 
 
 def cut(
-    ids: Sequence[int], ends: tuple[int, int], sequence_length: int, dtype: np.dtype
+    ids: Sequence[int] | np.ndarray, ends: tuple[int, int], sequence_length: int, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     """Cuts a document into chunks of at most sequence_length tokens.
 
