@@ -102,6 +102,50 @@ def test_labels_and_markup_become_lines_of_text(file):
     )
 
 
+MATH = (
+    '<mml:math xmlns:mml="http://www.w3.org/1998/Math/MathML"><mml:semantics><mml:mi>x</mml:mi>'
+    '<mml:annotation encoding="TeX">secret</mml:annotation></mml:semantics></mml:math>'
+)
+# What stands in a paragraph, what becomes of it in PMC and in PubMed.
+APART = [
+    ("is given by<disp-formula/>where", "is given by where"),
+    ("by<disp-formula><tex-math>x</tex-math></disp-formula>, where", "by, where"),
+    ("by <disp-formula><label>(1)</label></disp-formula> .", "by."),
+    ("End.<fig><caption><p>C.</p></caption></fig>Next.", "End. Next.\n\nC."),
+    ("End.<table-wrap/>Next", "End. Next"),
+    ("a<array><tbody><tr><td>b</td></tr></tbody></array>c", "a c"),
+    ("one<break/>two (a<break/>).", "one two (a)."),
+    ("in<italic>line</italic>, H<sub>2</sub>O<fn><p>F.</p></fn>s", "inline, H2Os"),
+    (f"f({MATH}) is", "f(x) is"),
+]
+
+
+@pytest.mark.parametrize(("inside", "expected"), APART)
+def test_blocks_and_breaks_separate_words(tmp_path, inside, expected):
+    text = one(tmp_path, jats(body=f"<p>{inside}</p>")).text
+    assert text == f"On mice\n\n{expected}"
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        ("by<DispFormula>{}</DispFormula>where", "by x where"),
+        ("by<DispFormula>{}</DispFormula>.", "by x."),
+        ("f({}) is", "f(x) is"),
+    ],
+)
+def test_formulas_of_abstracts(file, inside, expected):
+    assert text_of(file, article(7, text=inside.format(MATH))) == f"A title.\n\n{expected}"
+    assert text_of(file, article(7, title=inside.format(MATH))) == f"{expected}\n\nText."
+
+
+def test_titles_and_captions_of_older_articles(tmp_path):
+    """A title in two lines, and where the captions are before NLM's DTD 3.0."""
+    floats = "<floats-wrap><fig><caption><p>Floating.</p></caption></fig></floats-wrap>"
+    data = jats(rest=floats).replace(b"On <italic>", b"One<break/>or<break/>two <italic>")
+    assert one(tmp_path, data).text == "One or two mice\n\nText.\n\nFloating."
+
+
 @pytest.mark.parametrize(
     ("title", "expected"),
     [
@@ -109,6 +153,9 @@ def test_labels_and_markup_become_lines_of_text(file):
         ("[Is it the [13C]urea test?]", "Is it the [13C]urea test?"),
         ("[Retracted] A study.", "[Retracted] A study."),
         ("[A] and [B].", "[A] and [B]."),
+        ("[Not Available].", ""),
+        ("[In Process Citation]", ""),
+        ("Not available.", "Not available."),
         ("", ""),
     ],
 )
@@ -243,6 +290,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 # PubMed, revisions
+
+
+def test_names_of_files_with_more_digits(tmp_path):
+    for name in ("pubmed26n0001.xml.gz", "pubmed26n10000.xml.gz", "pubmed26n9999.xml.gz"):
+        write(tmp_path / name, article(1))
+    parts = pubmed.SOURCE.revisions.in_order(pubmed.SOURCE.parts(tmp_path))
+    assert [pubmed.age(part) for part in parts] == [(26, 1), (26, 9999), (26, 10000)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import io
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
@@ -25,6 +25,11 @@ _OPTIONS: dict[str, Any] = {
     "remove_pis": True,
 }
 string = etree.XPath("string()")  # all text in an element, which must hold no entity
+ANNOTATIONS = ("{*}annotation", "{*}annotation-xml", "tex-math")  # a formula once more, as TeX
+_APART = ("DispFormula", "disp-formula", "break")
+# Stands beside a block element or break in the text: a noncharacter, which no text holds.
+_BREAK = "\ufdd0"
+_BEFORE_PUNCTUATION = re.compile(rf"[\s{_BREAK}]*{_BREAK}[\s{_BREAK}]*(?=[.,;:!?)\]])")
 
 
 class Entities(ValueError):
@@ -136,6 +141,27 @@ def has_entity(element: etree._Element) -> bool:
     return next(element.iter(etree.Entity), None) is not None
 
 
+def set_apart(element: etree._Element, tags: Iterable[str]) -> None:
+    """Marks both sides of the elements with these tags in it; `one_line` makes spaces of them."""
+    for block in element.iter(*tags):
+        block.text = _BREAK + (block.text or "")
+        block.tail = _BREAK + (block.tail or "")
+
+
+def one_line(text: str) -> str:
+    """Turns each run of white space and marks into a space; none before punctuation at a mark."""
+    if _BREAK in text:
+        text = _BEFORE_PUNCTUATION.sub("", text).replace(_BREAK, " ")
+    return " ".join(text.split())
+
+
 def text_of(element: etree._Element | None) -> str:
-    """All text in it, without markup, with each run of white space as one space."""
-    return "" if element is None else " ".join(string(element).split())
+    """All text in it, without markup, with each run of white space as one space.
+
+    Displayed formulas and breaks separate words. Annotations of formulas are removed from the tree.
+    """
+    if element is None:
+        return ""
+    etree.strip_elements(element, *ANNOTATIONS, with_tail=False)
+    set_apart(element, _APART)
+    return one_line(string(element))

@@ -21,20 +21,19 @@ import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 
 from ..readers.archives import LARGEST_MEMBER, members
-from ..readers.markup import Entities, parse, string, text_of
+from ..readers.markup import ANNOTATIONS, Entities, one_line, parse, set_apart, string, text_of
 from ..source import Example, Report, Revisions, Source, records_of
 
-_MATHML = "{http://www.w3.org/1998/Math/MathML}"
-_OASIS = "{http://docs.oasis-open.org/ns/oasis-exchange/table}"
-_LEFT_OUT = (
-    "table", _OASIS + "table", "table-wrap-foot",
-    "disp-formula", "disp-formula-group", "tex-math",
-    _MATHML + "annotation", _MATHML + "annotation-xml",
-    "ref-list", "fn", "fn-group", "label", "object-id", "permissions", "attrib",
-    "graphic", "inline-graphic", "media", "supplementary-material", "inline-supplementary-material",
-    "contrib-group", "sub-article", "response",
-)  # fmt: skip
 _FLOATS = ("fig", "table-wrap", "fig-group", "table-wrap-group", "chem-struct-wrap", "graphic")
+# Left out, each with a break in its place.
+_LEFT_OUT_BLOCKS = (
+    "{*}table", "table-wrap-foot", "array", "disp-formula", "disp-formula-group", "ref-list",
+    "fn-group", "graphic", "media", "supplementary-material", "contrib-group",
+)  # fmt: skip
+_LEFT_OUT = (
+    *_LEFT_OUT_BLOCKS, *ANNOTATIONS, "fn", "label", "object-id", "permissions", "attrib",
+    "inline-graphic", "inline-supplementary-material", "sub-article", "response",
+)  # fmt: skip
 _BLOCKS = (
     "sec", "p", "title", "list", "list-item", "def-item", "disp-quote", "boxed-text", "statement",
     "speech", "verse-line", "preformat", "code", "caption",
@@ -153,8 +152,9 @@ def _example(article: etree._Element, name: str, place: str, report: Report) -> 
     if not text:
         report.drop("no body", place)
         return None
-    floats = article.find("floats-group")
-    captions += [] if floats is None else _captions(floats)
+    for tag in ("floats-group", "floats-wrap"):  # the second before NLM's DTD 3.0
+        floats = article.find(tag)
+        captions += [] if floats is None else _captions(floats)
     pmids = [text_of(x) for x in meta.iterfind("article-id") if x.get("pub-id-type") == "pmid"]
     facts = {"license": license(meta), "pmid": "".join(pmids[:1])}
     abstracts = [
@@ -171,25 +171,32 @@ def _title(meta: etree._Element) -> str:
     title = meta.find("title-group/article-title")
     if title is None:
         return ""
-    etree.strip_elements(title, "xref", "fn", "tex-math", with_tail=False)
-    return text_of(title)
+    etree.strip_elements(title, "xref", with_tail=False)
+    return one_line(_text(title))
 
 
 def _captions(body: etree._Element) -> list[str]:
     """The captions, one on each line; removes figures and tables from the tree."""
-    etree.strip_elements(body, *_LEFT_OUT, with_tail=False)
+    _leave_out(body)
     lines = []
     for caption in body.iter("caption"):
         parent = caption.getparent()
         if parent is not None and parent.tag in _FLOATS:
-            lines.append(" ".join(_text(caption).split()))
+            lines.append(one_line(_text(caption)))
+    set_apart(body, _FLOATS)
     etree.strip_elements(body, *_FLOATS, with_tail=False)
     return list(filter(None, lines))
 
 
+def _leave_out(element: etree._Element) -> None:
+    set_apart(element, _LEFT_OUT_BLOCKS)
+    etree.strip_elements(element, *_LEFT_OUT, with_tail=False)
+
+
 def _text(element: etree._Element) -> str:
     """The text with sections after an empty line and paragraphs as lines. Changes the tree."""
-    etree.strip_elements(element, *_LEFT_OUT, with_tail=False)
+    _leave_out(element)
+    set_apart(element, ("break",))
     for xref in element.iter("xref"):
         if xref.get("ref-type") == "bibr" and _NUMBERS.fullmatch(text_of(xref)):
             xref.clear(keep_tail=True)
@@ -206,7 +213,7 @@ def _text(element: etree._Element) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split()).replace(" " + _CITED, "").replace(_CITED, "")
+    return one_line(text).replace(" " + _CITED, "").replace(_CITED, "")
 
 
 # Licenses

@@ -6,10 +6,11 @@ in full, and <DeleteCitation> lists deleted ones. A record may have several vers
 the newest that is not deleted is used.
 
 A document is a record's title, an empty line, and its abstract: a line for each AbstractText, with
-its label ("METHODS: ..."). Markup is removed, the text inside it kept. The brackets around a
-translated title are removed. Without an Abstract, the first English OtherAbstract is used, where
-older records have their only one. Copyright lines, keywords, MeSH, authors and grants are left out.
-Records without an abstract and records of books are dropped and counted.
+its label ("METHODS: ..."). Markup is removed, the text inside it kept, except annotations of
+formulas. The brackets around a translated title are removed; "[Not Available]." is no title.
+Without an Abstract, the first English OtherAbstract is used, where older records have their only
+one. Copyright lines, keywords, MeSH, authors and grants are left out. Records without an abstract
+and records of books are dropped and counted.
 """
 
 import pathlib
@@ -24,6 +25,7 @@ from ..source import Example, Report, Revisions, Source, records_of
 
 _NAME = re.compile(r"pubmed(\d\d)n(\d{4,})")
 _TRANSLATED = re.compile(r"\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\.?")
+_NO_TITLES = {"not available", "in process citation"}  # what NLM puts in the brackets until then
 _PMID = re.compile("[1-9][0-9]{0,7}")
 _VERSION = re.compile("[1-9][0-9]{0,3}")
 _CHUNK = 1 << 20
@@ -125,6 +127,8 @@ def _title(body: etree._Element) -> str:
     if not found:
         return title
     inside = found[1].strip()
+    if inside.rstrip(".").lower() in _NO_TITLES:
+        return ""
     return inside if inside.endswith((".", "?", "!")) else inside + "."
 
 
@@ -160,6 +164,8 @@ SOURCE = Source(
     files=(
         "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9].xml.gz",
         "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9].xml",
+        "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9][0-9].xml.gz",
+        "pubmed[0-9][0-9]n[0-9][0-9][0-9][0-9][0-9].xml",
     ),
     read=read,
     revisions=Revisions(age, scan, key),
