@@ -4,7 +4,6 @@ import codecs
 import csv
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -302,10 +301,3 @@ def test_negex_is_a_table_in_spite_of_its_suffix(shared, tmp_path):
     plain = [i for i, line in enumerate(lines) if '"' not in line]
     assert len(plain) > 2000
     assert all(documents[i].text == lines[i].split("\t")[2] for i in plain)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no such links there")
-def test_a_broken_link_is_no_file(tmp_path):
-    write(tmp_path / "a.txt", "x")
-    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
-    assert texts(tmp_path) == ["x"]

@@ -40,6 +40,35 @@ class Report:
             places.append(place)
 
 
+def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the files below a folder, in no order; follows links, and leaves out hidden names.
+
+    Raises ValueError for a link to a folder that the link is in, and OSError for a folder that
+    cannot be read. A link to nothing is yielded, so that reading it fails with its name.
+    """
+    return _files_below(folder, frozenset())
+
+
+def _files_below(folder: pathlib.Path, above: frozenset) -> Iterator[pathlib.Path]:
+    stat = folder.stat()
+    this = stat.st_dev, stat.st_ino
+    if this in above:
+        raise ValueError(f"{folder}: expected no link to a folder that it is in; remove the link")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files_below(folder / entry.name, above | {this})
+            elif entry.is_file() or entry.is_symlink():
+                yield folder / entry.name
+
+
+def name_of(path: pathlib.PurePath) -> str:
+    """The path with "/" everywhere; a byte that is not UTF-8 is escaped ("caf\\xe9")."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def records_of(rows: Iterable[tuple[int, int, bool]]) -> np.ndarray:
     """RECORDs from (id, version, deleted). Impossible ids and versions are left out."""
     possible = (row for row in rows if 0 < row[0] < LARGEST_ID and 0 < row[1] < 1 << 16)
@@ -74,7 +103,8 @@ class Source:
     is a .json file in any folder "notes"; * does not cross "/"). Each match is a part; parts are
     read independently, in any order and on any machine. read(part, root, report) yields a part's
     documents, passes unusable records to report.drop, and raises ValueError with one line for a
-    broken file. documents and tokens: size of the complete distribution (model card), 0 if unknown.
+    broken file. beside: patterns of further files that it opens. documents and tokens: size of the
+    complete distribution (model card), 0 if unknown.
     """
 
     name: str  # the value of --corpus
@@ -85,6 +115,7 @@ class Source:
     citation: str
     files: tuple[str, ...]
     read: Reader
+    beside: tuple[str, ...] = ()
     agreement: str = ""  # what a user must sign or complete to get access
     documents: int = 0
     tokens: int = 0
@@ -98,13 +129,19 @@ class Source:
         return f"{self.title} is available at {self.homepage}, access {self.access}{terms}"
 
     def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
-        """The files to read below `root`, sorted by relative path; hidden files are left out.
+        """The files to read below `root`, sorted by relative path; see `files_below`.
 
         Raises FileNotFoundError that says where the corpus is available and under what terms.
         """
-        names = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+        names = [path.relative_to(root) for path in files_below(root)] if root.is_dir() else []
         # The absolute path, so that a pattern can match the name of `root` itself.
         return [root / name for name in self.choose(names, root.resolve())]
+
+    def files_read(self, root: pathlib.Path) -> list[pathlib.Path]:
+        """The parts, and then the files beside them."""
+        found = sorted(files_below(root)) if self.beside else []
+        beside = [path for path in found if any(path.match(glob) for glob in self.beside)]
+        return self.parts(root) + beside
 
     def choose(self, names: list[Name], root: pathlib.PurePath) -> list[Name]:
         """The paths, relative to `root`, that are parts, sorted. Raises as `parts` does."""

@@ -13,6 +13,7 @@ from ..common.hosts import log
 from ..common.workdir import is_remote
 from ..corpora.build.bpe import train_bpe
 from ..corpora.build.prepare import prepare, prepare_text, read_texts
+from ..corpora.source import files_below
 from ..corpora.sources import find
 from ..corpora.synthetic import write_corpus
 from ..tokens.store import SPLITS, TokenStore, is_store, joined, open_store
@@ -108,7 +109,7 @@ def _open(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, TokenStor
 def _prepared(workdir: Any, corpus: str) -> pathlib.Path:
     """Returns the output folder of `prepare`; its name changes with the corpus's files."""
     path = pathlib.Path(corpus)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = sorted(p for p in files_below(path) if p.is_file()) if path.is_dir() else [path]
     stats = [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     digest = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     return workdir / "tokens" / f"{path.name or 'corpus'}-{digest[:12]}"

@@ -30,7 +30,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ...tokens.store import SPLITS
 from ..source import Source
 from .dedupe import first_of_each, is_eval
-from .reading import Job, plan_jobs, read_all, read_records
+from .reading import Job, plan_jobs, read_all, read_records, times_of
 from .revisions import resolve
 
 SHARD_BYTES = 256 << 20  # of text
@@ -111,6 +111,8 @@ class CorpusBuilder(tfds.core.ShardBasedBuilder):
         if self.source.revisions:
             newest = resolve(self.source.revisions, parts, self.work / "revisions", self.workers)
             version += newest.fingerprint
+        if self.source.beside:
+            version += times_of(self.source.files_read(root), root)
         jobs = plan_jobs(self.source, root, parts, self.work, version)
         self.counts = read_all(self.source, root, jobs, newest, self.workers)
         self.counts["read_seconds"] = round(self.counts.pop("seconds"), 2)

@@ -28,7 +28,7 @@ from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint
 from ...tokens.store import SPLITS
 from ..source import Source
 from ..sources import find, sources
-from .reading import files_of
+from .reading import files_of, times_of
 from .tokenize import Recipe, read_shard, tokenize
 
 
@@ -196,12 +196,17 @@ def prepare_text(
     text, work, local = out / "text", out / "work", pathlib.Path(root)
     facts = {"source": source.name, "eval_fraction": eval_fraction, "version": VERSION}
     facts["options"] = read_options(source)
-    if local.exists():  # a download may be deleted once its text is made
-        facts["files"] = files_of(source.parts(local), local)
     manifest = _manifest(text)
+    times = {}
+    if local.exists():  # a download may be deleted once its text is made
+        files = source.files_read(local)
+        times = {"times": times_of(files, local)}
+        if manifest.get("times") != times["times"]:  # copied, or edited
+            facts["files"] = files_of(files, local)
     if manifest:
         _same(text, manifest, facts)
         return manifest
+    facts |= times
     if not (text / f"{source.name}.counts.json").is_file():
         if beam:
             from .beam import build as build_by_beam

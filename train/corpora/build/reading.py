@@ -87,8 +87,18 @@ def plan_jobs(
 
 
 def files_of(parts: Sequence[pathlib.Path], root: pathlib.Path) -> str:
-    """sha256 of the names and sizes of a source's parts, which identifies a download."""
-    stats = [(str(part.relative_to(root)), _stat(part)[0]) for part in parts]
+    """sha256 of the names and contents of a source's files. Reads them."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(json.dumps([str(part.relative_to(root)), content]).encode())
+    return digest.hexdigest()
+
+
+def times_of(parts: Sequence[pathlib.Path], root: pathlib.Path) -> str:
+    """sha256 of the names, sizes and times of a source's files; if it is the same, so are they."""
+    stats = [(str(part.relative_to(root)), *_stat(part)) for part in parts]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
@@ -115,7 +125,7 @@ def read_all(
     run_all(read, todo, f"read {source.name}", workers)
     failed = [job.folder.with_suffix(".failed") for job in jobs if not job.facts()]
     if failed:
-        reason = failed[0].read_text()
+        reason = failed[0].read_text("utf-8", "surrogateescape")
         more = f" (and {len(failed) - 1} more like it)" if len(failed) > 1 else ""
         raise ValueError(
             f"{reason}{more}; fix it and run the same command: files that were read are kept"
@@ -144,7 +154,7 @@ def read_job(source: Source, root: pathlib.Path, newest: Newest | None, job: Job
         count = _write(_examples(source, root, newest, job, report), temporary, report)
     except ValueError as error:
         shutil.rmtree(temporary)
-        failed.write_text(str(error))
+        failed.write_text(str(error), "utf-8", "surrogateescape")  # it may name any file
         return
     facts = {
         "fingerprint": job.fingerprint,
@@ -182,14 +192,14 @@ def _write(examples: Iterable[Example], folder: pathlib.Path, report: Report) ->
             if not example.text.strip():
                 report.drop("empty text", example.id)
                 continue
+            meta = dict(sorted(example.meta.items()))
             try:
                 key = key_of(example.text)
+                record = json.dumps([example.id, example.text, meta], ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 report.drop("not valid Unicode", example.id)
                 continue
-            meta = dict(sorted(example.meta.items()))
-            record = json.dumps([example.id, example.text, meta], ensure_ascii=False)
-            writer.write(record.encode())
+            writer.write(record)
             keys += np.array(key, KEY).tobytes()
             count += 1
     finally:

@@ -37,7 +37,8 @@ def resolve(
     failed = [scan.with_suffix(".failed") for scan in scans if not scan.exists()]
     if failed:
         more = f" (and {len(failed) - 1} more like it)" if len(failed) > 1 else ""
-        raise ValueError(f"{failed[0].read_text()}{more}; fix it, or move it out of the folder")
+        reason = failed[0].read_text("utf-8", "surrogateescape")
+        raise ValueError(f"{reason}{more}; fix it, or move it out of the folder")
     _write(folder, ordered, *_merge(scans))
     return Newest(revisions, folder)
 
@@ -55,7 +56,7 @@ def _scan_to_file(
     try:
         records = scan(part)
     except ValueError as error:
-        path.with_suffix(".failed").write_text(str(error))
+        path.with_suffix(".failed").write_text(str(error), "utf-8", "surrogateescape")
         return
     _save(path, records)
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..source import Example, Reader, Report
+from ..source import Example, Reader, Report, name_of
 from .text import (
     find_column,
     listed,
@@ -27,7 +27,7 @@ HEALTH_DATA_LICENSE = "PhysioNet Credentialed Health Data License 1.5.0"
 
 def place(part: pathlib.Path, root: pathlib.Path, record: int) -> str:
     """The place of a record: its path relative to `root`, and its number from 1."""
-    return f"{part.relative_to(root).as_posix()}:{record}"
+    return f"{name_of(part.relative_to(root))}:{record}"
 
 
 def clean(text: str) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..source import files_below, name_of
+
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
 # The usual names of the text column, in order of preference; case is ignored.
 TEXT_COLUMNS = (
@@ -72,7 +74,8 @@ def read_documents(
 
     The text is in `text_column` (ignoring case) or else in the first of TEXT_COLUMNS. If
     `text_column` is given, tables of a folder without it are left out, as long as one has it. Files
-    with other suffixes, hidden files and empty texts are left out. Newlines become "\\n".
+    with other suffixes, hidden files and empty texts are left out; links to folders are followed.
+    Newlines become "\\n".
 
     Files are UTF-8, with or without a BOM, or UTF-16 with one; a line that is not UTF-8 is read as
     cp1252. All but .txt files are streamed. Files are found and headers read before this returns.
@@ -103,15 +106,14 @@ def _find(path: Path) -> list[TextFile]:
         suffix = _suffix(path)
         if suffix is None:
             raise ValueError(f"{path}: expected one of {known}")
-        return [TextFile(path, path.name, suffix)]
+        return [TextFile(path, name_of(Path(path.name)), suffix)]
     if not path.is_dir():
         raise FileNotFoundError(f"no such file or folder: {path}")
     sources = []
-    for file in path.rglob("*"):
-        relative = file.relative_to(path)
+    for file in files_below(path):
         suffix = _suffix(file)
-        if suffix and file.is_file() and not any(part.startswith(".") for part in relative.parts):
-            sources.append(TextFile(file, relative.as_posix(), suffix))
+        if suffix:
+            sources.append(TextFile(file, name_of(file.relative_to(path)), suffix))
     if not sources:
         raise ValueError(f"no text in the folder {path}: expected files of {known}")
     return sorted(sources, key=lambda source: source.name)

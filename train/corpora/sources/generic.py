@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..readers.text import SUFFIXES, TEXT_COLUMNS, find_column, find_files, listed, read_file
-from ..source import Example, Report, Source
+from ..source import Example, Report, Source, name_of
 
 _KINDS = {
     ".parquet": "parquet",
@@ -84,7 +84,7 @@ def generic(name: str, text_column: str = "") -> Source:
 def _read_files(
     part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str
 ) -> Iterator[Example]:
-    name = part.name if part == root else part.relative_to(root).as_posix()
+    name = name_of(pathlib.Path(part.name) if part == root else part.relative_to(root))
     for file in find_files(part, text_column or None):
         for number, text in read_file(file):
             if text.strip():
@@ -96,7 +96,7 @@ def _read_files(
 def _read_datasets(
     part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str
 ) -> Iterator[Example]:
-    name = part.name if part == root else part.relative_to(root).as_posix()
+    name = name_of(pathlib.Path(part.name) if part == root else part.relative_to(root))
     rows = _stream(part)
     column = ""
     for number, row in enumerate(rows, start=1):

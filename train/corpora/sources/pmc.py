@@ -22,7 +22,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compil
 
 from ..readers.archives import LARGEST_MEMBER, members
 from ..readers.markup import ANNOTATIONS, Entities, one_line, parse, set_apart, string, text_of
-from ..source import Example, Report, Revisions, Source, records_of
+from ..source import Example, Report, Revisions, Source, name_of, records_of
 
 _FLOATS = ("fig", "table-wrap", "fig-group", "table-wrap-group", "chem-struct-wrap", "graphic")
 # Left out, each with a break in its place.
@@ -112,7 +112,7 @@ def _documents(
     part: pathlib.Path, root: pathlib.Path, report: Report
 ) -> Iterator[tuple[str, str, bytes]]:
     """Yields (place, name, bytes) of each article."""
-    relative = part.relative_to(root).as_posix()
+    relative = name_of(part.relative_to(root))
     if not _is_package(part):
         if part.stat().st_size > LARGEST_MEMBER:
             raise ValueError(f"{part}: an article is larger than any real one; it is not read")

@@ -63,5 +63,6 @@ DIALOGUE = dataclasses.replace(
     title="PriMock57, transcripts",
     files=("transcripts/day*_consultation*_doctor.TextGrid",),
     read=read_dialogue,
+    beside=("transcripts/day*_consultation*_patient.TextGrid",),
     tokens=0,
 )

@@ -21,7 +21,7 @@ import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 
 from ..readers.markup import DAMAGE, check_md5, damaged, has_entity, open_stream, records, text_of
-from ..source import Example, Report, Revisions, Source, records_of
+from ..source import Example, Report, Revisions, Source, name_of, records_of
 
 _NAME = re.compile(r"pubmed(\d\d)n(\d{4,})")
 _TRANSLATED = re.compile(r"\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]\.?")
@@ -82,7 +82,7 @@ def read(part: pathlib.Path, root: pathlib.Path, report: Report) -> Iterator[Exa
     seen: set[str] = set()  # a file has 30,000 records
     tags = ("PubmedArticle", "PubmedBookArticle")
     for number, article in enumerate(records(part, tags), start=1):
-        place = f"{part.relative_to(root).as_posix()}:{number}"
+        place = f"{name_of(part.relative_to(root))}:{number}"
         if has_entity(article):
             report.drop("uses entities", place)
             continue

@@ -43,6 +43,7 @@ SOURCE = Source(
     "localization of abnormalities in chest x-rays, Scientific Data, 2022",
     files=tuple(f"metadata_phase_{phase}.csv" for phase in (1, 2, 3)),
     read=read,
+    beside=("transcription.txt",),
     documents=2_543,
     tokens=100_000,
 )
