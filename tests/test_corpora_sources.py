@@ -183,6 +183,29 @@ def test_negex():
     ]
 
 
+def test_negex_without_a_header(tmp_path):
+    """The form in the repository's genConText: a remark comes second."""
+    name = "rsAnnotations-1-120-random.txt"
+    _, *rows = (real("negex") / name).read_text().split("\n")
+    lines = "\n".join(row.replace("\t", "\tno space\t", 1) for row in rows)
+    write(tmp_path / name, lines)
+    both = [read(source("negex"), root) for root in (tmp_path, real("negex"))]
+    assert both[0][0] == both[1][0] and not both[0][1].dropped
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("1\tpain\tsecret\tNegated\n", "line 1: expected 6 or 7 fields between tabs, got 4"),
+        ("1\tpain\tsecret\tNegated\tR\tP\n2\ta\tsecret\n", "line 2: expected 6 fields .* got 3"),
+        ("1\tpain\tsecret\tDenied\tR\tP\n", "line 1: expected one of affirmed, negated, possible"),
+    ],
+)
+def test_negex_in_another_form(tmp_path, lines, message):
+    write(tmp_path / "rsAnnotations-1-120-random.txt", lines)
+    assert re.search(message, refusal(source("negex"), tmp_path))
+
+
 def test_mtsamples():
     examples, report = read(source("mtsamples"), real("mtsamples"))
     assert (len(examples), unique(examples)) == (293, 281)
