@@ -16,7 +16,6 @@ from .text import (
     parse_object,
     read_lines,
     read_rows,
-    without_lone_surrogates,
 )
 
 EMPTY = "empty text"
@@ -143,7 +142,7 @@ def whole_object(part: pathlib.Path) -> dict[str, Any]:
 def string(record: dict[str, Any], field: str) -> str:
     """A field of a JSON object; "" if it is missing or not a string."""
     value = record.get(field)
-    return without_lone_surrogates(value) if isinstance(value, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def intervals(part: pathlib.Path) -> list[tuple[float, str]]:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ TEXT_COLUMNS = (
 )
 # In characters. A longer field means an unclosed quote, or a file that is not text.
 LONGEST_FIELD = 1 << 26
+# A field in quotes that is not empty, with each quote within it doubled.
+_CSV_FIELD = re.compile(r'"(?:[^"]|"")+"')
 # Bytes at the start of a file that decide whether it is text.
 HEAD = 1 << 16
 # Tab, line ends, form feed, and the end mark of old DOS files.
@@ -215,7 +218,7 @@ def _read_jsonl(source: TextFile) -> Iterator[tuple[int, str]]:
                 f"{source.path}, line {number}: {source.column!r} must be a string, "
                 f"got {type(text).__name__}"
             )
-        yield number, without_lone_surrogates(text or "")
+        yield number, text or ""
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -226,7 +229,10 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
-    """Parses a JSON object. Raises ValueError that names the place and shows no text."""
+    """Parses a JSON object; a lone surrogate becomes U+FFFD.
+
+    Raises ValueError that names the place and shows no text.
+    """
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -240,15 +246,19 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
             f"{place}: expected a JSON object, got {type(record).__name__}; "
             "a .jsonl file has one object on each line"
         )
-    return record
+    return _without_lone_surrogates(record) if "\\ud" in text.lower() else record
 
 
-def without_lone_surrogates(text: str) -> str:
-    """Replaces each lone surrogate."""
+def _without_lone_surrogates(value: Any) -> Any:
+    """Replaces each lone surrogate in the strings of a JSON value by U+FFFD."""
     # JSON can contain "\ud800" alone, which no encoding and no tokenizer accepts.
-    if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_lone_surrogates(one) for one in value]
+    if isinstance(value, dict):
+        return {_without_lone_surrogates(k): _without_lone_surrogates(v) for k, v in value.items()}
+    return value
 
 
 def _read_table(source: TextFile) -> Iterator[tuple[int, str]]:
@@ -271,23 +281,46 @@ def _delimiter(source: TextFile) -> str:
 def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """Yields (number, fields) of a table: 0 for the header; blank lines are not rows.
 
-    Raises ValueError for a file that is not text, a damaged .gz, a quote that is never closed.
+    Quotes around a field are removed, and doubled quotes within it become one. Between tabs they
+    are text, as the format has it, unless all quotes in the file are those of CSV, which Excel and
+    pandas write. Raises ValueError for a file that is not text, a damaged .gz, and a quote that is
+    not closed at the end of a field.
     """
-    ended = False
+    plain = delimiter == "\t" and not _quoted(path)
+    lines = (line.rstrip("\n") for line in read_lines(path))
+    rows = (line.split("\t") for line in lines if line) if plain else _quoted_rows(path, delimiter)
+    yield from enumerate(rows)
 
-    def lines() -> Iterator[str]:
-        nonlocal ended
-        yield from read_lines(path)
-        ended = True
 
-    reader = csv.reader(lines(), delimiter=delimiter)
+def _quoted(path: Path) -> bool:
+    """Whether the quotes in a file with tabs are those of CSV."""
+    begins = doubled = False
+    widths: Counter[int] = Counter()
+    for line in read_lines(path):
+        fields = line.rstrip("\n").split("\t")
+        widths.update([len(fields)] if line != "\n" else [])
+        if '"' in line:
+            begins |= any(field.startswith('"') for field in fields)
+            doubled |= any('""' in field and _CSV_FIELD.fullmatch(field) for field in fields)
+    if not begins:
+        return False
+    try:
+        rows = sum(1 for _ in _quoted_rows(path, "\t"))
+    except ValueError:
+        if doubled or len(widths) > 1:
+            raise
+        return False
+    # If a row has several lines, but each line is also a complete row, quotes join what they should
+    # not.
+    return rows == widths.total() or len(widths) > 1 or 1 in widths
+
+
+def _quoted_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
+    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     number = 0
     while (row := _next_row(reader, path, number)) is not None:
-        # The reader requests no line after a complete row, so a row at the end is incomplete.
-        if ended:
-            raise ValueError(f"{path}, record {number}: a quote is opened and never closed")
         if row:
-            yield number, row
+            yield row
             number += 1
 
 
@@ -297,7 +330,10 @@ def _next_row(reader: Any, path: Path, number: int) -> list[str] | None:
     try:
         return next(reader, None)
     except csv.Error as error:
-        raise ValueError(f"{path}, record {number}: {error}; is a quote left open?") from None
+        reason = f"{error}; is a quote left open?"
+        if "unexpected end of data" in reason:
+            reason = "a quote is opened and never closed"
+        raise ValueError(f"{path}, record {number}: {reason}") from None
     finally:
         csv.field_size_limit(before)
 
