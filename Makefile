@@ -10,7 +10,7 @@ NEXT := .venv-next
 PYTEST := -m pytest -n 2 --dist loadfile -ra --durations=10
 # The files that `make check` runs: half of all tests, in about 70 seconds of processor time.
 CHECK_TESTS := $(patsubst %,tests/test_%.py, config configs corpora_sources corpora_text corpora_xml \
-    data layout loss masking mixture optimizer packing scores synthetic tasks)
+    data layout loss masking mixture optimizer packing scores synthetic task_files tasks)
 # The files that run on the second version pair: those that import neither train nor convert, which
 # are the tests of the library and its kernels. Tests that need torch skip there.
 NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/test_*.py)

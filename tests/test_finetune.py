@@ -204,6 +204,21 @@ class TestRows:
         (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, "tokens", 4)
         assert len(cut.input_ids) == len(cut.target) == 4
 
+    def test_special_tokens_in_a_text_are_text(self, tokenizer):
+        ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
+        pair = Example("no [SEP] fever", "[MASK]", label=0)
+        words = Example(words=("no", "[SEP]", "[MASK]"), label=(0, 1, 2))
+        question = Example("no [MASK]?", "a [SEP] fever", label=(2, 7))
+        special = set(ours.all_special_ids)
+        for kind, example, frame in (
+            ("classification", pair, 3), ("tokens", words, 2), ("qa", question, 3),
+        ):  # fmt: skip
+            (e,) = encode([example], ours, kind, 64)
+            assert sum(i in special for i in e.input_ids.tolist()) == frame
+            inside = [i for i in e.input_ids.tolist() if i not in special]
+            assert "[SEP]" in ours.decode(inside).replace(" ", "")
+        assert ours("[MASK]", add_special_tokens=False)["input_ids"] == [ours.mask_token_id]
+
 
 class TestQuestions:
     def test_targets_and_answers_are_text(self, tokenizer):
@@ -247,8 +262,10 @@ class TestQuestions:
         assert data.train == [Example("who?", "Mary runs.", label=(0, 4))] == data.validation
         assert data.test == [Example("how?", "Mary runs.", label=(5, 9))]
         assert data.skipped == {
-            "questions without an answer": 2, "answers that are not at answer_start": 2
-        }  # fmt: skip
+            "questions without an answer": 2,
+            "answers that are not at answer_start, in train.json": 1,
+            "answers that are not at answer_start, in dev.json": 1,
+        }
         (tmp_path / "train.json").write_text('{"data": 3}')
         with pytest.raises(ValueError, match="SQuAD's form"):
             questions.load(tmp_path)

@@ -163,6 +163,11 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
     "name, content, expect",
     [
         ("train.jsonl", '{"query": "a"}\n', "line 1: expected JSON with query, positive"),
+        (
+            "train.jsonl",
+            '{"query": "a", "positive": "b", "negative": 3}\n',
+            "line 1: expected .* negative is not text",
+        ),
         ("train.jsonl", "", "at least 2 pairs"),
         ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tnone\t1\n", "line 2: expected query-id"),
         ("corpus.jsonl", "not json\n", "line 1: not valid JSON"),

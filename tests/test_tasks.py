@@ -6,8 +6,6 @@ All texts are invented.
 import csv
 import gzip
 import io
-import itertools
-import json
 import random
 import re
 from collections import Counter
@@ -18,30 +16,12 @@ import pytest
 import sklearn.model_selection
 from hypothesis import given, strategies as st
 
+from tests.task_files import ann, everything, names
 from train import cli
 from train.finetune.tasks import TASKS, cos, deid, social_history, task_named
-from train.finetune.tasks.brat import BLANK_WORDS, WORDS, Span, documents, read_spans, tag
-from train.finetune.tasks.task import Data, hf_split, sklearn_split, three_ways
+from train.finetune.tasks.task import hf_split, sklearn_split, three_ways
 
 SIZES = [7, 10, 20, 33, 100, 141, 1008]
-
-
-def names(data: Data, split: str) -> list:
-    """(text or words, label by name) of each example of a split."""
-    found = []
-    for example in getattr(data, split):
-        if example.words:
-            found.append((example.words, tuple(data.labels[i] for i in example.label)))
-        elif isinstance(example.label, tuple):
-            on = [name for name, one in zip(data.labels, example.label, strict=True) if one]
-            found.append((example.text, on))
-        else:
-            found.append((example.text, data.labels[example.label]))
-    return found
-
-
-def everything(data: Data) -> list:
-    return [one for split in ("train", "validation", "test") for one in names(data, split)]
 
 
 # Splits
@@ -174,7 +154,7 @@ def test_chemprot_refuses_other_files(tmp_path):
     dev.write_text("index\tsentence\tlabel\n")
     with pytest.raises(ValueError, match="the validation split is empty; .* 30, 0 and 7"):
         task_named("chemprot").load(tmp_path)
-    dev.write_text('index\tsentence\tlabel\n1\t"The secret text.\tfalse\n')
+    dev.write_text('index\tsentence\tlabel\n1\t"The secret text.\n')
     with pytest.raises(ValueError, match="dev.tsv, record 1: a quote is opened and never closed"):
         task_named("chemprot").load(tmp_path)
 
@@ -255,103 +235,6 @@ def test_phenotype_refuses_other_values(tmp_path, old, new, message):
     (tmp_path / "NOTEEVENTS.csv").write_text(notes)
     with pytest.raises(ValueError, match=message):
         task_named("phenotype").load(tmp_path)
-
-
-# brat
-
-
-def ann(text: str, *spans: tuple[str, str], start: int = 0) -> str:
-    """T lines of (type, piece of the text); of the same piece the next occurrence."""
-    lines, seen = [], Counter()
-    for i, (kind, piece) in enumerate(spans, start=1):
-        at = -1
-        for _ in range(seen[piece] + 1):
-            at = text.index(piece, at + 1)
-        seen[piece] += 1
-        lines.append(f"T{i}\t{kind} {start + at} {start + at + len(piece)}\t{piece}\n")
-    return "".join(lines)
-
-
-def test_spans_of_an_ann_file(tmp_path):
-    path = tmp_path / "a.ann"
-    path.write_text(
-        "T1\tName 0 4\tAnna\r\n"
-        "T2\tDrug 5 8;12 15\tthe end\n"  # discontinuous
-        "T3\tDrug 5 x\tthe\n"
-        "T4\tDrug 9 9\t\n"
-        "T5\n"
-        "E1\tName:T1 Status:T2\n"
-        "R1\tHas Arg1:T1 Arg2:T2\n"
-        "#1\tAnnotatorNotes T1\tThis one\n"
-        "A1\tNegated E1\n"
-        "T6\tDrug 20 24\t gin"
-    )
-    skipped = Counter()
-    spans = read_spans(path, skipped)
-    assert spans == [Span("Name", 0, 4, "Anna"), Span("Drug", 20, 24, " gin")]
-    assert skipped == {"discontinuous spans": 1, "malformed annotations": 3}
-
-
-@pytest.mark.parametrize("counted", [True, False], ids=["both", "one"])
-def test_offsets_over_crlf(tmp_path, counted):
-    text = "Smoker.\r\nDrinks gin.\r\nLives alone.\r\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    annotated = text if counted else text.replace("\r\n", "\n")
-    (tmp_path / "a.ann").write_text(ann(annotated, ("Drug", "gin"), ("Status", "alone")))
-    ((_, found, spans),) = documents(tmp_path, Counter())
-    assert [found[s.start : s.end] for s in spans] == ["gin", "alone"]
-
-
-def test_spans_beyond_the_text_and_texts_without_annotations(tmp_path):
-    (tmp_path / "a.txt").write_text("Smokes.\n")
-    (tmp_path / "a.ann").write_text("T1\tTobacco 0 6\tSmokes\nT2\tDrug 5 90\tgin\n")
-    (tmp_path / "b.txt").write_text("Drinks.\n")
-    skipped = Counter()
-    ((file, _, spans),) = documents(tmp_path, skipped)
-    assert file.name == "a.txt" and [s.type for s in spans] == ["Tobacco"]
-    assert skipped == {"spans beyond the text": 1, "texts without annotations": 1}
-
-
-def test_tags_of_words():
-    skipped = Counter()
-    text = "drinks two beers a day, no gin."
-    spans = [Span("Amount", 7, 16), Span("Frequency", 17, 22), Span("Type", 27, 30)]
-    words, tags = tag(text, spans, WORDS, skipped)
-    assert words == ("drinks", "two", "beers", "a", "day", ",", "no", "gin", ".")
-    assert tags == (
-        "O",
-        "B-Amount",
-        "I-Amount",
-        *("B-Frequency", "I-Frequency"),
-        *"OO",
-        "B-Type",
-        "O",
-    )
-    assert not skipped
-    words, tags = tag(text, spans, BLANK_WORDS, skipped)
-    assert words[-1] == "gin."
-    # "day," and "gin." are not wholly in their spans.
-    assert tags == ("O", "B-Amount", "I-Amount", "B-Frequency", "O", "O", "O")
-    assert skipped == {"spans that hold no whole word": 1}
-    _, tags = tag(text, spans, BLANK_WORDS, skipped, whole=False)
-    assert tags[4:] == ("I-Frequency", "O", "B-Type")
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_of_overlapping_spans_whole_ones_are_left(order):
-    text = "a b c d e"
-    spans = [Span("Out", 0, 7), Span("In", 2, 5), Span("Next", 6, 9)]
-    skipped = Counter()
-    _, tags = tag(text, [spans[i] for i in order], BLANK_WORDS, skipped)
-    # The outer one is left out whole: no I-Out stays behind the inner one.
-    assert tags == ("O", "B-In", "I-In", "B-Next", "I-Next")
-    assert skipped == {"spans that share a word with a later one": 1}
-
-
-def test_of_spans_that_start_alike_the_later_in_the_file_is_kept():
-    spans = [Span("Long", 0, 5), Span("Short", 0, 1)]
-    assert tag("a b c", spans, BLANK_WORDS, Counter())[1] == ("B-Short", "O", "O")
-    assert tag("a b c", spans[::-1], BLANK_WORDS, Counter())[1] == ("B-Long", "I-Long", "I-Long")
 
 
 # Change of State
@@ -630,6 +513,15 @@ def write_negex(folder, rows):
     (folder / "rsAnnotations-1-120-random.txt").write_text(header + lines)
 
 
+def test_negex_without_a_header(shared, tmp_path):
+    """The form in the repository's genConText: a remark comes second."""
+    name = "rsAnnotations-1-120-random.txt"
+    _, *rows = (shared / "data" / "negex" / name).read_text().splitlines()
+    (tmp_path / name).write_text("".join(row.replace("\t", "\t \t", 1) + "\n" for row in rows))
+    both = [task_named("negex").load(f) for f in (shared / "data" / "negex", tmp_path)]
+    assert both[0] == both[1]
+
+
 def test_negex_in_small(tmp_path):
     rows = [("rash", f'No RASH, "{i}".', "Negated") for i in range(12)]
     rows += [("fever", f'no rash,  "{i}".', "Possible") for i in range(12)]
@@ -666,197 +558,3 @@ def test_specialty(shared):
     assert len(texts) == len(expected)
     assert data.skipped["texts of specialties with fewer than 10"] == len(kinds) - len(expected)
     assert data.skipped["rows without a text or a specialty"] == 4
-
-
-# Your own files
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def test_classification_from_files_of_three_kinds(tmp_path):
-    (tmp_path / "train.csv").write_text(
-        'Text,Label,id\n"one,\n""two""",yes,1\nthree,no,2\nfour,,3\n,no,4\nfive,nan,5\n'
-    )
-    (tmp_path / "dev.tsv").write_text("label\tTEXT\r\nyes\tsix, seven\r\nperhaps\tten\r\n")
-    write_jsonl(tmp_path / "test.jsonl", [{"text": "eight", "label": "no"}])
-    (tmp_path / "readme.md").write_text("nothing")
-    data = task_named("classification").load(tmp_path)
-    assert data.labels == ("no", "perhaps", "yes")
-    assert names(data, "train") == [('one,\n"two"', "yes"), ("three", "no")]
-    assert names(data, "validation") == [("six, seven", "yes"), ("ten", "perhaps")]
-    assert names(data, "test") == [("eight", "no")]
-    assert data.skipped == {
-        "examples without a label": 2,
-        "empty texts": 1,
-        "labels that training lacks: perhaps": 1,
-    }
-
-
-@pytest.mark.parametrize("single", [True, False])
-def test_one_file_is_split(tmp_path, single):
-    path = tmp_path / "mine.jsonl"
-    write_jsonl(path, [{"sentence": f"text {i}", "label": i % 11} for i in range(60)])
-    data = task_named("classification").load(path if single else tmp_path)
-    assert data.labels == tuple(str(i) for i in range(11))  # as numbers, not 0 1 10 2
-    rows = three_ways(60)
-    for split, part in zip(("train", "validation", "test"), rows, strict=True):
-        assert names(data, split) == [(f"text {i}", str(i % 11)) for i in part]
-
-
-def test_pairs_and_a_missing_validation_file(tmp_path):
-    records = [
-        {"sentence1": f"a {i}", "sentence2": f"b {i}", "gold_label": "-" if i == 4 else str(i % 2)}
-        for i in range(21)
-    ]
-    write_jsonl(tmp_path / "mli_train_v1.jsonl", records)
-    write_jsonl(tmp_path / "train.jsonl", records)
-    write_jsonl(tmp_path / "test.jsonl", records[:3])
-    data = task_named("classification").load(tmp_path)
-    assert [len(s) for s in (data.train, data.validation, data.test)] == [17, 3, 3]
-    assert all(e.text_pair == e.text.replace("a", "b") for e in data.train + data.test)
-    again = sum(e.text in {x.text for x in data.train} for e in data.test)
-    assert again > 0
-    assert data.skipped == {
-        "examples without a label": 1,
-        "test examples that training holds too (kept)": again,
-    }
-
-
-MULTILABEL = {
-    "list.jsonl": [{"text": f"t{i}", "labels": [["a", "b"], ["b"], []][i % 3]} for i in range(30)],
-    "text.jsonl": [{"text": f"t{i}", "labels": ["a|b", " b; ", ""][i % 3]} for i in range(30)],
-    "flags.jsonl": [
-        {"text": f"t{i}", "age": i, "a": int(i % 3 == 0), "b": str(int(i % 3 < 2))}
-        for i in range(30)
-    ],
-}
-
-
-@pytest.mark.parametrize("form", MULTILABEL)
-def test_multilabel(tmp_path, form):
-    write_jsonl(tmp_path / form, MULTILABEL[form])
-    data = task_named("multilabel").load(tmp_path)
-    assert data.labels == ("a", "b")
-    assert len(everything(data)) == 30
-    for text, on in everything(data):
-        assert on == [["a", "b"], ["b"], []][int(text[1:]) % 3]
-    assert isinstance(data.train[0].label, tuple)
-
-
-def test_multilabel_from_a_table_of_flags(tmp_path):
-    rows = "".join(f"t{i},{i % 2},{i % 3 // 2},{i}\n" for i in range(30))
-    (tmp_path / "all.csv").write_text("text,obese,diabetic,age\n" + rows)
-    data = task_named("multilabel").load(tmp_path)
-    assert data.labels == ("diabetic", "obese")
-    assert dict(everything(data))["t5"] == ["diabetic", "obese"]
-
-
-CONLL = (
-    "-DOCSTART- -X- O O\n\nAnna NNP I-NP B-PER\nLee NNP I-NP I-PER\n, , O O\n\n\nhome NN B-NP O\n"
-)
-
-
-def test_tokens_from_conll(tmp_path):
-    (tmp_path / "train.conll").write_text(CONLL)
-    (tmp_path / "valid.tsv").write_text("New York\tB-LOC\r\n\t\r\nno\tO\r\n")
-    write_jsonl(tmp_path / "test.jsonl", [{"words": ["in", "Bonn"], "labels": ["O", "B-LOC"]}])
-    data = task_named("tokens").load(tmp_path)
-    assert data.labels == ("B-LOC", "B-PER", "I-PER", "O")
-    assert names(data, "train") == [
-        (("Anna", "Lee", ","), ("B-PER", "I-PER", "O")),
-        (("home",), ("O",)),
-    ]
-    assert names(data, "validation") == [(("New York",), ("B-LOC",)), (("no",), ("O",))]
-    assert names(data, "test") == [(("in", "Bonn"), ("O", "B-LOC"))]
-    assert data.skipped == {"labels that training lacks: B-LOC": 1}
-
-
-@pytest.mark.parametrize("folders", [True, False])
-def test_tokens_from_brat(tmp_path, folders):
-    for i in range(20):
-        folder = tmp_path / ["train", "dev", "test"][i % 3] if folders else tmp_path
-        folder.mkdir(exist_ok=True)
-        text = f"Takes {i} mg of aspirin-x."
-        (folder / f"{i:02}.txt").write_text(text)
-        (folder / f"{i:02}.ann").write_text(ann(text, ("Drug", "spirin"), ("Dose", f"{i} mg")))
-    data = task_named("tokens").load(tmp_path)
-    assert data.labels == ("B-Dose", "B-Drug", "I-Dose", "O")
-    rows = [range(0, 20, 3), range(1, 20, 3), range(2, 20, 3)] if folders else three_ways(20)
-    tags = ("O", "B-Dose", "I-Dose", "O", "B-Drug", "O", "O", "O")
-    for split, part in zip(("train", "validation", "test"), rows, strict=True):
-        assert names(data, split) == [
-            (("Takes", str(i), "mg", "of", "aspirin", "-", "x", "."), tags) for i in part
-        ]
-
-
-BAD = [
-    ("classification", {}, "expected train, validation and test, or one file to split.* found 0"),
-    ("classification", {"a.csv": "", "b.csv": ""}, "found 2 such files and no train"),
-    ("classification", {"train.csv": ""}, "expected train and test, .* found train"),
-    ("classification", {"train.csv": "", "train.tsv": ""}, "expected one train, found train.csv"),
-    ("classification", {"a.csv": "text,x\nthe secret,2\n"}, "record 1: expected a column label or"),
-    ("classification", {"a.csv": "x,label\nthe secret,2\n"}, "record 1: expected a column text or"),
-    ("classification", {"a.csv": "text,label\nthe secret,2,3\n"}, "record 1: expected 2 fields"),
-    ("classification", {"a.csv": "text,label\nthe secret,1\n"}, "the train split is empty"),
-    ("classification", {"a.csv": "text,label\n" + "the secret,1\n" * 9}, "two labels .* only '1'"),
-    ("classification", {"a.jsonl": '{"text": "the secret", "label": NaN}'}, "one label, got float"),
-    ("classification", {"a.jsonl": '{"text": 3, "label": "a"}'}, "expected text, got int"),
-    ("classification", {"a.jsonl": '{"text": "the secret'}, "line 1: not valid JSON"),
-    ("multilabel", {"a.csv": "text,x\n" + "the secret,2\n" * 9}, "or columns of 0 and 1; found"),
-    ("multilabel", {"a.csv": "text,x\n" + "the secret,0\n" * 9}, "expected a label in .* got none"),
-    ("multilabel", {"a.jsonl": '{"text": "the secret", "labels": 3}'}, "expected labels between"),
-    ("tokens", {"a.conll": "secret\n"}, "line 1: expected a word and its tag"),
-    ("tokens", {"a.conll": "the O\nsecret PER\n"}, "up to line 2: expected the tags"),
-    ("tokens", {"a.conll": "secret O\n\n" * 9}, "two labels or more in training, got only 'O'"),
-    ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": ["O", "O"]}'}, "got 1 words and 2"),
-    ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": [0]}'}, "labels: expected a list of s"),
-    ("tokens", {"a.ann": "T1\tA 0 6\tsecret\n"}, "expected pairs of .txt and .ann"),
-]
-
-
-@pytest.mark.parametrize("task, contents, message", BAD)
-def test_bad_files(tmp_path, task, contents, message):
-    for name, text in contents.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        task_named(task).load(tmp_path)
-    assert "secret" not in str(error.value) and "\n" not in str(error.value)
-
-
-def test_fields_of_tables_are_text(tmp_path):
-    """What pandas would read as missing, as numbers or as booleans."""
-    texts = ["NA", "null", "007", "True", "1e5", "None"]
-    rows = "".join(f"{text},{label}\n" for text in texts for label in ("NA", "01"))
-    (tmp_path / "all.csv").write_text("text,label\n" + rows)
-    data = task_named("classification").load(tmp_path)
-    assert sorted(everything(data)) == sorted((t, label) for t in texts for label in ("NA", "01"))
-
-
-def test_parquet(tmp_path):
-    records = [{"text": f"NA {i}", "label": i % 3} for i in range(30)]
-    for name, part in (("train-00000-of-00001", records[:20]), ("test", records[20:])):
-        pandas.DataFrame(part).to_parquet(tmp_path / f"{name}.parquet")
-    data = task_named("classification").load(tmp_path)
-    assert data.labels == ("0", "1", "2") and len(data.train) == 17
-    assert sorted(everything(data)) == sorted((r["text"], str(r["label"])) for r in records)
-    (tmp_path / "tokens").mkdir()
-    words = [{"tokens": ["in", "Bonn", str(i)], "ner_tags": ["O", "B-LOC", "O"]} for i in range(9)]
-    pandas.DataFrame(words).to_parquet(tmp_path / "tokens" / "all.parquet")
-    data = task_named("tokens").load(tmp_path / "tokens")
-    assert (("in", "Bonn", "3"), ("O", "B-LOC", "O")) in everything(data)
-    path = tmp_path / "tokens" / "all.parquet"
-    for broken in (path.read_bytes()[:-30], b"the secret"):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="expected a complete Parquet file") as error:
-            task_named("tokens").load(path)
-        assert "secret" not in str(error.value)
-
-
-def test_no_such_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        task_named("classification").load(tmp_path / "missing")
-    (tmp_path / "a.xml").write_text("")
-    with pytest.raises(ValueError, match="expected a file of .csv, .tsv, .jsonl, .parquet"):
-        task_named("classification").load(tmp_path / "a.xml")

@@ -36,8 +36,9 @@ def encode(
     """Tokenizes examples, truncated to max_length tokens.
 
     In a task of kind "tokens" the first token of a word carries its label, the others IGNORE_INDEX.
+    A special token in a text, such as "[SEP]", is text like any other.
     """
-    options = {"truncation": True, "max_length": max_length}
+    options = {"truncation": True, "max_length": max_length, "split_special_tokens": True}
     one = {"tokens": _encode_words, "qa": _encode_question}.get(kind, _encode_text)
     encoded: list[Encoded] = []
     for start in range(0, len(examples), 256):

@@ -11,8 +11,8 @@ from typing import Any
 from ...corpora.readers.text import read_lines, read_objects
 
 
-def read_records(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, each with text in these fields.
+def read_records(path: pathlib.Path, *fields: str, optional: str = "") -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, each with text in these fields; an optional one may be empty.
 
     Raises FileNotFoundError, or ValueError with the number of the line and nothing of its text.
     """
@@ -20,8 +20,14 @@ def read_records(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{path}: expected lines of JSON with {', '.join(fields)}")
     records = []
     for number, record in read_objects(path):
-        if not all(isinstance(record.get(field), str) for field in fields):
-            raise ValueError(f"{path}, line {number}: expected JSON with {', '.join(fields)}")
+        if optional and record.get(optional) is None:
+            record[optional] = ""
+        for field in (*fields, optional) if optional else fields:
+            if not isinstance(record.get(field), str):
+                raise ValueError(
+                    f"{path}, line {number}: expected JSON with {', '.join(fields)}, each text; "
+                    f"{field} is {'not text' if field in record else 'missing'}"
+                )
         records.append(record)
     return records
 
@@ -31,7 +37,7 @@ def read_judged(folder: pathlib.Path) -> tuple[list[str], list[str], list[dict[i
 
     Raises FileNotFoundError or ValueError with one line.
     """
-    documents = read_records(folder / "corpus.jsonl", "_id", "text")
+    documents = read_records(folder / "corpus.jsonl", "_id", "text", optional="title")
     queries = {q["_id"]: q["text"] for q in read_records(folder / "queries.jsonl", "_id", "text")}
     number = {d["_id"]: i for i, d in enumerate(documents)}
     judged: dict[str, dict[int, float]] = {}
@@ -50,5 +56,5 @@ def read_judged(folder: pathlib.Path) -> tuple[list[str], list[str], list[dict[i
             ) from None
         if gain > 0:
             judged.setdefault(query, {})[document] = gain
-    texts = [" ".join(t for t in (d.get("title", ""), d["text"]) if t) for d in documents]
+    texts = [" ".join(t for t in (d["title"], d["text"]) if t) for d in documents]
     return [queries[q] for q in judged], texts, list(judged.values())

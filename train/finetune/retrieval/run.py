@@ -38,7 +38,7 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     """
     config.validate()
     data, out = pathlib.Path(config.data), pathlib.Path(config.out)
-    pairs = read_records(data / "train.jsonl", "query", "positive")
+    pairs = read_records(data / "train.jsonl", "query", "positive", optional="negative")
     if len(pairs) < 2:
         raise ValueError(f"{data / 'train.jsonl'}: expected at least 2 pairs, got {len(pairs)}")
     folder = start_folder(config.model)
@@ -53,8 +53,8 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         return [np.asarray(i, np.int32) for i in ids]
 
     queries, positives = (tokens([p[k] for p in pairs]) for k in ("query", "positive"))
-    negatives = tokens([p.get("negative", "") for p in pairs])
-    has_negative = [bool(p.get("negative")) for p in pairs]
+    negatives = tokens([p["negative"] for p in pairs])
+    has_negative = [bool(p["negative"]) for p in pairs]
     judged = read_judged(data) if (data / "qrels.tsv").exists() else None
 
     def score() -> dict[str, float]:

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections import Counter
 
-from .brat import WORDS, Span, read_spans, tag
+from .brat import DIFFERENT, WORDS, Span, agreeing, locate, name_files, read_spans, tag
 from .files import token_data
 from .task import Data, Task, published, three_ways
 
@@ -16,7 +16,8 @@ HOMEPAGE = "https://depts.washington.edu/bionlp/data/corpora/files/events-COS-co
 def load(folder: pathlib.Path) -> Data:
     """One example per Snippet of the .ann files (the .txt files are not needed); split 70/15/15.
 
-    An entity belongs to the snippet that contains all of it; entities in no snippet are counted.
+    An entity belongs to the snippet that contains all of it; entities in no snippet are counted,
+    and so are those with another text at their offsets.
     """
     files = sorted(folder.rglob("*.ann"), key=lambda path: path.relative_to(folder).as_posix())
     if not files:
@@ -25,7 +26,11 @@ def load(folder: pathlib.Path) -> Data:
             f"them from {HOMEPAGE}"
         )
     skipped: Counter[str] = Counter()
-    tagged = [one for file in files for one in _snippets(file, skipped)]
+    tagged, different = [], Counter[str]()
+    for file in files:
+        tagged += _snippets(file, skipped)
+        different[file.name] = skipped.pop(DIFFERENT, 0)
+    name_files(different, skipped)
     if not tagged:
         raise ValueError(f"{folder}: expected Snippet spans in the .ann files, found none")
     return token_data(tagged, three_ways(len(tagged)), skipped, folder, LABELS)
@@ -41,7 +46,8 @@ def _snippets(
     for snippet in (span for span in spans if span.type == "Snippet"):
         inside = [e for e in entities if snippet.start <= e.start and e.end <= snippet.end]
         homeless -= set(inside)
-        tagged.append(tag(snippet.text, [_moved(e, snippet) for e in inside], WORDS, skipped))
+        text, located = locate(snippet.text, [_moved(e, snippet) for e in inside])
+        tagged.append(tag(text, agreeing(text, located, skipped), WORDS, skipped))
     if homeless:
         skipped["entities in no snippet"] += len(homeless)
     return tagged

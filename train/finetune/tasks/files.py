@@ -5,10 +5,12 @@ is used for it. A single file, or a brat folder without these subfolders, is spl
 
 - classification: .csv, .tsv, .jsonl or .parquet with a text column and a label column; with a
   second text column (text_pair, text2, sentence2, hypothesis) each example is a pair.
-- multilabel: the same; the labels are a list, or text with "|" or ";" between them. Without a label
-  column, every column that holds only 0 and 1 is a label.
-- tokens: .conll, .bio, .iob, .txt or .tsv with a word and its tag per line and a blank line after
-  each sentence; .jsonl or .parquet with words and labels; or a folder of brat's .txt and .ann.
+- multilabel: the same; the labels are a list, or text with "|" or ";" between them; an empty list,
+  empty text or null is no label. Without a label column, every column that holds only 0 and 1 (or
+  false and true) is a label.
+- tokens: .conll, .bio, .iob, .txt or .tsv with a word and its tag per line, separated by tabs or
+  spaces, and a blank line after each sentence; .jsonl or .parquet with words and labels; or a
+  folder of brat's .txt and .ann.
 
 CSV, TSV and JSONL are read by the readers of `prepare`, not by pandas: these stream, name the
 record of an error, keep every field as text ("NA" and "null" too), and never quote a row.
@@ -32,7 +34,6 @@ from ...corpora.readers.text import (
     read_lines,
     read_objects,
     read_rows,
-    without_lone_surrogates,
 )
 from .brat import WORDS, documents, tag
 from .task import Data, Example, Task, hf_split, make_data, three_ways
@@ -134,11 +135,23 @@ def load_multilabel(path: pathlib.Path) -> Data:
     skipped: Counter[str] = Counter()
     splits = _splits(path, TABLES, lambda file: _labelled(file, skipped))
     flags = [names for split in splits for _, names in split if isinstance(names, dict)]
+    if flags and len(flags) < sum(map(len, splits)):
+        raise ValueError(f"{path}: expected a column {' or '.join(LABEL)} in each file, or in none")
     # Without a label column: the columns that hold 0 or 1 in every record.
-    common = set.intersection(*(set(names) for names in flags)) if flags else set()
-    chosen = [[(example, _names(names, common)) for example, names in split] for split in splits]
-    labels = _sorted({name for split in chosen for _, names in split for name in names})
-    labels = _sorted(common | set(labels)) if flags else labels
+    columns = sorted({name for names in flags for name in names})
+    common = {name for name in columns if all(names.get(name) is not None for names in flags)}
+    if others := [name for name in columns if name not in common]:
+        more = ", ..." * (len(others) > 5)
+        listing = ", ".join(others[:5]) + more
+        skipped[f"columns with other values than 0 and 1, so no labels: {listing}"] = len(others)
+    chosen = [
+        [
+            (example, {n for n in common if names[n]} if isinstance(names, dict) else names)
+            for example, names in split
+        ]
+        for split in splits
+    ]
+    labels = _sorted(common.union(*(names for split in chosen for _, names in split)))
     if not labels:
         raise ValueError(
             f"{path}: expected a column {' or '.join(LABEL)}, or columns of 0 and 1; found neither"
@@ -237,9 +250,15 @@ def _same_length(path: pathlib.Path, number: int, row: list[str], header: list[s
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it is, fields) of each record of a table or a .jsonl file."""
+    """(where it is, fields) of each record of a table, .jsonl or .parquet file.
+
+    The columns of a .jsonl file are those of all its records; a record has None for those it lacks.
+    """
     if _suffix(path) in (".jsonl", ".parquet"):
-        yield from _objects(path)
+        objects = list(_objects(path))
+        columns = dict.fromkeys(name for _, record in objects for name in record)
+        for at, record in objects:
+            yield at, {name: record.get(name) for name in columns}
         return
     rows = _rows(path)
     _, header = next(rows, (0, []))
@@ -282,7 +301,7 @@ def _texts(path: pathlib.Path, skipped: Counter[str]) -> Iterator[tuple[str, Exa
 def _text(value: Any, at: str) -> str:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{at}: expected text, got {type(value).__name__}")
-    return without_lone_surrogates(value or "")
+    return value or ""
 
 
 def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example, str]]:
@@ -307,28 +326,30 @@ def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example
 
 def _labelled(
     path: pathlib.Path, skipped: Counter[str]
-) -> list[tuple[Example, set[str] | dict[str, bool]]]:
-    """(example, its labels or {column: whether it is 1} of the columns that hold 0 or 1)."""
-    found = []
+) -> list[tuple[Example, set[str] | dict[str, bool | None]]]:
+    """(example, its labels or, of each column, whether it is 1, 0 or neither)."""
+    found: list[tuple[Example, set[str] | dict[str, bool | None]]] = []
+    ones = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
     for at, example, record in _texts(path, skipped):
         column = find_column(list(record), LABEL)
         if column is None:
-            flags = {k: str(v).strip() for k, v in record.items()}
-            ones = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True}
-            found.append((example, {k: ones[v] for k, v in flags.items() if v in ones}))
+            flags = {k: ones.get(str(v).strip().lower()) for k, v in record.items()}
+            found.append((example, flags))
             continue
         value = record[column]
-        names = re.split(r"[|;]", value) if isinstance(value, str) else value or []
-        if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        names = re.split(r"[|;]", value) if isinstance(value, str) else value
+        names = [] if names is None else names
+        if not isinstance(names, list) or not all(type(name) in (str, int) for name in names):
             raise ValueError(f"{at}: expected labels between '|', or a list of them")
-        found.append((example, {str(name).strip() for name in names} - {""}))
+        names = [str(name).strip() for name in names if str(name).strip()]
+        labels = set(names)
+        if labels <= {"0", "1"} and len(labels) < len(names):
+            raise ValueError(
+                f"{at}: expected the names or numbers of the example's labels, got a 0 or 1 for "
+                "each label; use a column of 0 and 1 per label instead"
+            )
+        found.append((example, labels))
     return found
-
-
-def _names(names: set[str] | dict[str, bool], common: set[str]) -> set[str]:
-    if isinstance(names, dict):
-        return {name for name in common if names[name]}
-    return names
 
 
 def _sorted(names: set[str]) -> tuple[str, ...]:
@@ -340,7 +361,7 @@ def _sorted(names: set[str]) -> tuple[str, ...]:
 def _brat(folder: pathlib.Path, skipped: Counter[str]) -> list[Tagged]:
     return [
         tag(text, spans, WORDS, skipped, whole=False)
-        for _, text, spans in documents(folder, skipped)
+        for _, text, spans in documents(folder, skipped, join=True)
     ]
 
 
@@ -363,8 +384,9 @@ def _conll(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
     tags: list[str] = []
     number = 0
     for number, line in enumerate(read_lines(path), start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        fields = [field.strip() for field in fields]
+        # Not split() or strip(): a word may hold a no-break space, or a form feed.
+        separator = "\t" if "\t" in line else " +"
+        fields = [field.strip(" ") for field in re.split(separator, line.strip(" \n"))]
         if not any(fields):
             if words:
                 yield f"{path}, the sentence before line {number}", words, tags
@@ -393,7 +415,7 @@ def _tagged_objects(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[s
             raise ValueError(
                 f"{at}: expected one label per word, got {len(words)} words and {len(tags)} labels"
             )
-        yield at, [without_lone_surrogates(word) for word in words], tags
+        yield at, words, tags
 
 
 CLASSIFICATION = Task(

@@ -4,15 +4,15 @@ A folder holds train.json, validation.json (or dev.json) and test.json, or one f
 70/15/15: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text",
 "answer_start"}]}]}]}]}, or as .jsonl lines of {"question", "context", "answer", "answer_start"}. A
 question without an answer is skipped and counted, and so is an answer that is not at its
-answer_start.
+answer_start. Offsets count characters, or UTF-16 units if more answers of a file are there.
 """
 
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from ...corpora.readers.formats import whole_object
 from ...corpora.readers.text import read_objects
 from .task import Data, Example, Task, three_ways
 
@@ -47,29 +47,48 @@ def load(path: pathlib.Path) -> Data:
 
 
 def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
-    out = []
+    answered = []
     for place, question, context, answer, start in _records(path):
         if not all(isinstance(x, str) for x in (question, context)):
             raise ValueError(f"{place}: expected question and context, both text")
         if not isinstance(answer, str) or not answer:
             skipped["questions without an answer"] += 1
-        elif not isinstance(start, int) or context[start : start + len(answer)] != answer:
-            skipped["answers that are not at answer_start"] += 1
+        elif type(start) is not int or start < 0:
+            raise ValueError(f"{place}: expected answer_start, a number from 0 on")
         else:
-            out.append(Example(question, context, label=(start, start + len(answer))))
-    return out
+            answered.append((question, context, answer, start))
+
+    def located(units: bool) -> list[Example]:
+        found = []
+        for question, context, answer, start in answered:
+            if units:  # as JavaScript counts: a character beyond U+FFFF, such as an emoji, is two
+                before = context.encode("utf-16-le")[: 2 * start]
+                start = len(before.decode("utf-16-le", "replace"))
+            end = start + len(answer)
+            if context[start:end] == answer:
+                found.append(Example(question, context, label=(start, end)))
+        return found
+
+    found = max(located(units=False), located(units=True), key=len)
+    if len(found) < len(answered):
+        name = path.name.encode("utf-8", "replace").decode()
+        skipped[f"answers that are not at answer_start, in {name}"] += len(answered) - len(found)
+    return found
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any]]:
     """(where it is, question, context, answer, offset of the answer)."""
     if path.suffix == ".jsonl":
         for number, r in read_objects(path):
-            keys = ("question", "context", "answer", "answer_start")
-            yield f"{path}, line {number}", *(r.get(k) for k in keys)  # type: ignore[misc]
+            place = f"{path}, line {number}"
+            if "answer" not in r and "answers" in r:
+                raise ValueError(f"{place}: expected answer and answer_start, got answers")
+            question, context, answer = (r.get(k) for k in ("question", "context", "answer"))
+            yield place, question, context, answer, r.get("answer_start")
         return
+    content = whole_object(path)
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        for a, article in enumerate(articles):
+        for a, article in enumerate(content["data"]):
             for p, paragraph in enumerate(article["paragraphs"]):
                 for q in paragraph["qas"]:
                     first = (q.get("answers") or [{}])[0]
@@ -77,9 +96,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any]]:
                         f"{path}, article {a}, paragraph {p}", q["question"],
                         paragraph["context"], first.get("text"), first.get("answer_start"),
                     )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: expected JSON in SQuAD's form (data, paragraphs, qas)") from None
 
 
