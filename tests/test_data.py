@@ -176,9 +176,9 @@ def write_mds(folder, pieces, *, encoding="ndarray:uint16", per_shard=50, **chan
     for number, first in enumerate(range(0, len(pieces), per_shard)):
         samples = []
         for ids in pieces[first : first + per_shard]:
-            wide = len(ids) > 255
-            array = bytes([5 if wide else 4]) + len(ids).to_bytes(1 + wide, "little")
-            array += ids.astype("<u2").tobytes()
+            width = 1 if len(ids) < 2**8 else 2 if len(ids) < 2**16 else 4
+            array = bytes([4 + width // 2]) + len(ids).to_bytes(width, "little")
+            array += ids.astype(f"<u{4 if encoding.endswith('32') else 2}").tobytes()
             samples.append(len(array).to_bytes(4, "little") + array)
         names = json.dumps({"column_names": ["input_ids"]}).encode()
         at = 4 * (len(samples) + 2) + len(names)
@@ -211,6 +211,16 @@ class TestMds:
         for store in stores.values():
             for i in np.arange(len(store.lengths))[::-1]:
                 assert len(store.read(np.array([i]))[0]) == store.lengths[i]
+
+    @pytest.mark.parametrize("encoding", ["ndarray:uint16", "ndarray:uint32"])
+    def test_lengths_of_one_two_and_four_bytes(self, tmp_path, encoding):
+        lengths = [1, 255, 256, 8193, 65_535, 65_536, 65_537, 70_000]
+        pieces = [np.arange(n) % 500 for n in lengths]
+        write_mds(tmp_path / "a", pieces, encoding=encoding)
+        shards = MdsShards(tmp_path / "a")
+        assert shards.lengths.tolist() == lengths
+        for got, want in zip(shards.read(np.arange(len(lengths))), pieces, strict=True):
+            np.testing.assert_array_equal(got, want)
 
     def test_holds_out_by_the_ids_alone(self, tmp_path):
         pieces = some_pieces()

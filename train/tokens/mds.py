@@ -3,7 +3,8 @@
 A folder has `index.json` (version 2) and shards. A shard starts, in little-endian uint32, with the
 number of samples n and n + 1 offsets into the file; its column names and the samples follow. A
 sample is the sizes (uint32) of the columns whose size varies, then the columns. An `ndarray:uint16`
-column is a byte `dimensions << 2 | log2(bytes per dimension)`, the dimensions, and the values.
+column is a byte `dimensions << 2 | log2(bytes per dimension)`, the dimensions in as few bytes as
+hold the largest (1, 2 or 4), and the values.
 Source: the dataset format of mosaicml/streaming.
 """
 
@@ -17,6 +18,8 @@ import numpy as np
 
 COLUMN = "input_ids"
 ENCODINGS = {"ndarray:uint16": np.dtype("<u2"), "ndarray:uint32": np.dtype("<u4")}
+# Bytes that store a length, and the lengths that need them; our lengths are int32.
+_WIDTHS = ((1, 1, 2**8 - 1), (2, 2**8, 2**16 - 1), (4, 2**16, 2**31 - 1))
 
 
 class MdsShards:
@@ -92,11 +95,13 @@ class _Shard:
         ):
             raise self._damaged(f"{samples} samples")
         payload = self._payloads()
-        width = np.where((payload - 2) % self.dtype.itemsize == 0, 1, 2)
-        lengths, rest = np.divmod(payload - 1 - width, self.dtype.itemsize)
-        if rest.any() or (lengths < 1).any() or (lengths >= 2 ** (8 * width)).any():
-            raise self._damaged("arrays of one dimension, of 1 to 65,535 tokens")
-        self.lengths = lengths.astype(np.int32)
+        self.lengths = np.zeros(samples, np.int32)
+        for width, least, most in _WIDTHS:
+            lengths, rest = np.divmod(payload - 1 - width, self.dtype.itemsize)
+            fits = (rest == 0) & (least <= lengths) & (lengths <= most)
+            self.lengths[fits] = lengths[fits]
+        if not self.lengths.all():
+            raise self._damaged("arrays of one dimension, not empty")
 
     def _payloads(self) -> np.ndarray:
         """Bytes of the token column in each sample."""
@@ -121,8 +126,8 @@ class _Shard:
                 size = int.from_bytes(sample[head : head + 4], "little")
                 head += 4
             at += size
-        width = 1 if length < 256 else 2
-        shape = bytes([1 << 2 | width - 1]) + length.to_bytes(width, "little")
+        width = next(width for width, _, most in _WIDTHS if length <= most)
+        shape = bytes([1 << 2 | width.bit_length() - 1]) + length.to_bytes(width, "little")
         if sample[at : at + 1 + width] != shape:
             raise self._damaged(f"{length} tokens in sample {i}")
         return np.frombuffer(sample, self.dtype, length, at + 1 + width)
