@@ -46,6 +46,17 @@ FOREIGN = {
     "head_mask": "not supported, heads cannot be masked",
     "return_dict": "not supported, outputs are always named (`.logits`)",
     "use_cache": "not supported, an encoder has no cache",
+    **dict.fromkeys(
+        (
+            "overflow_to_sample_mapping",
+            "overflowing_tokens",
+            "num_truncated_tokens",
+            "length",
+            "special_tokens_mask",
+            "offset_mapping",
+        ),
+        "a tokenizer returns it, but it is not an input; remove it with `inputs.pop(...)`",
+    ),
 }
 
 

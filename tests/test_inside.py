@@ -145,6 +145,18 @@ class TestNewcomers:
             ):
                 tiny(cls)(input_ids=self.ids, token_type_ids=self.ids)
 
+    def test_what_else_a_tokenizer_returns(self, small_tokenizer):
+        inputs = small_tokenizer(
+            ["the patient has no fever"], truncation=True, max_length=6, padding=True,
+            return_overflowing_tokens=True, return_length=True, return_special_tokens_mask=True,
+            return_offsets_mapping=True, return_tensors="np",
+        )  # fmt: skip
+        others = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        assert len(others) == 4
+        for name, value in others.items():
+            with pytest.raises(TypeError, match=rf"{name}: .*not an input; .*inputs\.pop"):
+                tiny()(input_ids=inputs["input_ids"], **{name: value})
+
     def test_labels(self):
         with pytest.raises(TypeError, match="labels: not supported, models return logits.*optax"):
             tiny(ModernBertForMaskedLM)(input_ids=self.ids, labels=self.ids)
