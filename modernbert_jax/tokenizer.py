@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILE = "tokenizer.json"
-FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
+FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 # ModernBERT's names, used if no file names the special tokens.
 SPECIAL_TOKENS = {
     f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")
@@ -103,9 +108,46 @@ def backend_json(tokenizer: PreTrainedTokenizerFast) -> str:
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Returns the sha256 (hex) of `backend_json`: equal fingerprints give equal ids.
 
-    Saving and loading keep it, and so does the layout of the file.
+    Saving and loading keep it, and so does the layout of the file. It says nothing about
+    split_special_tokens, which corpora and tasks always set.
     """
     return hashlib.sha256(backend_json(tokenizer).encode()).hexdigest()
+
+
+def max_tokens(tokenizer: PreTrainedTokenizerFast, limit: int) -> int:
+    """Returns the most tokens of a text, special tokens included.
+
+    The smaller of the model's `limit` and the tokenizer's model_max_length holds; transformers
+    stands for a missing one, or null, with a huge number. Raises ValueError for a model_max_length
+    that is not a number from 1 on.
+    """
+    own: Any = tokenizer.model_max_length
+    if isinstance(own, bool) or not isinstance(own, int | float) or not own >= 1:
+        raise ValueError(
+            f"tokenizer_config.json: model_max_length: expected a number from 1 on, or null, got "
+            f"{own!r}"
+        )
+    return int(min(own, limit))
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Returns one more than the largest id, which exceeds the number of tokens if ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
+    """Raises ValueError if the tokenizer has ids beyond a model's vocabulary of `limit` tokens."""
+    if vocab_size(tokenizer) > limit:
+        raise ValueError(
+            f"tokenizer: expected ids below the model's vocab_size {limit:,}, got "
+            f"{vocab_size(tokenizer) - 1:,}; use the tokenizer of this model"
+        )
+
+
+def absent_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Returns the ids below `vocab_size` that no token has, in order."""
+    ids = set(tokenizer.get_vocab().values())
+    return tuple(i for i in range(max(ids, default=-1)) if i not in ids)
 
 
 def _download(repo_id: str, **hub: Any) -> pathlib.Path:

@@ -12,7 +12,16 @@ import pytest
 import tokenizers
 
 from modernbert_jax import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.tokenizer import backend_json, fingerprint, from_backend
+from modernbert_jax.checkpoint.files import copy_tokenizer
+from modernbert_jax.tokenizer import (
+    FILES as ALL_FILES,
+    absent_ids,
+    backend_json,
+    fingerprint,
+    from_backend,
+    max_tokens,
+    vocab_size,
+)
 from train.corpora.build.bpe import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +188,72 @@ def test_transformers_loads_what_is_saved(tiny, tiny_folder):
         assert dict(theirs(text)) == dict(tiny(text))
 
 
+NOTE = {"content": "<note>", "lstrip": True, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"extra_special_tokens": ["<note>", "<plan>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"note_token": "<note>"}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<note>"]}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": NOTE | {"normalized": False}}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<note>"]}),
+        ("added_tokens.json", {"<note>": 320}),
+    ],
+)
+def test_special_tokens_beside_tokenizer_json(tiny, tiny_folder, tmp_path, name, content):
+    """In every file that transformers reads; also in a copy of the files, and saved again."""
+    import transformers
+
+    shutil.copytree(tiny_folder, tmp_path / "a")
+    path = tmp_path / "a" / name
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | content))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "a"))
+    ours = AutoTokenizer.from_pretrained(tmp_path / "a")
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(tmp_path / "a", tmp_path / "copy")
+    ours.save_pretrained(tmp_path / "saved")
+    copies = [AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("copy", "saved")]
+    text = "the <note> is [MASK] <plan> quick[SEP]"
+    assert theirs(text).input_ids != tiny(text).input_ids
+    for tokenizer in (ours, *copies):
+        assert tokenizer(text).input_ids == theirs(text).input_ids
+        assert tokenizer.all_special_ids == theirs.all_special_ids
+
+
+def test_ids_may_have_gaps(tiny, tiny_folder, tmp_path):
+    assert vocab_size(tiny) == len(tiny) == 320 and absent_ids(tiny) == ()
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 330
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    gaps = AutoTokenizer.from_pretrained(tmp_path)
+    assert gaps.convert_tokens_to_ids(last) == 330
+    assert (len(gaps), vocab_size(gaps), absent_ids(gaps)) == (320, 331, tuple(range(319, 330)))
+
+
+@pytest.mark.parametrize(
+    ("own", "limit", "expected"),
+    [(16, 64, 16), (16.0, 64, 16), (100, 64, 64), (None, 64, 64), (10**30, 64, 64)],
+)
+def test_the_smaller_limit_holds(tiny_folder, tmp_path, own, limit, expected):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": own}))
+    assert max_tokens(AutoTokenizer.from_pretrained(tmp_path), limit) == expected
+
+
+@pytest.mark.parametrize("own", [-1, 0, "16", True])
+def test_a_limit_that_is_none_is_refused(tiny, monkeypatch, own):
+    monkeypatch.setattr(tiny, "model_max_length", own)
+    with pytest.raises(ValueError, match="model_max_length: expected a number from 1 on, or null"):
+        max_tokens(tiny, 64)
+
+
 def test_code_beside_a_tokenizer_is_not_run(tiny, tiny_folder, tmp_path):
     folder = tmp_path / "custom"
     shutil.copytree(tiny_folder, folder)
@@ -235,6 +310,24 @@ def hub_cache(folder: Path, source: Path, names=FILES) -> Path:
     for name in names:
         shutil.copy(source / name, snapshot / name)
     return folder
+
+
+def test_every_file_is_asked_of_the_hub(monkeypatch, tiny_folder):
+    import huggingface_hub
+
+    from modernbert_jax.checkpoint.hub import resolve
+
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, **hub):
+        asked.append(set(allow_patterns))
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    AutoTokenizer.from_pretrained("org/bert")
+    resolve("org/bert")
+    assert all(patterns >= {*ALL_FILES, "added_tokens.json"} for patterns in asked)
+    assert len(asked) == 2
 
 
 def test_a_cached_hub_id_loads_without_the_hub(tiny, tiny_folder, tmp_path):

@@ -10,9 +10,9 @@ import shutil
 from typing import Any
 
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Any:
