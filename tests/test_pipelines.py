@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +20,7 @@ from modernbert_jax import (
 from modernbert_jax.inference.pipelines.token_classification import split_windows, split_words
 from modernbert_jax.packing import batch_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = "fever cough pain no denies possible rash edema today left the patient has a disease of"
 
 
@@ -109,8 +114,24 @@ class TestFillMask:
         with pytest.raises(TypeError, match="device: expected none, jax's default device"):
             pipeline("fill-mask", model=folder, device=0)
 
+    @pytest.mark.parametrize("top_k", [0, 1, None])
+    def test_top_k(self, both, top_k):
+        ours, theirs = both
+        same(ours("No [MASK].", top_k=top_k), theirs("No [MASK].", top_k=top_k))
+
     def test_errors_say_what_to_do(self, both, folder):
         ours, _ = both
+        for top_k in (-1, 10**6, "3", True, 2.0):
+            with pytest.raises(ValueError, match="top_k: expected a whole number from 0 to"):
+                ours("No [MASK].", top_k=top_k)
+        with pytest.raises(ValueError, match="batch_tokens: .*of at least 1, got 0"):
+            pipeline("fill-mask", model=folder, batch_tokens=0)
+        with pytest.raises(ValueError, match="targets: expected words, number 2 has no token"):
+            ours("No [MASK].", targets=["fever", ""])
+        with pytest.raises(TypeError, match="inputs: expected texts, number 2 is a tuple"):
+            ours(["No [MASK].", ("No [MASK].", "a")])
+        with pytest.raises(TypeError, match="inputs: expected a text or a list of texts, got a"):
+            ours({"text": "No [MASK]."})
         with pytest.raises(ValueError, match=r"expected \[MASK\] in place of a word"):
             ours("no mask here")
         with pytest.raises(ValueError, match="expected at most 256 tokens, got .*; shorten it"):
@@ -170,8 +191,11 @@ class TestTextClassification:
         same_labels(ours([pair]), theirs([pair]))
         same_labels([ours(pair)], [theirs(pair)])
         same_labels(ours(pair, top_k=2), theirs(pair, top_k=2))
+        same_labels(ours("No fever.", top_k=0), theirs("No fever.", top_k=0))
         every = pipeline("text-classification", classifier, top_k=None)
-        same_labels(every("No fever."), theirs("No fever.", top_k=None))
+        theirs = transformers.pipeline("text-classification", str(classifier), top_k=None)
+        for inputs in ("No fever.", ["No fever."]):
+            same_labels(every(inputs), theirs(inputs))
         with pytest.raises(TypeError, match="batch_size: expected none, texts are packed"):
             pipeline("text-classification", classifier, batch_size=8)
 
@@ -184,6 +208,21 @@ class TestTextClassification:
         theirs = transformers.pipeline("text-classification", str(folder))
         ours = pipeline("text-classification", folder)
         same_labels(ours("No fever.", top_k=None), theirs("No fever.", top_k=None))
+
+    @pytest.mark.parametrize(
+        ("item", "got"),
+        [
+            (("No fever.", "fever"), "a tuple"),
+            (["No fever.", "fever"], "a list"),
+            ({"text": "No fever.", "pair": "fever"}, "a dict with text, pair"),
+        ],
+    )
+    def test_what_is_no_pair_is_refused(self, classifier, item, got):
+        pipe = pipeline("text-classification", classifier)
+        with pytest.raises(TypeError, match=f"pairs {{.text.: ..., .text_pair.: ...}}, got {got}"):
+            pipe([item])
+        with pytest.raises(ValueError, match="top_k: .*of at least 0, got '3'"):
+            pipe("No fever.", top_k="3")
 
     def test_too_long(self, classifier):
         pipe = pipeline("text-classification", classifier)
@@ -290,8 +329,15 @@ class TestTokenClassification:
     def test_refusals(self, tagger):
         with pytest.raises(ValueError, match="aggregation_strategy: expected none, simple"):
             pipeline("ner", tagger, aggregation_strategy="longest")
-        with pytest.raises(ValueError, match="max_length, stride: expected more than 2"):
-            pipeline("ner", tagger, max_length=2)
+        for options, expect in (
+            ({"max_length": 2}, "max_length: expected a whole number from 3 to 256, got 2"),
+            ({"max_length": 257}, "max_length: .*from 3 to 256, got 257"),
+            ({"max_length": 64, "stride": 62}, "stride: .*from 0 to 61, got 62"),
+            ({"stride": 2.0}, "stride: .*got 2.0"),
+            ({"ignore_labels": "O"}, "ignore_labels: expected a list of labels, got 'O'"),
+        ):
+            with pytest.raises(ValueError, match=expect):
+                pipeline("ner", tagger, **options)
 
 
 def smallest_margin(theirs, text):
@@ -465,3 +511,65 @@ class TestEmbedder:
         want = spearmanr((x * y).sum(-1), gold).statistic
         got = result.task_results[0].scores["test"][0]["cosine_spearman"]
         assert got == pytest.approx(want, abs=1e-6)
+
+
+class TestLimits:
+    """A tokenizer with a model_max_length of 16, in front of models that take 256 tokens."""
+
+    LONG = " ".join(WORDS.split() * 2)
+
+    def limited(self, source, folder):
+        shutil.copytree(source, folder)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 16}))
+        return folder
+
+    def test_text_classification(self, classifier, tmp_path):
+        import transformers
+
+        short = self.limited(classifier, tmp_path / "short")
+        ours = pipeline("text-classification", short)
+        theirs = transformers.pipeline("text-classification", str(short))
+        pair = [{"text": self.LONG, "text_pair": "A rash, and a cough."}]
+        for options in ({"truncation": True}, {}):  # transformers only logs that it is too long
+            same_labels(ours(self.LONG, **options), theirs(self.LONG, **options))
+        for options in ({"truncation": True}, {"truncation": "only_first"}):
+            same_labels(ours(pair, **options), theirs(pair, **options))
+
+    def test_token_classification(self, tagger, tmp_path):
+        short = self.limited(tagger, tmp_path / "short")
+        assert pipeline("ner", short)(self.LONG) == pipeline("ner", tagger, max_length=16)(
+            self.LONG
+        )
+        with pytest.raises(ValueError, match="max_length: .*from 3 to 16, got 17"):
+            pipeline("ner", short, max_length=17)
+
+    def test_embedder(self, folder, tmp_path):
+        import torch
+        import transformers
+
+        short = self.limited(folder, tmp_path / "short")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(short)
+        inputs = tokenizer(self.LONG, truncation=True, return_tensors="pt")
+        assert inputs["input_ids"].shape == (1, 16)
+        with torch.no_grad():
+            model = transformers.AutoModel.from_pretrained(short).eval()
+            vector = model(**inputs).last_hidden_state[0].mean(0)
+        got = Embedder.from_pretrained(short).encode(self.LONG)
+        np.testing.assert_allclose(got, vector / vector.norm(), atol=1e-5)
+
+
+def test_warnings_as_errors(folder, classifier, tagger):
+    """A user may run with -W error, imports included."""
+    code = (
+        "import sys; from modernbert_jax import Embedder, pipeline; "
+        "print(len(pipeline('fill-mask', sys.argv[1])('No [MASK].')), "
+        "len(pipeline('text-classification', sys.argv[2])('No fever.', truncation=True)), "
+        "type(pipeline('ner', sys.argv[3], aggregation_strategy='first')('No fever.')).__name__, "
+        "Embedder.from_pretrained(sys.argv[1]).encode('No fever.').shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, folder, classifier, tagger],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "5 1 list (32,)\n", done.stderr[-2000:]

@@ -17,13 +17,14 @@ from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import pool
 from modernbert_jax.inference.export import (
     Function,
-    default_batch_tokens,
     load,
     packed_batches,
     save,
+    tokens_per_sequence,
 )
 from modernbert_jax.model import ModernBertModel
 from modernbert_jax.packing import segment_slots
+from modernbert_jax.tokenizer import max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,9 +35,10 @@ class Embedder:
     """Turns texts into vectors: `Embedder.from_pretrained(path).encode(texts)`.
 
     pooling: "mean" or "cls" over each text. layer: the hidden states to pool; -1 is the last layer,
-    0 the embeddings. normalize: scales vectors to length 1. max_length: in tokens; longer texts are
-    truncated. device: computes, by default jax's first device. mesh: each device of its axis "data"
-    gets one packed sequence per step. An instance is a model for `mteb.evaluate`.
+    0 the embeddings. normalize: scales vectors to length 1. max_length: in tokens, at most the
+    model's and the tokenizer's limits; longer texts are truncated. device: computes, by default
+    jax's first device. mesh: each device of its axis "data" gets one packed sequence per step. An
+    instance is a model for `mteb.evaluate`.
     """
 
     model: ModernBertModel
@@ -56,7 +58,8 @@ class Embedder:
         layers = self.model.config.num_hidden_layers
         if not -layers - 1 <= self.layer <= layers:
             raise ValueError(f"layer: expected {-layers - 1} to {layers}, got {self.layer}")
-        self.max_length = min(self.max_length, self.model.config.max_position_embeddings)
+        limit = min(self.max_length, self.model.config.max_position_embeddings)
+        self.max_length = max_tokens(self.tokenizer, limit)
         # A new mesh, because the axes may be explicit and these arrays are placed by the compiler.
         mesh = self.mesh and Mesh(self.mesh.devices, self.mesh.axis_names)
         if self.device is not None:
@@ -154,7 +157,7 @@ class Embedder:
         for batch, input_ids, segment_ids in packed_batches(
             ids,
             self._sequences,
-            batch_tokens or default_batch_tokens(),
+            tokens_per_sequence(batch_tokens),
             "embedding",
             show_progress_bar,
         ):

@@ -30,7 +30,7 @@ from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.packing import batch_rows, fill_rows, row_size
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,8 +57,22 @@ def platform() -> str:
     return "cuda" if backend == "gpu" else backend
 
 
-def default_batch_tokens() -> int:
-    """Returns the tokens per packed sequence that suit the platform; a CPU's caches are small."""
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Returns `value` as an int. Raises ValueError if it is none, or not from `least` to `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+        raise ValueError(f"{name}: expected a whole number {limits}, got {value!r}")
+    return int(value)
+
+
+def tokens_per_sequence(batch_tokens: int | None) -> int:
+    """Returns batch_tokens, or what suits the platform if it is None; a CPU's caches are small.
+
+    Raises ValueError for a number below 1.
+    """
+    if batch_tokens is not None:
+        return whole_number("batch_tokens", batch_tokens, 1)
     return 512 if platform() == "cpu" else 16_384
 
 
@@ -180,7 +194,7 @@ def load(
     """Returns (model, tokenizer, its folder or None) for a folder, a hub id, or a model of `cls`.
 
     options: arguments of from_pretrained; None stands for its default. Raises TypeError for
-    anything else, ValueError if the tokenizer has more tokens than the model.
+    anything else, ValueError if the tokenizer has ids that the model lacks.
     """
     if compile_cache is not None:
         use_compile_cache(compile_cache)
@@ -204,9 +218,5 @@ def load(
             "tokenizer: expected a folder, a hub id or a fast tokenizer of transformers, got "
             f"{type(tokenizer).__name__}"
         )
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer: expected at most the model's {model.config.vocab_size:,} tokens, got "
-            f"{len(tokenizer):,}; use the tokenizer of this model"
-        )
+    check_ids(tokenizer, model.config.vocab_size)
     return model, tokenizer, folder

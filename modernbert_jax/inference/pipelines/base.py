@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from modernbert_jax.checkpoint.params import flatten
-from modernbert_jax.inference.export import Function, default_batch_tokens, packed_batches, save
+from modernbert_jax.inference.export import Function, packed_batches, save, tokens_per_sequence
+from modernbert_jax.tokenizer import max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,8 +35,10 @@ class Pipeline:
         by default 16,384, on a CPU 512."""
         self.model: Any = model
         self.tokenizer: PreTrainedTokenizerFast = tokenizer
-        self.batch_tokens: int = batch_tokens or default_batch_tokens()
-        self.max_length: int = model.config.max_position_embeddings
+        self.batch_tokens: int = tokens_per_sequence(batch_tokens)
+        self.longest: int = model.config.max_position_embeddings
+        # As in transformers, the tokenizer's limit decides where texts are cut, and refuses none.
+        self.max_length: int = max_tokens(tokenizer, self.longest)
         self._params = flatten(model)
         function, static_argnums = self._function()
         self._run = Function(self.task, function, model.config, folder, static_argnums)
@@ -49,9 +52,9 @@ class Pipeline:
         return ()
 
     def _check_length(self, tokens: int, remedy: str) -> None:
-        if tokens > self.max_length:
+        if tokens > self.longest:
             raise ValueError(
-                f"text: expected at most {self.max_length:,} tokens, got {tokens:,}; {remedy}"
+                f"text: expected at most {self.longest:,} tokens, got {tokens:,}; {remedy}"
             )
 
     def _batches(
@@ -76,6 +79,19 @@ class Pipeline:
         """
         save(folder, self.model, self.tokenizer)
         return self._run.export(folder, self._params, tokens, self._further_args, platforms)
+
+
+def texts_of(inputs: Any) -> list[str]:
+    """Returns a text, or several, as a list. Raises TypeError for anything else."""
+    if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping):
+        raise TypeError(
+            f"inputs: expected a text or a list of texts, got a {type(inputs).__name__}"
+        )
+    texts = [inputs] if isinstance(inputs, str) else list(inputs)
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs: expected texts, number {number} is a {type(text).__name__}")
+    return texts
 
 
 def label_of(config: Any, index: int) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 
 from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForMaskedLM
-from modernbert_jax.inference.pipelines.base import Pipeline
+from modernbert_jax.inference.export import whole_number
+from modernbert_jax.inference.pipelines.base import Pipeline, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,13 +35,13 @@ class FillMask(Pipeline):
         tokenizer: PreTrainedTokenizerFast,
         folder: str | os.PathLike[str] | None = None,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         batch_tokens: int | None = None,
     ):
         if tokenizer.mask_token_id is None:
             raise ValueError("tokenizer: expected a mask token, found none")
         super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
-        self.top_k = top_k
+        self.top_k: int = self._count(5 if top_k is None else top_k)
 
     def _function(self):
         config = self.model.config
@@ -65,11 +66,12 @@ class FillMask(Pipeline):
     ) -> list[Any]:
         """Fills the masks of a text, or of each text of a list.
 
-        top_k: number of tokens. targets: scores only these words; a word that is not one token is
-        represented by its first. Raises ValueError for a text without a mask, or longer than the
-        model supports.
+        top_k: number of tokens, by default 5. targets: scores only these words; a word that is not
+        one token is represented by its first. Raises ValueError for a text without a mask, or
+        longer than the model supports, and for a top_k beyond the vocabulary.
         """
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = texts_of(inputs)
+        count = self.top_k if top_k is None else self._count(top_k)
         target_ids = None if targets is None else self._target_ids(targets)
         ids = self.tokenizer(texts)["input_ids"] if texts else []
         mask = self.tokenizer.mask_token_id
@@ -89,10 +91,11 @@ class FillMask(Pipeline):
             p_PV = np.asarray(self._run(self._params, input_ids_BL, segment_ids_BL, padded_BP))[0]
             splits = np.cumsum([len(positions[i]) for i in batch])[:-1]
             for i, part_PV in zip(batch, np.split(p_PV[: len(flat)], splits), strict=True):
-                results[i] = self._answer(
-                    ids[i], positions[i], part_PV, top_k or self.top_k, target_ids
-                )
+                results[i] = self._answer(ids[i], positions[i], part_PV, count, target_ids)
         return results[0] if len(results) == 1 else results
+
+    def _count(self, top_k: Any) -> int:
+        return whole_number("top_k", top_k, 0, self.model.config.vocab_size)
 
     def _answer(self, ids, positions, p_PV, top_k: int, target_ids: np.ndarray | None) -> list[Any]:
         if target_ids is not None:
@@ -121,11 +124,13 @@ class FillMask(Pipeline):
     def _target_ids(self, targets: str | Sequence[str]) -> np.ndarray:
         vocabulary = self.tokenizer.get_vocab()
         ids = []
-        for target in [targets] if isinstance(targets, str) else targets:
+        for number, target in enumerate(texts_of(targets), start=1):
             if target in vocabulary:
                 ids.append(vocabulary[target])
+            elif first := self.tokenizer.encode(target, add_special_tokens=False)[:1]:
+                ids += first
             else:
-                ids += self.tokenizer.encode(target, add_special_tokens=False)[:1]
+                raise ValueError(f"targets: expected words, number {number} has no token")
         if not ids:
-            raise ValueError("targets: expected at least one word of the vocabulary, got none")
+            raise ValueError("targets: expected at least one word, got none")
         return np.unique(ids)

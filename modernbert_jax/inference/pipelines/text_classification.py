@@ -11,7 +11,8 @@ import numpy as np
 
 from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForSequenceClassification
-from modernbert_jax.inference.pipelines.base import Pipeline, label_of
+from modernbert_jax.inference.export import whole_number
+from modernbert_jax.inference.pipelines.base import Pipeline, label_of, texts_of
 from modernbert_jax.packing import segment_slots
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TextClassification(Pipeline):
         batch_tokens: int | None = None,
     ):
         super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
-        self.top_k: int | None | str = top_k
+        self.top_k: int | None | str = _count(top_k)
 
     def _function(self):
         config = self.model.config
@@ -62,16 +63,17 @@ class TextClassification(Pipeline):
         inputs: str | dict[str, str] | Sequence[str | dict[str, str]],
         *,
         top_k: int | None | str = "",
-        truncation: bool = False,
+        truncation: bool | str = False,
         show_progress_bar: bool | None = None,
     ) -> Any:
         """Returns the labels of a text, a pair {"text", "text_pair"}, or a list of either.
 
         top_k: the number of labels, None for all, as a list per text; if omitted, the best label
-        alone (or the top_k of the constructor). Raises ValueError for a text longer than the model
-        supports, unless `truncation` truncates it.
+        alone (or the top_k of the constructor). truncation: as in transformers' tokenizers, to the
+        smaller of the model's and the tokenizer's limit. Raises ValueError for a text longer than
+        the model supports, unless `truncation` truncates it.
         """
-        top_k = self.top_k if isinstance(top_k, str) else top_k
+        given, top_k = top_k, self.top_k if top_k == "" else _count(top_k)
         single = isinstance(inputs, str | dict)
         items = [inputs] if single else list(inputs)
         ids = [self._encode(item, truncation) for item in items]
@@ -85,13 +87,25 @@ class TextClassification(Pipeline):
                     for e in np.argsort(-scores_E, kind="stable")
                 ]
                 results[i] = labels[0] if isinstance(top_k, str) else labels[:top_k]
-        if isinstance(inputs, str) and isinstance(top_k, str):
+        if isinstance(inputs, str) and given == "":
             return results  # a list of one, as in transformers
         return results[0] if single else results
 
-    def _encode(self, item: str | dict[str, str], truncation: bool) -> list[int]:
-        pair: dict[str, Any] = {"text": item} if isinstance(item, str) else dict(item)
-        limit = {"truncation": True, "max_length": self.max_length} if truncation else {}
+    def _encode(self, item: str | dict[str, str], truncation: bool | str) -> list[int]:
+        pair: Any = {"text": item} if isinstance(item, str) else item
+        if not isinstance(pair, dict) or not {"text"} <= set(pair) <= {"text", "text_pair"}:
+            raise TypeError(
+                'inputs: expected texts or pairs {"text": ..., "text_pair": ...}, got a '
+                + type(item).__name__
+                + (f" with {', '.join(map(str, pair))}" if isinstance(pair, dict) else "")
+            )
+        texts_of(pair.values())
+        limit = {"truncation": truncation, "max_length": self.max_length} if truncation else {}
         ids = self.tokenizer(**pair, **limit)["input_ids"]
         self._check_length(len(ids), "truncation=True truncates it")
         return ids
+
+
+def _count(top_k: Any) -> int | None | str:
+    """Returns a checked top_k; None is all labels, "" the best label alone."""
+    return top_k if top_k is None or top_k == "" else whole_number("top_k", top_k, 0)

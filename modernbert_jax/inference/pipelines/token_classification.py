@@ -12,7 +12,8 @@ import numpy as np
 
 from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForTokenClassification
-from modernbert_jax.inference.pipelines.base import Pipeline, label_of
+from modernbert_jax.inference.export import whole_number
+from modernbert_jax.inference.pipelines.base import Pipeline, label_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,28 +45,31 @@ class TokenClassification(Pipeline):
         folder: str | os.PathLike[str] | None = None,
         *,
         aggregation_strategy: str = "none",
-        stride: int = 256,
+        stride: int | None = None,
         max_length: int | None = None,
         ignore_labels: Sequence[str] = ("O",),
         batch_tokens: int | None = None,
     ):
-        """max_length: of a window, in tokens; by default the model's."""
+        """max_length: of a window, in tokens; by default the smaller of the model's and the
+        tokenizer's limit. stride: by default 256, or half of a shorter window."""
         super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
         if aggregation_strategy not in STRATEGIES:
             raise ValueError(
                 f"aggregation_strategy: expected {', '.join(STRATEGIES)}, got "
                 f"{aggregation_strategy!r}"
             )
+        if isinstance(ignore_labels, str):
+            raise ValueError(f"ignore_labels: expected a list of labels, got {ignore_labels!r}")
         self.aggregation_strategy, self.ignore_labels = aggregation_strategy, ignore_labels
         empty = tokenizer("")["input_ids"]  # [CLS] [SEP]
         self._before, self._after = empty[:1], empty[1:]
-        self.window = min(max_length or self.max_length, self.max_length) - len(empty)
-        if self.window < 1 or stride < 0:
-            raise ValueError(
-                f"max_length, stride: expected more than {len(empty)} and at least 0 tokens, got "
-                f"{max_length} and {stride}"
-            )
-        self.stride = min(stride, self.window // 2)
+        if max_length is None:
+            max_length = self.max_length
+        limits = len(empty) + 1, self.max_length
+        self.window = whole_number("max_length", max_length, *limits) - len(empty)
+        if stride is None:
+            stride = min(256, self.window // 2)
+        self.stride = whole_number("stride", stride, 0, self.window - 1)
 
     def _function(self):
         config = self.model.config
@@ -80,7 +84,7 @@ class TokenClassification(Pipeline):
         self, inputs: str | Sequence[str], *, show_progress_bar: bool | None = None
     ) -> list[Any]:
         """Returns the entities of a text, or a list of those of each text, in order of offset."""
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = texts_of(inputs)
         encoded = [
             self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             for text in texts
