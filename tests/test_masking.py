@@ -58,6 +58,25 @@ def test_seeded_per_record():
     assert (one[0] != other[0]).any()
 
 
+def test_random_tokens_exist():
+    """Ids with gaps: each that exists is drawn equally often; without gaps nothing changes."""
+    absent = (5, 6, 7, 500, 998)
+    gaps = Masking(0.9, 4, 1000, (), absent_ids=absent)
+    ids = np.full(400_000, 8, np.int32)
+    draws = token_draws(np.array([0]), np.array([len(ids)]), (17,))
+    picked = pick_positions(ids, draws, gaps)
+    counts = np.bincount(corrupt(ids, picked, draws, gaps), minlength=1000)
+    assert not counts[list(absent)].any()
+    others = np.setdiff1d(np.arange(1000), [*absent, 4, 8])
+    mean = 0.1 * len(picked) / 995  # 36 each
+    assert (abs(counts[others] - mean) < 6 * np.sqrt(mean)).all()
+    full = Masking(0.9, 4, 995, ())
+    dense = corrupt(ids, picked, draws, full)
+    chosen = (dense != 4) & (dense != 8)
+    numbers = np.setdiff1d(np.arange(1000), absent)  # the rank-th id that exists
+    np.testing.assert_array_equal(numbers[dense[chosen]], corrupt(ids, picked, draws, gaps)[chosen])
+
+
 def test_a_mask_depends_on_no_neighbour():
     """Documents of a row, in any order, are drawn as each is alone."""
     lengths = np.array([300, 1, 57, 2000])

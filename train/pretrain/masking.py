@@ -14,13 +14,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step: 2^64 over the gold
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """What is masked. special_ids are never selected unless mask_special; ids < vocab_size."""
+    """What is masked. special_ids are never selected unless mask_special; ids < vocab_size.
+
+    absent_ids: those below vocab_size that no token has, in order; no random token is one of them.
+    """
 
     rate: float
     mask_id: int
     vocab_size: int
     special_ids: tuple[int, ...]
     mask_special: bool = False
+    absent_ids: tuple[int, ...] = ()
 
 
 def token_draws(documents: np.ndarray, lengths: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
@@ -53,7 +57,11 @@ def corrupt(ids: np.ndarray, picked: np.ndarray, draws: np.ndarray, masking: Mas
     action = draws[picked] & np.uint64(2**32 - 1)
     corrupted[picked[action < int(0.8 * 2**32)]] = masking.mask_id
     chosen = picked[(action >= int(0.8 * 2**32)) & (action < int(0.9 * 2**32))]
-    corrupted[chosen] = _mix(draws[chosen] + _GOLDEN) % np.uint64(masking.vocab_size)
+    absent = np.array(masking.absent_ids, np.int64)
+    present = np.uint64(masking.vocab_size - len(absent))
+    rank = (_mix(draws[chosen] + _GOLDEN) % present).astype(np.int64)
+    # The rank-th id that exists: shifted by the absent ids below it.
+    corrupted[chosen] = rank + np.searchsorted(absent - np.arange(len(absent)), rank, "right")
     return corrupted
 
 

@@ -19,7 +19,7 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.files import copy_tokenizer, write_text
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, absent_ids, vocab_size
 
 from ..common.hosts import is_first, log
 from ..common.optimizer import StableAdamWState
@@ -150,11 +150,10 @@ def model_config_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
                 f"{model.max_position_embeddings} positions of {config.init_from}; lower "
                 "--sequence-length"
             )
-    if len(tokenizer) > model.vocab_size:
+    if (size := vocab_size(tokenizer)) > model.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocab_size is "
-            f"{model.vocab_size:,}; pass --model.vocab-size {-(-len(tokenizer) // 64) * 64} or "
-            "another --tokenizer"
+            f"the tokenizer has {size:,} ids, the model's vocab_size is {model.vocab_size:,}; pass "
+            f"--model.vocab-size {-(-size // 64) * 64} or another --tokenizer"
         )
     return model.replace(
         pad_token_id=tokenizer.pad_token_id,
@@ -172,7 +171,8 @@ def masking_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rate: fl
     return Masking(
         rate=rate,
         mask_id=mask_id,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(tokenizer),
+        absent_ids=absent_ids(tokenizer),
         special_ids=tuple(sorted(tokenizer.all_special_ids)),
         mask_special=config.mask_special_tokens,
     )
