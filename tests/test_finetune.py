@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from modernbert_jax import ModernBertForSequenceClassification, ModernBertModel
 from modernbert_jax.checkpoint.params import flatten
@@ -204,20 +205,37 @@ class TestRows:
         (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, "tokens", 4)
         assert len(cut.input_ids) == len(cut.target) == 4
 
-    def test_special_tokens_in_a_text_are_text(self, tokenizer):
+    @pytest.mark.parametrize("kind", ["classification", "tokens", "qa"])
+    def test_special_tokens_in_texts_are_text(self, tokenizer, kind):
+        """As without the tokenizer's special tokens, and labels and offsets stay in place."""
         ours = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
-        pair = Example("no [SEP] fever", "[MASK]", label=0)
-        words = Example(words=("no", "[SEP]", "[MASK]"), label=(0, 1, 2))
-        question = Example("no [MASK]?", "a [SEP] fever", label=(2, 7))
-        special = set(ours.all_special_ids)
-        for kind, example, frame in (
-            ("classification", pair, 3), ("tokens", words, 2), ("qa", question, 3),
-        ):  # fmt: skip
-            (e,) = encode([example], ours, kind, 64)
-            assert sum(i in special for i in e.input_ids.tolist()) == frame
-            inside = [i for i in e.input_ids.tolist() if i not in special]
-            assert "[SEP]" in ours.decode(inside).replace(" ", "")
-        assert ours("[MASK]", add_special_tokens=False)["input_ids"] == [ours.mask_token_id]
+        text = "no [SEP] fever [MASK] [CLS] rash"
+        start = text.index("[MASK]")
+        example = {
+            "classification": Example(text=text, text_pair=text, label=0),
+            "tokens": Example(words=tuple(text.split()), label=(0, 1, 2, 3, 4, 5)),
+            "qa": Example(text="fever?", text_pair=text, label=(start, start + 6)),
+        }[kind]
+        (e,) = encode([example], ours, kind, 256)
+        content = json.loads(ours.backend_tokenizer.to_str())
+        content |= {"added_tokens": [], "post_processor": None}
+        plain = tokenizers.Tokenizer.from_str(json.dumps(content))
+        ids = lambda text: plain.encode(text).ids  # noqa: E731
+        cls, sep = ours.cls_token_id, ours.sep_token_id
+        want = {
+            "classification": [cls, *ids(text), sep, *ids(text), sep],
+            "tokens": [cls, *ids(text), sep],
+            "qa": [cls, *ids("fever?"), sep, *ids(text), sep],
+        }[kind]
+        assert e.input_ids.tolist() == want
+        if kind == "tokens":
+            assert [label for label in e.target if label >= 0] == [0, 1, 2, 3, 4, 5]
+        elif kind == "qa":
+            logits = np.full((len(e.input_ids), 2), -9.0)
+            logits[e.target[0], 0] = logits[e.target[1], 1] = 9.0
+            assert answer_of(e, logits).strip() == e.answer == "[MASK]"
+        # A prompt for fill-mask is read by the same tokenizer, where [MASK] is a token.
+        assert ours.mask_token_id in ours(text)["input_ids"]
 
 
 class TestQuestions:

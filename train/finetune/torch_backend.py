@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from modernbert_jax.packing import IGNORE_INDEX
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, max_tokens
 
 from ..common.workdir import start_folder
 from .config import FinetuneConfig
@@ -33,13 +33,14 @@ class TorchBackend:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 start_folder(config.model), add_prefix_space=True
             )
-            self.max_length = model_config.max_position_embeddings
+            self.max_length = max_tokens(self.tokenizer, model_config.max_position_embeddings)
         else:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 config.model, add_prefix_space=True
             )
-            longest = self.tokenizer.model_max_length
-            self.max_length = longest if longest < 1_000_000 else 512  # it is unset
+            unset = 1_000_000
+            longest = max_tokens(self.tokenizer, unset)
+            self.max_length = longest if longest < unset else 512
 
     def start(self, config: FinetuneConfig, seed: int) -> "TorchModel":
         """The weights of the checkpoint and a new head, before the first step of a run."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from modernbert_jax import ModernBertModel
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.params import flatten, module_of
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, check_ids, max_tokens
 
 from ...common.card import NOT_FOR_CARE, start_facts, versions
 from ...common.optimizer import adamw
@@ -44,9 +44,12 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     folder = start_folder(config.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ModernBertModel.from_pretrained(folder, dtype=config.dtype, param_dtype="float32")
+    check_ids(tokenizer, model.config.vocab_size)
+    limit = min(config.max_length, model.config.max_position_embeddings)
+    config = dataclasses.replace(config, max_length=max_tokens(tokenizer, limit))
     encoder = Encoder(config, model.config)
     params = jax.device_put(flatten(model), encoder.everywhere)
-    options = {"truncation": True, "max_length": config.max_length}
+    options = {"truncation": True, "max_length": config.max_length, "split_special_tokens": True}
 
     def tokens(texts: list[str]) -> list[np.ndarray]:
         ids = tokenizer(texts, **options)["input_ids"] if texts else []
