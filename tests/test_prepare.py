@@ -163,6 +163,40 @@ class TestWhatIsMade:
                 assert len(chunks) > 5
                 assert store.lengths.tolist() == [len(chunk) for chunk in chunks]
 
+    def test_special_tokens_in_documents_are_text(self, tokenizer, tmp_path):
+        text = "The plan:[MASK] no fever [SEP] [CLS]rash [PAD]"
+        source = tmp_path / "notes.jsonl"
+        source.write_text("".join(json.dumps({"text": text + end}) + "\n" for end in ("", ".")))
+        run(source, tokenizer, tmp_path / "out", eval_fraction=0.0, corpus="jsonl")
+        content = json.loads((pathlib.Path(tokenizer) / "tokenizer.json").read_text())
+        plain = tokenizers.Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
+        cls, sep = (plain.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+        store = open_store(tmp_path / "out")["train"]
+        chunks = [chunk.tolist() for chunk in store.read(np.arange(len(store.lengths)))]
+        encode = lambda text: plain.encode(f" {text}", add_special_tokens=False).ids  # noqa: E731
+        assert sorted(chunks) == sorted([cls, *encode(text + end), sep] for end in ("", "."))
+
+    def test_space_before_chunks(self, notes, tokenizer, tmp_path):
+        """Against the steps of convert_dataset_to_mds, with transformers' tokenizer."""
+        long = " ".join(notes[1][:2]) + " naïve café " * 9
+        source = tmp_path / "notes.jsonl"
+        source.write_text(json.dumps({"text": long}) + "\n")
+        options = {"eval_fraction": 0.0, "corpus": "jsonl", "space_before_chunks": True}
+        run(source, tokenizer, tmp_path / "out", **options)
+        theirs = AutoTokenizer.from_pretrained(tokenizer, add_prefix_space=True)
+        ids, want = theirs.encode(long, add_special_tokens=False), []
+        while ids:
+            part, ids = ids[: LENGTH - 2], ids[LENGTH - 2 :]
+            first = theirs.encode(" " + theirs.decode(part[0]), add_special_tokens=False)
+            want.append([theirs.cls_token_id, *first, *part[1:], theirs.sep_token_id])
+        store = open_store(tmp_path / "out")["train"]
+        got = store.read(np.arange(len(store.lengths)))
+        assert [chunk.tolist() for chunk in got] == want
+        assert len(want) > 3 and store.lengths.max() == LENGTH + 1
+        assert manifest(tmp_path / "out", "tokens")["space_before_chunks"] is True
+        with pytest.raises(ValueError, match="space_before_chunks True, now it is False"):
+            run(source, tokenizer, tmp_path / "out", **options | {"space_before_chunks": False})
+
     def test_counts(self, made):
         out, line = made
         text, tokens = manifest(out, "text"), manifest(out, "tokens")

@@ -32,6 +32,11 @@ Where the reference has a quirk, the default here is the clean behavior. These f
                                          remained that of the pretraining checkpoint: the decay of
                                          a step is then 3.75e-6 at 3e-4, and 1e-5 here
 
+Another one is in the data: the first token of every chunk is encoded again as a space and its text,
+so that most documents begin with two spaces, and a chunk may have 8,193 tokens, of which the loader
+drops the last. `python -m train prepare ... --space-before-chunks` reproduces it. In the
+reference's corpora a literal "[SEP]" in a note is the control token, here it is always text.
+
 One seed (17) is used for masks, order and dropout here; the reference shuffles with 2998, and its
 order cannot be reproduced. It evaluates and saves every 3,000 steps in phase 1; in phase 2 it
 evaluates every 40 steps and saves every 160.

@@ -19,7 +19,8 @@ the model card reports ChemProt 90.8, Phenotype 60.8, COS 95.1, SocialHistory 57
 
 Quirks of the reference, off here (bioclinical_base describes them): --loss-weighting sequences,
 --mask-special-tokens, --optimizer.max-learning-rate 5e-4 (the decay of a step is then 1e-7 at 5e-5,
-and 1e-6 here). It evaluates and saves every 3,000 steps in phase 1, every 150 in phase 2.
+and 1e-6 here), and `prepare --space-before-chunks`. It evaluates and saves every 3,000 steps in
+phase 1, every 150 in phase 2.
 """
 
 import dataclasses

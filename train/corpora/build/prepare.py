@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import modernbert_jax
-from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint
+from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint, vocab_size
 
 from ...tokens.store import SPLITS
 from ..source import Source
@@ -41,13 +41,15 @@ def prepare(
     eval_fraction: float = 0.005,
     text_column: str = "",
     add_prefix_space: bool = True,
+    space_before_chunks: bool = False,
     workers: int = 0,
     beam: tuple[str, ...] = (),
 ) -> str:
     """Turns a corpus into text and tokens in OUT, which `pretrain --corpus OUT` reads.
 
     Documents with equal text are kept once and cut into chunks of at most sequence_length tokens,
-    each with [CLS] and [SEP]. A second call resumes, or finds everything done. Returns a summary.
+    each with [CLS] and [SEP]. A literal "[SEP]" or "[MASK]" in a document is text. A second call
+    resumes, or finds everything done. Returns a summary.
 
     Args:
         source: folder (or file) as downloaded; with corpus all, a folder of folders by name.
@@ -58,6 +60,9 @@ def prepare(
         eval_fraction: share of documents in the evaluation split, chosen by a hash of their text.
         text_column: text column for text, jsonl, csv, huggingface; empty: text, notes, note, ...
         add_prefix_space: put a space before each document, as the reference does.
+        space_before_chunks: encode the first token of each chunk again as a space and its text, as
+            the reference's script convert_dataset_to_mds does; a chunk may then be a token or two
+            longer than sequence_length, and training cuts it.
         workers: number of processes; 0 starts one for each core.
         beam: options of an Apache Beam pipeline that builds the text instead, such as
             runner=DataflowRunner; SOURCE and OUT may then be buckets, and a bucket gets text only.
@@ -71,6 +76,7 @@ def prepare(
         "sequence_length": sequence_length,
         "eval_fraction": eval_fraction,
         "add_prefix_space": add_prefix_space,
+        "space_before_chunks": space_before_chunks,
         "workers": workers or len(os.sched_getaffinity(0)),
         "beam": tuple(f"--{option}" for option in beam),
     }
@@ -108,6 +114,7 @@ def _prepare_one(
     sequence_length: int,
     eval_fraction: float,
     add_prefix_space: bool,
+    space_before_chunks: bool,
     workers: int,
     beam: tuple[str, ...],
 ) -> str:
@@ -123,6 +130,8 @@ def _prepare_one(
         # Fingerprint of the files: a model comes with one tokenizer, with and without the space.
         "tokenizer": fingerprint(AutoTokenizer.from_pretrained(tokenizer)),
         "add_prefix_space": add_prefix_space,
+        "split_special_tokens": True,
+        "space_before_chunks": space_before_chunks,
         "sequence_length": sequence_length,
         "text_sha256": text["sha256"],
     }
@@ -131,7 +140,8 @@ def _prepare_one(
         _same(folder / "tokens", tokens, facts)
     else:
         ends: Any = encoder.cls_token_id, encoder.sep_token_id
-        recipe = Recipe(backend_json(encoder), len(encoder), ends, sequence_length)
+        size = vocab_size(encoder)
+        recipe = Recipe(backend_json(encoder), size, ends, sequence_length, space_before_chunks)
         shards: dict[str, list[tuple[pathlib.Path, str]]] = {split: [] for split in SPLITS}
         for shard in text["shards"]:
             shards[shard["split"]].append((folder / "text" / shard["name"], shard["sha256"]))

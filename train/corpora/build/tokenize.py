@@ -36,12 +36,17 @@ _CUT = re.compile(r"(?<=[!-~]) ")  # a space after a visible character of ASCII:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How text becomes ids. tokenizer: its JSON, with all settings. ends: ids of [CLS], [SEP]."""
+    """How text becomes ids. A literal "[SEP]" in a document is text.
+
+    tokenizer: its JSON, with all settings. ends: ids of [CLS], [SEP]. space_before_chunks: see
+    `spaced`.
+    """
 
     tokenizer: str
     vocab_size: int
     ends: tuple[int, int]
     sequence_length: int
+    space_before_chunks: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -122,6 +127,7 @@ def tokenize_shard(recipe: Recipe, job: TokenJob) -> None:
     temporary = job.folder.with_name(f"{job.folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir(parents=True)
     backend = tokenizers.Tokenizer.from_str(recipe.tokenizer)
+    backend.encode_special_tokens = True  # JSON does not keep it
     dtype = recipe.dtype
     writer = SplitWriter(temporary, job.split, dtype)
     documents = 0
@@ -135,13 +141,25 @@ def tokenize_shard(recipe: Recipe, job: TokenJob) -> None:
             if is_last:
                 documents += 1
                 for chunk in cut(np.concatenate(ids), recipe.ends, recipe.sequence_length, dtype):
-                    writer.add(chunk)
+                    writer.add(spaced(chunk, backend) if recipe.space_before_chunks else chunk)
                 ids = []
     facts = writer.close() | {"documents": documents, "fingerprint": job.fingerprint}
     facts["seconds"] = time.perf_counter() - start
     (temporary / "facts.json").write_text(json.dumps(facts))
     shutil.rmtree(job.folder, ignore_errors=True)
     temporary.rename(job.folder)
+
+
+def spaced(chunk: np.ndarray, backend: tokenizers.Tokenizer) -> np.ndarray:
+    """Encodes the first token of a chunk's text again, as a space and the token's text.
+
+    The public script of BioClinical ModernBERT (convert_dataset_to_mds) does so with every chunk. A
+    token that has its own space gets a second one, and the chunk may become longer. With
+    transformers 4 that script removed the own space of a punctuation mark first; we do not.
+    """
+    text = backend.decode([int(chunk[1])], skip_special_tokens=False)
+    ids = backend.encode(f" {text}", add_special_tokens=False).ids
+    return np.concatenate([chunk[:1], np.asarray(ids, chunk.dtype), chunk[2:]])
 
 
 def read_shard(path: pathlib.Path) -> Iterator[tuple[str, str]]:
