@@ -623,11 +623,28 @@ def text_grid(*intervals: tuple[float, float, str]) -> str:
     return "\r\n".join(lines) + "\r\n"
 
 
+def with_points(grid: str) -> str:
+    """The same with a second tier, of one point."""
+    tier = """    item [2]:
+        class = "TextTier"
+        name = "events"
+        xmin = 0
+        xmax = 9
+        points: size = 1
+        points [1]:
+            number = 5
+            mark = "door"
+"""
+    return grid.replace("size = 1", "size = 2", 1) + tier.replace("\n", "\r\n")
+
+
 def test_primock57_dialogue_is_in_the_order_of_time_and_without_marks(tmp_path):
     folder = tmp_path / "transcripts"
     doctor = write(
         folder / "day3_consultation01_doctor.TextGrid",
-        text_grid((0, 1, ""), (1, 2.5, "Hello, <UNSURE>sir</UNSURE>."), (10, 11, "<UNIN/>.")),
+        with_points(
+            text_grid((0, 1, ""), (1, 2.5, "Hello, <UNSURE>sir</UNSURE>."), (10, 11, "<UNIN/>."))
+        ),
     )
     patient = write(
         folder / "day3_consultation01_patient.TextGrid",

@@ -120,6 +120,36 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
     assert report.dropped == {"empty text": 7}
 
 
+def test_a_note_may_hold_a_control_character(tmp_path):
+    for note in ("BP \x1b[1m90/60\x1b[0m", "BP 90/60\x02"):
+        assert texts(write(tmp_path / "x.txt", note)) == [note]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # A line is a row: IANA's text/tab-separated-values knows no quotes.
+        (['"No" fever', "b", 'c"', '5" scar'], ['"No" fever', "b", 'c"', '5" scar']),
+        (['"open', "b", 'ends"'], ['"open', "b", 'ends"']),
+        # As spreadsheets and pandas write it.
+        (['"say ""no"""', "b"], ['say "no"', "b"]),
+        (['"two\nlines"', "b"], ["two\nlines", "b"]),
+    ],
+)
+def test_quotes_between_tabs(tmp_path, fields, expected):
+    lines = "".join(f"{number}\t{field}\n" for number, field in enumerate(fields))
+    assert texts(write(tmp_path / "x.tsv", "id\ttext\n" + lines)) == expected
+
+
+def test_the_first_records_of_json_may_lack_the_column(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"id": 1}\n{"id": 2, "Body": "a"}\n{"Body": 0}\n')
+    assert "x.jsonl has no column text or notes" in refusal(path)
+    assert "line 3: 'Body' must be a string" in refusal(path, text_column="body")
+    path = write(path, '{"id": 1}\n{"id": 2, "note": "a"}\n{"note": "b"}\n')
+    assert [d.id for d in read_documents(path)] == ["x.jsonl:2", "x.jsonl:3"]
+    assert texts(tmp_path, text_column="note") == ["a", "b"]
+
+
 def test_lone_surrogates_of_json_become_the_replacement_character(tmp_path):
     path = write(tmp_path / "x.jsonl", r'{"text": "a\ud800b \ud83d\ude42"}')
     assert texts(path) == ["a\ufffdb 🙂"]
@@ -201,6 +231,7 @@ def test_a_file_that_is_not_text_is_named_with_the_remedy(tmp_path, name, data, 
         ("x.jsonl", '{"text": ' + "[" * 200_000, "line 1: JSON is nested too deeply"),
         ("x.csv", 'id,text\n1,a\n2,"secret\n3,b\n', "record 2: a quote is opened and never"),
         ("x.csv", "id,text\n1,a\n2,secret,more\n", "record 2: 3 fields under 2 columns"),
+        ("x.csv", 'id,text\n1,"secret" is\n', "record 1: ',' expected after '\"'"),
         # A name of a test must not hold the second in which it was collected.
         ("x.txt.gz", gzip.compress(b"secret " * 99, mtime=0)[:-9], "damaged or incomplete .gz"),
         ("y.txt.gz", b"secret", "damaged or incomplete .gz"),

@@ -146,7 +146,9 @@ def string(record: dict[str, Any], field: str) -> str:
 
 
 def intervals(part: pathlib.Path) -> list[tuple[float, str]]:
-    """Reads (start in seconds, text) of the intervals with text in a Praat TextGrid, all tiers.
+    """Reads (start in seconds, text) of the intervals with text in a Praat TextGrid.
+
+    All tiers of intervals are read; those of points mark events and are left out.
 
     Raises ValueError with one line for a file that is not a TextGrid.
     """
@@ -155,6 +157,7 @@ def intervals(part: pathlib.Path) -> list[tuple[float, str]]:
     grid = whole_text(part)
     try:
         tiers = parseTextgridStr(grid)["tiers"]
-        return [(float(start), text) for tier in tiers for start, _, text in tier["entries"]]
+        spoken = [tier["entries"] for tier in tiers if tier["class"] == "IntervalTier"]
+        return [(float(start), text) for entries in spoken for start, _, text in entries]
     except Exception:  # the library's errors contain the text
         raise ValueError(f"{part}: expected a Praat TextGrid with intervals") from None

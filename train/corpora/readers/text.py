@@ -39,8 +39,9 @@ LONGEST_FIELD = 1 << 26
 _CSV_FIELD = re.compile(r'"(?:[^"]|"")+"')
 # Bytes at the start of a file that decide whether it is text.
 HEAD = 1 << 16
-# Tab, line ends, form feed, and the end mark of old DOS files.
-HARMLESS_CONTROLS = frozenset("\t\n\v\f\r\x1a")
+# What `file` counts as text (bell, backspace, tab, line ends, form feed, escape), and the end mark
+# of old DOS files.
+HARMLESS_CONTROLS = frozenset("\a\b\t\n\v\f\r\x1a\x1b")
 BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -133,11 +134,10 @@ def _with_columns(sources: list[TextFile], text_column: str | None) -> list[Text
         if source.suffix == ".txt":
             chosen.append(source)
             continue
-        columns = _columns(source)
+        wanted = TEXT_COLUMNS if text_column is None else (text_column,)
+        column, columns = _find_column(source, wanted)
         if columns is None:  # an empty file
             continue
-        wanted = TEXT_COLUMNS if text_column is None else (text_column,)
-        column = find_column(columns, wanted)
         if column is not None:
             chosen.append(TextFile(source.path, source.name, source.suffix, column))
             continue
@@ -153,12 +153,18 @@ def _with_columns(sources: list[TextFile], text_column: str | None) -> list[Text
     return chosen
 
 
-def _columns(source: TextFile) -> list[str] | None:
-    if source.suffix == ".jsonl":
-        first = next(read_objects(source.path), None)
-        return None if first is None else list(first[1])
-    first = next(read_rows(source.path, _delimiter(source)), None)
-    return None if first is None else first[1]
+def _find_column(source: TextFile, wanted: tuple[str, ...]) -> tuple[str | None, list[str] | None]:
+    """The first wanted column, and the columns of the first record; None if there are none."""
+    if source.suffix != ".jsonl":
+        _, columns = next(read_rows(source.path, _delimiter(source)), (0, None))
+        return None if columns is None else find_column(columns, wanted), columns
+    first = None
+    for _, record in read_objects(source.path):  # the first ones may lack it
+        first = list(record) if first is None else first
+        column = find_column(list(record), wanted)
+        if column is not None:
+            return column, first
+    return None, first
 
 
 def listed(columns: list[str]) -> str:
@@ -376,7 +382,7 @@ def _refuse_binary(path: Path, head: bytes, encoding: str) -> None:
     if "\0" in text:
         raise ValueError(f"{path}: not text (NUL bytes); {NOT_TEXT}")
     controls = sum(c < " " and c not in HARMLESS_CONTROLS for c in text)
-    if controls > len(text) / 1000:
+    if controls > max(1, len(text) / 1000):
         raise ValueError(f"{path}: not text (control characters); {NOT_TEXT}")
 
 
