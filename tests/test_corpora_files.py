@@ -1,5 +1,7 @@
-"""The files of a corpus: links, names and changes."""
+"""The files of a corpus: links, names and changes, and the layouts of Hugging Face data sets."""
 
+import contextlib
+import gzip
 import os
 import pathlib
 
@@ -84,3 +86,76 @@ def test_files_beside_the_parts_belong_to_the_corpus(tmp_path):
         (tmp_path / "transcripts" / f"day1_consultation01_{who}.TextGrid").write_text("")
     names = [path.name for path in primock57.DIALOGUE.files_read(tmp_path)]
     assert names == [f"day1_consultation01_{who}.TextGrid" for who in ("doctor", "patient")]
+
+
+# Hugging Face
+
+
+def data_set(*texts: str):
+    import datasets
+
+    return datasets.Dataset.from_list([{"n": i, "text": text} for i, text in enumerate(texts)])
+
+
+def test_save_to_disk(tmp_path):
+    import datasets
+
+    data_set("a", "b").save_to_disk(tmp_path / "one")
+    # A filter leaves a cache beside the data.
+    datasets.load_from_disk(str(tmp_path / "one")).filter(lambda row: row["n"] == 1)
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    source = find("huggingface")
+    assert list(texts_of(source, tmp_path / "one").values()) == ["a", "b"]
+    assert not source.remark(tmp_path / "one")
+    both = datasets.DatasetDict(train=data_set("c"), test=data_set("d"), validation=data_set("e"))
+    both.save_to_disk(tmp_path / "both")
+    assert list(texts_of(source, tmp_path / "both").values()) == ["c"]
+    assert source.remark(tmp_path / "both") == (
+        "huggingface: 1 files of the split train are read; left out: 1 of test, 1 of validation"
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "data/train-00000-of-00001 data/test-00000-of-00001 data/unsupervised-00000-of-00001",
+        "train/0 dev/0 other/c",
+        "test/train train/test",
+        "my_train_set my-eval notes",
+        "a/b b/c",
+        "test/a training/b",
+        "valid val_1",
+    ],
+)
+def test_only_the_split_train_is_read(tmp_path, names):
+    """Against the splits that `datasets` finds in the same folder."""
+    import datasets
+
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        data_set(name).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    source = find("huggingface")
+    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    if "train" not in patterns:
+        with pytest.raises(ValueError, match="expected a split train, found val"):
+            source.parts(tmp_path)
+        return
+    files = set()
+    for pattern in patterns["train"]:
+        with contextlib.suppress(FileNotFoundError):
+            files |= set(datasets.data_files.resolve_pattern(pattern, str(tmp_path)))
+    assert set(map(str, source.parts(tmp_path))) == files
+
+
+def test_tables_of_hugging_face_data_sets(tmp_path):
+    """Compressed, with a BOM, with what pyarrow refuses and what pandas takes for nothing."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "x\\ud800"}\n'))
+    (tmp_path / "b.csv").write_bytes("text\nNA\n".encode("utf-8-sig"))
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'[{"n": 1}, {"text": "c"}]'))
+    assert texts_of(find("huggingface"), tmp_path) == {
+        "a.jsonl.gz:1": "a", "a.jsonl.gz:2": "x\ufffd", "b.csv:1": "NA", "c.json.gz:2": "c",
+    }  # fmt: skip
+    (tmp_path / "d.xml").write_text("")
+    with pytest.raises(ValueError, match="d.xml: expected a folder, or a file of .parquet"):
+        find("huggingface").parts(tmp_path / "d.xml")

@@ -143,6 +143,11 @@ class Source:
         beside = [path for path in found if any(path.match(glob) for glob in self.beside)]
         return self.parts(root) + beside
 
+    def remark(self, root: pathlib.Path) -> str:
+        """What the files below `root` hold that is not read, for a warning; "" if nothing."""
+        del root
+        return ""
+
     def choose(self, names: list[Name], root: pathlib.PurePath) -> list[Name]:
         """The paths, relative to `root`, that are parts, sorted. Raises as `parts` does."""
         found = [

@@ -232,6 +232,8 @@ def prepare_text(
     (work / "by-prepare").write_text("")  # marks OUT as ours from the start
     for left in work.rglob("*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
+    if local.exists() and (remark := source.remark(local)):
+        _warn(remark)
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its progress
         folder, counts = build(source, local, text, work, eval_fraction, workers)
