@@ -54,8 +54,9 @@ def pipeline(
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
     programs for later processes. batch_tokens: the most tokens in a packed sequence. top_k is for
     fill-mask and text-classification; aggregation_strategy, stride, max_length and ignore_labels
-    are for token-classification; see those classes. Raises ValueError for another task, TypeError
-    for an argument that the task does not have.
+    are for token-classification; see those classes. As in transformers, a literal "[SEP]" in a text
+    is the special token; in corpora and task files it is text. Raises ValueError for another task,
+    TypeError for an argument that the task does not have.
     """
     if task not in TASKS:
         raise ValueError(
