@@ -204,6 +204,7 @@ class TestRows:
         assert e.target.tolist() == [*want, IGNORE_INDEX]
         (cut,) = encode([Example(words=words, label=(0, 1, 2))], ours, "tokens", 4)
         assert len(cut.input_ids) == len(cut.target) == 4
+        assert cut.truncated and not e.truncated
 
     @pytest.mark.parametrize("kind", ["classification", "tokens", "qa"])
     def test_special_tokens_in_texts_are_text(self, tokenizer, kind):
@@ -272,7 +273,7 @@ class TestQuestions:
         squad = {"data": [{"paragraphs": [{"context": "Mary runs.", "qas": qas}]}]}
         for name in ("train", "dev"):
             (tmp_path / f"{name}.json").write_text(json.dumps(squad))
-        with pytest.raises(FileNotFoundError, match="test.json"):
+        with pytest.raises(ValueError, match="expected train and test, .* found train, validation"):
             questions.load(tmp_path)
         line = {"question": "how?", "context": "Mary runs.", "answer": "runs", "answer_start": 5}
         (tmp_path / "test.jsonl").write_text(json.dumps(line) + "\n")

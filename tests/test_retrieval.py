@@ -14,6 +14,7 @@ from modernbert_jax.weights import to_hf
 from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.finetune.retrieval.config import RetrievalConfig
+from train.finetune.retrieval.data import read_judged
 from train.finetune.retrieval.model import Encoder, contrast
 from train.finetune.retrieval.run import retrieval_scores, train
 
@@ -160,6 +161,14 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
     np.testing.assert_allclose(ours, theirs.encode(texts), atol=1e-5)
 
 
+def test_judgments_with_and_without_a_header(data, tmp_path):
+    for file in data.iterdir():
+        (tmp_path / file.name).write_text(file.read_text())
+    _, _, rows = (data / "qrels.tsv").read_text().partition("\n")
+    (tmp_path / "qrels.tsv").write_text(rows)
+    assert read_judged(tmp_path) == read_judged(data)
+
+
 @pytest.mark.parametrize(
     "name, content, expect",
     [
@@ -171,6 +180,8 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
         ),
         ("train.jsonl", "", "at least 2 pairs"),
         ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tnone\t1\n", "line 2: expected query-id"),
+        ("qrels.tsv", "q0\tnone\t1\nq0\td0\t1\n", "line 1: expected query-id"),
+        ("queries.jsonl", '{"_id": "q0", "text": "a"}\n' * 2, "each _id once, got one twice"),
         ("corpus.jsonl", "not json\n", "line 1: not valid JSON"),
     ],
 )

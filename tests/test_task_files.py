@@ -54,10 +54,15 @@ def test_spans_beyond_the_text_and_texts_without_annotations(tmp_path):
     (tmp_path / "a.txt").write_text("Smokes.\n")
     (tmp_path / "a.ann").write_text("T1\tTobacco 0 6\tSmokes\nT2\tDrug 5 90\tgin\n")
     (tmp_path / "b.txt").write_text("Drinks.\n")
+    (tmp_path / "c.ann").write_text("")
     skipped = Counter()
     ((file, _, spans),) = documents(tmp_path, skipped)
     assert file.name == "a.txt" and [s.type for s in spans] == ["Tobacco"]
-    assert skipped == {"spans beyond the text": 1, "texts without annotations": 1}
+    assert skipped == {
+        "spans beyond the text": 1,
+        "texts without annotations": 1,
+        "annotations without a text": 1,
+    }
 
 
 EMOJI = "Ärztin 😀: Anna\u00a0Lee\r\ntakes aspirin.\r\n"
@@ -404,9 +409,8 @@ def test_offsets_of_answers(tmp_path, encoding, units, suffix):
     text = json.dumps({"data": [{"paragraphs": [{"context": SQUAD, "qas": qas}]}]})
     if suffix == "jsonl":
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-    path = tmp_path / f"all.{suffix}"
-    path.write_bytes(text.encode(encoding))
-    data = task_named("qa").load(path)
+    (tmp_path / f"all.{suffix}").write_bytes(text.encode(encoding))
+    data = task_named("qa").load(tmp_path)
     examples = [*data.train, *data.validation, *data.test]
     assert len(examples) == 30
     assert Counter(e.text_pair[slice(*e.label)] for e in examples) == dict.fromkeys(answers, 10)
@@ -477,6 +481,9 @@ BAD = [
     ("tokens", {"a.conll": "secret O\n\n" * 9}, "two labels or more in training, got only 'O'"),
     ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": ["O", "O"]}'}, "got 1 words and 2"),
     ("tokens", {"a.jsonl": '{"words": ["secret"], "labels": [0]}'}, "labels: expected a list of s"),
+    ("tokens", {"a.jsonl": '{"words": [""], "labels": ["O"]}'}, "expected a character or more"),
+    ("qa", {"a.json": "", "b.json": ""}, "found 2 such files and no train"),
+    ("qa", {"a.json": "{}"}, "expected JSON in SQuAD's form"),
     ("tokens", {"a.ann": "T1\tA 0 6\tsecret\n"}, "expected pairs of .txt and .ann"),
 ]
 

@@ -21,13 +21,15 @@ class Encoded:
     input_ids: with special tokens. target: a label index (classification), 0 or 1 per label
     (multilabel), a label index or IGNORE_INDEX per token (tokens), or the first and last token of
     the answer (qa). For qa only: context is the text with the offsets of each token in it (None for
-    special tokens and those of the question), answer the expected text.
+    special tokens and those of the question), answer the expected text. truncated: whether the
+    example had more tokens.
     """
 
     input_ids: np.ndarray
     target: Any
     context: tuple[str, list[tuple[int, int] | None]] | None = None
     answer: str = ""
+    truncated: bool = False
 
 
 def encode(
@@ -52,7 +54,10 @@ def encode(
             if kind == "qa":
                 options["return_offsets_mapping"] = True
             batch = tokenizer(*texts, **options)
-        encoded += [one(batch, i, example) for i, example in enumerate(chunk)]
+        for i, example in enumerate(chunk):
+            # Only fast tokenizers have encodings.
+            truncated = bool(batch.encodings and batch.encodings[i].overflowing)
+            encoded.append(dataclasses.replace(one(batch, i, example), truncated=truncated))
     return encoded
 
 

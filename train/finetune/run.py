@@ -48,6 +48,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     print(f"{config.task}: {counts}; {len(experiment.data.labels)} labels", flush=True)
     for reason, count in experiment.data.skipped.items():
         print(f"  skipped, {reason}: {count:,}", flush=True)
+    cut = {name: sum(e.truncated for e in s) for name, s in experiment.splits.items()}
+    if any(cut.values()):
+        counts = ", ".join(f"{count:,} {name}" for name, count in cut.items() if count)
+        print(f"  truncated to {experiment.max_length} tokens: {counts}", flush=True)
     points = config.points()
     jobs = [(i, seed) for i in range(len(points)) for seed in config.seeds]
     free = list(jax.local_devices()[: config.devices]) if config.backend == "jax" else [None]
@@ -88,9 +92,9 @@ class Experiment:
         backend = JaxBackend if config.backend == "jax" else TorchBackend
         self.backend = backend(config, self.task.kind, self.data.labels)
         tokenizer = self.backend.tokenizer
-        length = min(config.max_length, self.backend.max_length)
+        self.max_length = min(config.max_length, self.backend.max_length)
         self.splits = {
-            split: encode(getattr(self.data, split), tokenizer, self.task.kind, length)
+            split: encode(getattr(self.data, split), tokenizer, self.task.kind, self.max_length)
             for split in ("train", "validation", "test")
         }
         for split, examples in self.splits.items():

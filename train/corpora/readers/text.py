@@ -169,6 +169,8 @@ def _find_column(source: TextFile, wanted: tuple[str, ...]) -> tuple[str | None,
 
 def listed(columns: list[str]) -> str:
     """Lists the columns of a table for an error."""
+    if not columns:
+        return "it is empty"
     # A table without a header begins with data, which must not appear in an error.
     if any(len(c) > 64 or "\n" in c or (c and not re.search(r"[^\W\d]", c)) for c in columns):
         return "its first record does not look like a header"

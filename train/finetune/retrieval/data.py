@@ -2,10 +2,11 @@
 
 train.jsonl has lines of {"query", "positive"} and optionally "negative". For scores, queries.jsonl
 and corpus.jsonl have lines of {"_id", "text"} and optionally "title", and qrels.tsv lines of
-query-id, corpus-id and score, separated by tabs, below a header.
+query-id, corpus-id and score, separated by tabs, with a header or without one.
 """
 
 import pathlib
+import re
 from typing import Any
 
 from ...corpora.readers.text import read_lines, read_objects
@@ -38,14 +39,18 @@ def read_judged(folder: pathlib.Path) -> tuple[list[str], list[str], list[dict[i
     Raises FileNotFoundError or ValueError with one line.
     """
     documents = read_records(folder / "corpus.jsonl", "_id", "text", optional="title")
-    queries = {q["_id"]: q["text"] for q in read_records(folder / "queries.jsonl", "_id", "text")}
+    asked = read_records(folder / "queries.jsonl", "_id", "text")
+    for name, records in (("corpus", documents), ("queries", asked)):
+        if len({record["_id"] for record in records}) < len(records):
+            raise ValueError(f"{folder / name}.jsonl: expected each _id once, got one twice")
+    queries = {q["_id"]: q["text"] for q in asked}
     number = {d["_id"]: i for i, d in enumerate(documents)}
     judged: dict[str, dict[int, float]] = {}
     path = folder / "qrels.tsv"
     for n, line in enumerate(read_lines(path), start=1):
-        if n == 1 or not line.strip():
-            continue  # the header
         parts = line.rstrip("\n").split("\t")
+        if not line.strip() or (n == 1 and not re.fullmatch(r"-?[\d.]+", parts[-1].strip())):
+            continue  # the header
         try:
             query, document, gain = parts[0], number[parts[1]], float(parts[2])
             queries[query]

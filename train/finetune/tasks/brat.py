@@ -190,8 +190,8 @@ def documents(
 ) -> list[tuple[pathlib.Path, str, list[Span]]]:
     """(file, text, spans) of every .txt file with an .ann file below a folder, sorted by path.
 
-    Counts texts without annotations; join as in `read_document`. Raises FileNotFoundError if there
-    is no pair.
+    Counts texts without annotations, and the reverse; join as in `read_document`. Raises
+    FileNotFoundError if there is no pair.
     """
     files = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
     pairs = [file for file in files if file.with_suffix(".ann").exists()]
@@ -199,6 +199,8 @@ def documents(
         raise FileNotFoundError(f"expected pairs of .txt and .ann files below {folder}, found none")
     if len(pairs) < len(files):
         skipped["texts without annotations"] += len(files) - len(pairs)
+    if alone := sum(not file.with_suffix(".txt").exists() for file in folder.rglob("*.ann")):
+        skipped["annotations without a text"] += alone
     found, different = [], Counter[str]()
     for file in pairs:
         found.append((file, *read_document(file, skipped, join=join)))

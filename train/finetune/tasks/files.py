@@ -120,7 +120,7 @@ def token_data(
 def load_classification(path: pathlib.Path) -> Data:
     """One label per example; see the module."""
     skipped: Counter[str] = Counter()
-    splits = _splits(path, TABLES, lambda file: _classified(file, skipped))
+    splits = read_splits(path, TABLES, lambda file: _classified(file, skipped))
     labels = _sorted({name for split in splits for _, name in split})
     ids = {label: i for i, label in enumerate(labels)}
     examples = (
@@ -133,7 +133,7 @@ def load_classification(path: pathlib.Path) -> Data:
 def load_multilabel(path: pathlib.Path) -> Data:
     """Any number of labels per example; see the module."""
     skipped: Counter[str] = Counter()
-    splits = _splits(path, TABLES, lambda file: _labelled(file, skipped))
+    splits = read_splits(path, TABLES, lambda file: _labelled(file, skipped))
     flags = [names for split in splits for _, names in split if isinstance(names, dict)]
     if flags and len(flags) < sum(map(len, splits)):
         raise ValueError(f"{path}: expected a column {' or '.join(LABEL)} in each file, or in none")
@@ -170,9 +170,9 @@ def load_tokens(path: pathlib.Path) -> Data:
     """One tag per word; see the module."""
     skipped: Counter[str] = Counter()
     if path.is_dir() and next(path.rglob("*.ann"), None) is not None:
-        splits = _splits(path, None, lambda folder: _brat(folder, skipped))
+        splits = read_splits(path, None, lambda folder: _brat(folder, skipped))
     else:
-        splits = _splits(path, TAGGED, _tagged)
+        splits = read_splits(path, TAGGED, _tagged)
     tagged = [one for split in splits for one in split]
     labels = tuple(sorted({name for _, tags in tagged for name in tags}))
     ends = np.cumsum([len(split) for split in splits])
@@ -180,12 +180,15 @@ def load_tokens(path: pathlib.Path) -> Data:
     return token_data(tagged, rows, skipped, path, labels)
 
 
-def _splits(
+def read_splits(
     path: pathlib.Path,
     suffixes: tuple[str, ...] | None,
     read: Callable[[pathlib.Path], list[Any]],
 ) -> list[list[Any]]:
-    """`read` of train, validation and test, which are subfolders if suffixes is None."""
+    """`read` of train, validation and test, which are subfolders if suffixes is None.
+
+    A single file, also one in a folder, is split 70/15/15; without validation, 15 % of train is.
+    """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     found = _parts(path, suffixes) if path.is_dir() else {}
@@ -411,6 +414,8 @@ def _tagged_objects(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[s
             if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
                 raise ValueError(f"{at}: {name}: expected a list of strings")
         assert isinstance(words, list) and isinstance(tags, list)
+        if not all(words):
+            raise ValueError(f"{at}: words: expected a character or more in each, got an empty one")
         if len(words) != len(tags):
             raise ValueError(
                 f"{at}: expected one label per word, got {len(words)} words and {len(tags)} labels"

@@ -1,10 +1,10 @@
 """Extractive question answering from your own files, in SQuAD's form.
 
-A folder holds train.json, validation.json (or dev.json) and test.json, or one file is split
-70/15/15: {"data": [{"paragraphs": [{"context", "qas": [{"question", "answers": [{"text",
-"answer_start"}]}]}]}]}, or as .jsonl lines of {"question", "context", "answer", "answer_start"}. A
-question without an answer is skipped and counted, and so is an answer that is not at its
-answer_start. Offsets count characters, or UTF-16 units if more answers of a file are there.
+Files are named and split as those of `files`. A .json file holds {"data": [{"paragraphs":
+[{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}, a .jsonl file lines
+of {"question", "context", "answer", "answer_start"}. A question without an answer is skipped and
+counted, and so is an answer that is not at its answer_start. Offsets count characters, or UTF-16
+units if more answers of a file are there.
 """
 
 import pathlib
@@ -14,33 +14,15 @@ from typing import Any
 
 from ...corpora.readers.formats import whole_object
 from ...corpora.readers.text import read_objects
-from .task import Data, Example, Task, three_ways
-
-NAMES = {"train": ("train",), "validation": ("validation", "dev", "valid"), "test": ("test",)}
+from .files import read_splits
+from .task import Data, Example, Task
 
 
 def load(path: pathlib.Path) -> Data:
     """The questions of a folder or file. Raises FileNotFoundError or ValueError with one line."""
     skipped: Counter[str] = Counter()
-    if path.is_file():
-        examples = _read(path, skipped)
-        splits = [[examples[i] for i in rows] for rows in three_ways(len(examples))]
-    else:
-        files = {
-            split: next(
-                (f for n in names for s in (".json", ".jsonl") if (f := path / (n + s)).is_file()),
-                None,
-            )
-            for split, names in NAMES.items()
-        }
-        missing = [split for split, file in files.items() if file is None]
-        if missing:
-            raise FileNotFoundError(
-                f"{path}: expected {', '.join(f'{m}.json' for m in missing)} in SQuAD's "
-                "form, found none; a single file is split 70/15/15"
-            )
-        splits = [_read(file, skipped) for file in files.values() if file]
-    for name, examples in zip(NAMES, splits, strict=True):
+    splits = read_splits(path, (".json", ".jsonl"), lambda file: _read(file, skipped))
+    for name, examples in zip(("train", "validation", "test"), splits, strict=True):
         if not examples:
             raise ValueError(f"{path}: no question with an answer in {name}")
     return Data((), *splits, skipped=dict(skipped))
@@ -78,7 +60,7 @@ def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any]]:
     """(where it is, question, context, answer, offset of the answer)."""
-    if path.suffix == ".jsonl":
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
         for number, r in read_objects(path):
             place = f"{path}, line {number}"
             if "answer" not in r and "answers" in r:
