@@ -16,14 +16,28 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # The names of layers.ACTIVATIONS, which are those of ACT2FN in transformers.
 ACTIVATION_NAMES = (
     "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
     "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
     "gelu_pytorch_tanh",
     "gelu_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
     "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
     "silu",
+    "sqrtsoftplus",
     "swish",
     "tanh",
-    "sigmoid",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,7 +58,8 @@ class ModernBertConfig:
     max_position_embeddings: int = 8192  # tokens; training refuses longer sequences
 
     layer_types: tuple[str, ...] = ()  # () means (full, sliding, sliding) repeated
-    local_attention: int = 128  # the whole window, as in Hugging Face; the radius is half
+    # The whole window, as in Hugging Face; the radius is half. With 1 a token sees only itself.
+    local_attention: int = 128
     global_rope_theta: float = 160_000.0
     local_rope_theta: float | None = 10_000.0  # None or <= 0: equal to the global theta
 
@@ -72,6 +87,9 @@ class ModernBertConfig:
     id2label: tuple[str, ...] = ()  # names of the labels, in order; () if unnamed
     problem_type: str | None = None
 
+    output_hidden_states: bool = False  # what a call returns that says nothing else
+    output_attentions: bool = False
+
     pad_token_id: int | None = 50283
     bos_token_id: int | None = 50281
     eos_token_id: int | None = 50282
@@ -93,6 +111,10 @@ class ModernBertConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if type(self.local_attention) is not int or self.local_attention < 0:
+            raise ValueError(
+                f"local_attention: expected an integer of at least 0, got {self.local_attention!r}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -125,6 +147,9 @@ class ModernBertConfig:
                     f"{name}: expected one of {', '.join(ACTIVATION_NAMES)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        for name in ("output_hidden_states", "output_attentions"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name in _DROPOUTS:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected 0 <= rate < 1, got {getattr(self, name)!r}")
@@ -221,8 +246,9 @@ class ModernBertConfig:
         """Reads a `config.json` of transformers 4.48 or 5.
 
         The RoPE bases come from rope_parameters, then global_rope_theta and local_rope_theta, then
-        the defaults. Raises ValueError for another model_type, a rope_type other than "default", or
-        invalid values.
+        the defaults; sliding_window, a radius, wins over local_attention, as in transformers.
+        Raises ValueError for another model_type, a rope_type other than "default", invalid values,
+        or return_dict and is_causal where they would change the result of a call in transformers.
         """
         data = dict(data)
         model_type = data.pop("model_type", "modernbert")
@@ -231,7 +257,23 @@ class ModernBertConfig:
                 f"model_type: expected 'modernbert', got {model_type!r}; only ModernBERT can "
                 "be loaded (`python -m train finetune --backend torch` fine-tunes other models)"
             )
+        for name, value, reason in (
+            ("return_dict", True, "outputs are always named"),
+            ("is_causal", False, "an encoder attends in both directions"),
+        ):
+            if data.get(name) not in (None, value):
+                raise ValueError(
+                    f"{name}: expected {str(value).lower()} ({reason}), got {data[name]!r}"
+                )
         fields: dict[str, Any] = {}
+
+        if "sliding_window" in data:
+            radius = data.pop("sliding_window")
+            if type(radius) is not int or radius < 0:
+                raise ValueError(
+                    f"sliding_window: expected an integer of at least 0, got {radius!r}"
+                )
+            data["local_attention"] = 2 * radius
 
         n = data.pop("global_attn_every_n_layers", None)
         depth = data.get("num_hidden_layers", cls.num_hidden_layers)
@@ -305,8 +347,9 @@ class ModernBertConfig:
         data["id2label"] = {str(i): name for i, name in enumerate(names)}
         data["label2id"] = {name: i for i, name in enumerate(names)}
         data["dtype"] = data["torch_dtype"] = self.param_dtype
-        if not self.attention_out_dropout:
-            data.pop("attention_out_dropout")
+        for name in ("attention_out_dropout", "output_hidden_states", "output_attentions"):
+            if not data[name]:
+                data.pop(name)
         return dict(sorted(data.items()))
 
     @classmethod
@@ -333,7 +376,6 @@ _POSITIVE = (
     "num_hidden_layers",
     "num_attention_heads",
     "max_position_embeddings",
-    "local_attention",
     "num_labels",
 )
 _DROPOUTS = (

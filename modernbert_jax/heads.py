@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 
 from modernbert_jax.attention import attention as default_attention, make_segment_ids
+from modernbert_jax.attention.bounds import host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import ModernBertConfig, init_std
 from modernbert_jax.layers import (
@@ -22,7 +24,15 @@ from modernbert_jax.layers import (
     fold,
     truncated_normal,
 )
-from modernbert_jax.model import Array, BaseModelOutput, ModernBertModel, Remat, refuse_inputs
+from modernbert_jax.model import (
+    Array,
+    BaseModelOutput,
+    ModernBertModel,
+    Remat,
+    check_range,
+    one_of,
+    refuse_inputs,
+)
 from modernbert_jax.precision import einsum
 
 _HEAD_KEY = 1_000_000  # the number of the head's dropout key, beyond those of any layer
@@ -108,7 +118,7 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         return self.decoder.bias[...] if self.config.decoder_bias else None
 
     def predict_hidden(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         predict_positions: Array | None = None, inputs_embeds: Array | None = None,
         dropout_key: jax.Array | None = None, attention: Op = default_attention,
@@ -116,13 +126,14 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
     ) -> jax.Array:  # fmt: skip
         """Returns the decoder's input at the predicted positions, hidden_BPD (or hidden_BLD).
 
-        predict_positions: [B, P], indices 0 <= p < L; repeats are allowed. The loss of training
-        multiplies chunks of this by `decoder_weight_VD`, so that no [tokens, V] array exists.
+        predict_positions: [B, P], indices 0 <= p < L; repeats are allowed. Others raise ValueError
+        in lists and NumPy arrays, and give NaN in jax arrays. The loss of training multiplies
+        chunks of this by `decoder_weight_VD`, so that no [tokens, V] array exists.
         """
         hidden_BLD = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
-            **unsupported,
+            output_hidden_states=False, output_attentions=False, **unsupported,
         ).last_hidden_state  # fmt: skip
         return self.head(_gather(hidden_BLD, predict_positions))
 
@@ -136,12 +147,13 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         return logits
 
     def __call__(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         predict_positions: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
-        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **unsupported: Any,
     ) -> MaskedLMOutput:  # fmt: skip
         """Returns logits at every position, or at `predict_positions` [B, P] only."""
         out = self.model(
@@ -157,7 +169,31 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
 def _gather(hidden_BLD: jax.Array, positions_BP: Array | None) -> jax.Array:
     if positions_BP is None:
         return hidden_BLD
-    return jnp.take_along_axis(hidden_BLD, jnp.asarray(positions_BP)[..., None], axis=1)
+    B, L, _ = hidden_BLD.shape
+    if len(np.shape(positions_BP)) != 2 or np.shape(positions_BP)[0] != B:
+        raise ValueError(
+            f"predict_positions: expected shape [B, P] with B = {B}, got {np.shape(positions_BP)}"
+        )
+    check_range("predict_positions", positions_BP, L, "L - 1")
+    positions_BP = jnp.asarray(positions_BP)
+    # NaN for a position outside the row, a negative one too.
+    positions_BP = jnp.where(positions_BP < 0, L, positions_BP)
+    return jnp.take_along_axis(hidden_BLD, positions_BP[..., None], axis=1, mode="fill")
+
+
+def check_num_segments(num_segments: Any, segment_ids: Array | None) -> None:
+    """Raises ValueError unless num_segments is a positive int that no segment id exceeds.
+
+    The values of jax arrays are not read.
+    """
+    if not isinstance(num_segments, int | np.integer) or num_segments < 1:
+        raise ValueError(f"num_segments: expected a positive int, got {num_segments!r}")
+    ids = None if segment_ids is None else host_array("segment_ids", segment_ids)
+    if ids is not None and ids.size and ids.max() > num_segments:
+        raise ValueError(
+            f"num_segments: expected at least the largest segment id {ids.max()}, "
+            f"got {num_segments}"
+        )
 
 
 def pool(
@@ -167,8 +203,10 @@ def pool(
 
     hidden_states: [B, L, D]. segment_ids: [B, L]. num_segments: S; segment s (counted from 1, as in
     segment_ids) is at index s - 1, and is 0 if the row has no such segment. pooling: "cls" or
-    "mean".
+    "mean". Raises ValueError if segment_ids has larger ids than S; in a jax array, whose values are
+    not read, those segments are left out.
     """
+    check_num_segments(num_segments, segment_ids)
     s_1S1 = jnp.arange(1, num_segments + 1)[None, :, None]
     member_BSL = jnp.asarray(segment_ids)[:, None, :] == s_1S1
     if pooling == "cls":
@@ -207,6 +245,8 @@ class _Classifier(Pretrained, nnx.Module):
         num_segments: int | None, key: jax.Array | None,
     ) -> jax.Array:  # fmt: skip
         """Logits of the pooled segments [B, S, E], or [B, E] if num_segments is None."""
+        if num_segments is not None:
+            check_num_segments(num_segments, segment_ids)
         ids_BL = make_segment_ids(out.last_hidden_state.shape[:2], mask, segment_ids)
         pooled_BSD = pool(
             out.last_hidden_state, ids_BL, num_segments or 1, self.config.classifier_pooling
@@ -219,18 +259,20 @@ class ModernBertForSequenceClassification(_Classifier):
     """Predicts one label per sequence: pooling, head, classifier."""
 
     def __call__(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
-        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **unsupported: Any,
     ) -> ClassifierOutput:  # fmt: skip
         """Returns logits [B, E], or [B, S, E] for packed sequences, in segment order.
 
         num_segments: S, the largest number of sequences packed into one; an int. "cls" pools the
         first token, also with padding on the left, where transformers pools position 0.
-        Raises ValueError for segment_ids without num_segments.
+        Raises ValueError for segment_ids without num_segments, and for ids above num_segments in a
+        list or a NumPy array; in a jax array, whose values are not read, they are left out.
         """
         if segment_ids is not None and num_segments is None:
             raise ValueError(
@@ -253,11 +295,12 @@ class ModernBertForTokenClassification(_Classifier):
     """Predicts one label per token."""
 
     def __call__(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
-        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **unsupported: Any,
     ) -> ClassifierOutput:  # fmt: skip
         """Returns logits [B, L, E], for packed sequences too."""
         out = self.model(
@@ -274,11 +317,12 @@ class ModernBertForQuestionAnswering(_Classifier):
     """Predicts the start and the end of a span."""
 
     def __call__(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
-        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **unsupported: Any,
     ) -> QuestionAnsweringOutput:  # fmt: skip
         """Returns start_logits and end_logits [B, L]. Raises ValueError unless num_labels is 2."""
         if self.config.num_labels != 2:
@@ -303,12 +347,13 @@ class ModernBertForMultipleChoice(_Classifier):
         return 1
 
     def __call__(
-        self, input_ids: Array, attention_mask: Array | None = None,
+        self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
-        output_hidden_states: bool = False, output_attentions: bool = False, **unsupported: Any,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        **unsupported: Any,
     ) -> ClassifierOutput:  # fmt: skip
         """Returns logits [B, C] for inputs [B, C, L].
 
@@ -319,22 +364,19 @@ class ModernBertForMultipleChoice(_Classifier):
             unsupported, input_ids=input_ids, attention_mask=attention_mask,
             segment_ids=segment_ids, position_ids=position_ids, inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        rows = jnp.shape(input_ids)[:1]
+        choices = ()
         if num_segments is None:
-            if jnp.ndim(input_ids) != 3:
+            name, given = one_of(input_ids, inputs_embeds)
+            axes = "[B, choices, L]" if inputs_embeds is None else "[B, choices, L, D]"
+            if np.ndim(given) != axes.count(",") + 1:
                 raise ValueError(
-                    f"input_ids: expected [B, choices, L], got {jnp.shape(input_ids)}; packed "
-                    "sequences need num_segments"
+                    f"{name}: expected {axes}, got {np.shape(given)}; packed sequences need "
+                    "num_segments"
                 )
-            rows, length = jnp.shape(input_ids)[:2], jnp.shape(input_ids)[2]
-            flat = lambda x: None if x is None else jnp.reshape(jnp.asarray(x), (-1, length))  # noqa: E731
-            attention_mask, segment_ids = flat(attention_mask), flat(segment_ids)
-            position_ids = flat(position_ids)
-            input_ids = jnp.reshape(jnp.asarray(input_ids), (-1, length))
-            if inputs_embeds is not None:
-                inputs_embeds = jnp.reshape(
-                    jnp.asarray(inputs_embeds), (*input_ids.shape, self.config.hidden_size)
-                )
+            choices = np.shape(given)[:2]
+            input_ids, inputs_embeds = _merge(input_ids), _merge(inputs_embeds)
+            attention_mask, segment_ids = _merge(attention_mask), _merge(segment_ids)
+            position_ids = _merge(position_ids)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
@@ -345,7 +387,15 @@ class ModernBertForMultipleChoice(_Classifier):
             out, attention_mask, segment_ids, num_segments, dropout_key
         )
         return ClassifierOutput(
-            logits[..., 0] if num_segments else logits.reshape(rows),
+            logits[..., 0] if num_segments else logits.reshape(choices),
             out.hidden_states,
             out.attentions,
         )
+
+
+def _merge(x: Array | None) -> Array | None:
+    """Merges the first two axes; a NumPy array stays one, so that its values can be checked."""
+    if x is None:
+        return None
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    return x.reshape(-1, *x.shape[2:])

@@ -24,16 +24,33 @@ from modernbert_jax.precision import matmul_precision
 Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
 Op = Callable[..., jax.Array]  # has the signature of `modernbert_jax.attention.attention`
 
+_gelu = functools.partial(jax.nn.gelu, approximate=False)
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10.0, 10.0),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_tanh": _gelu_tanh,
+    "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * 2.0**0.5))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
 }
 
 
@@ -128,7 +145,9 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, input_ids_BL: jax.Array) -> jax.Array:
-        x_BLD = jnp.take(self.weight[...], input_ids_BL, axis=0)
+        # NaN for an id outside the vocabulary, negative ones too, never another token's row.
+        rows = jnp.asarray(self.weight[...]).at[input_ids_BL]
+        x_BLD = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         if self.pad_token_id is None:
             return x_BLD
         is_pad_BL1 = (input_ids_BL == self.pad_token_id)[..., None]
@@ -143,15 +162,9 @@ class Embeddings(nnx.Module):
         self.tok_embeddings = Embedding(config, rngs)
         self.norm = LayerNorm(config)
 
-    def __call__(
-        self,
-        input_ids_BL: jax.Array,
-        key: jax.Array | None,
-        inputs_embeds_BLD: jax.Array | None = None,
-    ) -> jax.Array:
-        if inputs_embeds_BLD is None:
-            inputs_embeds_BLD = self.tok_embeddings(input_ids_BL)
-        x_BLD = self.norm(inputs_embeds_BLD)
+    def __call__(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+        """tokens: ids [B, L], or their embeddings [B, L, D] before the norm."""
+        x_BLD = self.norm(self.tok_embeddings(tokens) if tokens.ndim == 2 else tokens)
         return dropout(x_BLD.astype(self.config.residual_dtype), self.config.embedding_dropout, key)
 
 

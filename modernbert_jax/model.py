@@ -15,6 +15,7 @@ from modernbert_jax.attention import (
     make_segment_ids,
     reference,
 )
+from modernbert_jax.attention.bounds import has_holes, host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
 from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op, fold, rope_tables
@@ -81,6 +82,36 @@ def refuse_inputs(unsupported: Mapping[str, Any], **inputs: Any) -> None:
         raise TypeError(f"{name}: not an argument of this model; see help(type(model).__call__)")
 
 
+def check_range(name: str, ids: Any, limit: int, of: str) -> None:
+    """Raises ValueError for ids that are no integers or not 0 <= id < `limit`, which `of` explains.
+
+    The values of jax arrays are not read, because that would wait for the device.
+    """
+    values = host_array(name, ids)
+    dtype = ids.dtype if values is None else values.dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got {dtype}")
+    if values is not None and values.size:
+        for worst in (values.min(), values.max()):
+            if not 0 <= worst < limit:
+                raise ValueError(f"{name}: expected 0 to {limit - 1:,} ({of}), got {worst}")
+
+
+def check_positions(position_ids: Any) -> None:
+    """Raises ValueError for positions that int32 cannot hold; those of jax arrays are not read."""
+    values = host_array("position_ids", position_ids)
+    if values is not None and values.size and (worst := np.abs(values).max()) >= 2**31:
+        raise ValueError(f"position_ids: expected at most {2**31 - 1:,} (int32), got {worst}")
+
+
+def one_of(input_ids: Any, inputs_embeds: Any) -> tuple[str, Any]:
+    """Returns the name and the value of the one that is given; raises ValueError otherwise."""
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: expected one of them, got {got}")
+    return ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+
+
 class ModernBertModel(Pretrained, nnx.Module):
     """The encoder without a head.
 
@@ -97,7 +128,7 @@ class ModernBertModel(Pretrained, nnx.Module):
 
     def __call__(
         self,
-        input_ids: Array,
+        input_ids: Array | None = None,
         attention_mask: Array | None = None,
         segment_ids: Array | None = None,
         position_ids: Array | None = None,
@@ -107,24 +138,29 @@ class ModernBertModel(Pretrained, nnx.Module):
         attention: Op = default_attention,
         scan_layers: bool = False,
         remat: Remat = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **unsupported: Any,
     ) -> BaseModelOutput:
         """Encodes token ids [B, L]; last_hidden_state is hidden_BLD in config.residual_dtype.
 
         attention_mask: [B, L], 1 for tokens and 0 for padding (on the left or right). segment_ids:
         [B, L], for packed sequences; 0 is padding, and equal neighbors are one document that
-        attends only to itself. position_ids: [B, L], in tokens; by default they restart at 0 in
-        each segment. inputs_embeds: [B, L, D], replace the embeddings of input_ids, before the
+        attends only to itself. position_ids: [B, L] or [1, L], in tokens; by default they restart
+        at 0 in each segment. inputs_embeds: [B, L, D], instead of input_ids: embeddings before the
         norm. dropout_key: a jax.random key; None disables dropout.
         attention: the attention function, such as `functools.partial(attention,
         implementation="reference")` or a sharded one. scan_layers: compile one body for each
         repeated group of layers, which compiles faster. remat: recompute each layer in the backward
         pass, or whatever a policy of jax.checkpoint_policies does not save. output_attentions:
-        costs [B, H, L, M] of memory per layer; `modernbert_jax.capture` selects some by name.
-        Raises ValueError for shapes that do not match, a mask with holes, and unpacked sequences
-        longer than max_position_embeddings; TypeError for inputs of other models.
+        costs [B, H, L, M] of memory per layer; `modernbert_jax.capture` selects some by name. None
+        for either output means the configuration's value, in training (remat, dropout_key) False.
+        Raises ValueError for shapes or dtypes that do not match, and unpacked sequences longer than
+        max_position_embeddings; in lists and NumPy arrays also for ids outside the vocabulary and a
+        mask with holes. The values of jax arrays are not read, because that would wait for the
+        device: there the token of such an id, and the sequence of such a mask, become NaN, and
+        `jax.experimental.checkify.checkify(f, errors=checkify.index_checks)` reports such ids.
+        Raises TypeError for inputs of other models.
         """
         refuse_inputs(
             unsupported,
@@ -135,8 +171,16 @@ class ModernBertModel(Pretrained, nnx.Module):
             inputs_embeds=inputs_embeds,
         )
         config = self.config
-        input_ids_BL = jnp.asarray(input_ids)
-        length, longest = input_ids_BL.shape[-1], config.max_position_embeddings
+        name, given = one_of(input_ids, inputs_embeds)
+        if input_ids is not None:
+            check_range("input_ids", input_ids, config.vocab_size, "vocab_size - 1")
+        tokens = jnp.asarray(given)
+        if inputs_embeds is not None and (
+            tokens.ndim != 3 or tokens.shape[2] != config.hidden_size
+        ):
+            raise ValueError(f"{name}: expected [B, L, {config.hidden_size}], got {tokens.shape}")
+        shape = tokens.shape if inputs_embeds is None else tokens.shape[:2]
+        length, longest = shape[-1], config.max_position_embeddings
         if segment_ids is None and length > longest:
             raise ValueError(
                 f"input_ids: expected at most {longest:,} tokens, got {length:,}; truncate them "
@@ -144,7 +188,7 @@ class ModernBertModel(Pretrained, nnx.Module):
                 f"or raise the limit (from_pretrained(..., max_position_embeddings={length}))"
             )
         whole = attention_mask is None and segment_ids is None
-        segment_ids_BL = make_segment_ids(input_ids_BL.shape, attention_mask, segment_ids)
+        segment_ids_BL = make_segment_ids(shape, attention_mask, segment_ids)
         bounds = {
             kind: make_bounds(segment_ids_BL, None if kind == FULL else config.window, whole=whole)
             for kind in dict.fromkeys((FULL, *config.layer_types))
@@ -153,6 +197,12 @@ class ModernBertModel(Pretrained, nnx.Module):
             index_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
             positions_BL = index_1L - bounds[FULL].lo_BL
         else:
+            if np.shape(position_ids) not in (shape, (1, length)):
+                raise ValueError(
+                    f"position_ids: expected the shape {shape} or {(1, length)}, "
+                    f"got {np.shape(position_ids)}"
+                )
+            check_positions(position_ids)
             positions_BL = jnp.asarray(position_ids)
         rope = {
             kind: rope_tables(positions_BL, config.head_dim, config.rope_theta(kind))
@@ -169,17 +219,24 @@ class ModernBertModel(Pretrained, nnx.Module):
                 run = jax.checkpoint(run, policy=None if remat is True else remat)
             return run(state, x_BLD, key)
 
+        training = bool(remat) or dropout_key is not None
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states and not training
+        if output_attentions is None:
+            output_attentions = config.output_attentions and not training
         maps: list[jax.Array] = []
         if output_attentions:
-            if remat or dropout_key is not None:
+            if training:
                 raise ValueError(
                     "output_attentions: expected inference, got remat or a dropout_key; leave "
                     "both out"
                 )
             attention = _keeping_maps(attention, maps)
 
-        embeds_BLD = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
-        x_BLD = self.embeddings(input_ids_BL, fold(dropout_key, 0), embeds_BLD)
+        x_BLD = self.embeddings(tokens, fold(dropout_key, 0))
+        if isinstance(attention_mask, jax.Array) and segment_ids is None:
+            holes_B11 = has_holes(attention_mask)[:, None, None]
+            x_BLD = jnp.where(holes_B11, jnp.nan, x_BLD)
         states = [x_BLD]
         scans = scan_layers and not output_hidden_states and not output_attentions
         groups, period = self._groups() if scans else (0, 1)

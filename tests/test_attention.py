@@ -106,7 +106,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 class TestContract:
-    @pytest.mark.parametrize("window", [1, 16, 64, None])
+    @pytest.mark.parametrize("window", [0, 1, 16, 64, None])
     def test_layouts_and_windows(self, name, window):
         for layout in LAYOUTS.values():  # one compilation for each number of rows
             check(name, layout, window)

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import modernbert_jax as mj
-from modernbert_jax.config import FULL, SLIDING, ModernBertConfig
+from modernbert_jax.config import ACTIVATION_NAMES, FULL, SLIDING, ModernBertConfig
+from modernbert_jax.layers import ACTIVATIONS
 
 SMALL = ModernBertConfig(
     vocab_size=40,
@@ -88,6 +89,16 @@ class TestReading:
         again = ModernBertConfig.from_dict(written)
         assert again.replace(id2label=(), hf_extra="{}") == config.replace(hf_extra="{}")
 
+    @pytest.mark.parametrize("radius", [0, 4])
+    @pytest.mark.parametrize("others", [{}, {"local_attention": 32}])
+    def test_sliding_window_as_in_transformers(self, radius, others):
+        transformers = pytest.importorskip("transformers")
+        data = {"sliding_window": radius, **others}
+        theirs, ours = transformers.ModernBertConfig(**data), ModernBertConfig.from_dict(data)
+        assert ours.local_attention == theirs.local_attention
+        assert ours.window == theirs.sliding_window == radius
+        assert ModernBertConfig.from_dict(ours.to_dict()).window == radius
+
     def test_transformers_reads_what_we_write(self):
         transformers = pytest.importorskip("transformers")
         ours = SMALL.replace(
@@ -101,17 +112,29 @@ class TestReading:
         assert back.replace(hf_extra="{}", id2label=()) == ours
 
 
+def test_activations_are_those_of_transformers():
+    """Every name in transformers' table, except activations with weights of their own."""
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    x = np.linspace(-12, 12, 97, dtype=np.float32)
+    for name in activations.ACT2FN.keys() - {"prelu", "xielu"}:
+        want = activations.ACT2FN[name](torch.tensor(x)).numpy()
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), want, atol=2e-6, rtol=1e-5)
+    assert set(ACTIVATION_NAMES) == set(ACTIVATIONS)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"num_attention_heads": 3}, "16 is not a multiple of num_attention_heads 3"),
         ({"num_attention_heads": 16}, "head size 1 .* must be even"),
-        ({"hidden_activation": "mish"}, "hidden_activation: expected one of gelu, .*'mish'"),
+        ({"hidden_activation": "prelu"}, "hidden_activation: expected one of gelu, .*'prelu'"),
         ({"classifier_activation": "x"}, "classifier_activation"),
         ({"layer_types": (FULL,)}, "layer_types: expected 3 entries .* got 1"),
         ({"layer_types": (FULL, FULL, "causal")}, "got 'causal'"),
         ({"vocab_size": 0}, "vocab_size: expected a positive integer, got 0"),
-        ({"local_attention": -1}, "local_attention: expected a positive integer"),
+        ({"local_attention": -1}, "local_attention: expected an integer of at least 0, got -1"),
+        ({"output_attentions": 1}, "output_attentions: expected true or false, got 1"),
         ({"mlp_dropout": 1.0}, "mlp_dropout: expected 0 <= rate < 1"),
         ({"classifier_pooling": "max"}, "expected 'cls' or 'mean'"),
         ({"pad_token_id": 40}, "below vocab_size 40"),
@@ -133,6 +156,9 @@ def test_refusals(changes, message):
         ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "'default', got 'linear'"),
         ({"global_attn_every_n_layers": 0}, "expected a positive integer, got 0"),
         ({"head_dim": 32}, "head_dim: expected 64, got 32"),
+        ({"sliding_window": None}, "sliding_window: expected an integer of at least 0, got None"),
+        ({"return_dict": False}, "return_dict: expected true .outputs are always named., got"),
+        ({"is_causal": True}, "is_causal: expected false .an encoder attends in both"),
     ],
 )
 def test_refusals_of_files(data, message, tmp_path):
@@ -176,6 +202,8 @@ CHANGES = {
     "residual_dtype": "bfloat16",
 }
 NOT_OF_THE_GRAPH = {
+    "output_hidden_states": "which outputs a call returns (tests/test_calls.py)",
+    "output_attentions": "which outputs a call returns (tests/test_calls.py)",
     "max_position_embeddings": "training refuses longer rows (tests/test_pretrain.py)",
     "id2label": "names only",
     "problem_type": "chooses a loss, in fine-tuning",

@@ -85,11 +85,11 @@ class TestBounds:
         assert int((bounds.hi_BL - bounds.lo_BL)[0, 200]) == 129
 
     def test_refusals(self):
-        with pytest.raises(ValueError, match="radius of at least 1 token, got 0"):
-            make_bounds(self.ids, 0)
-        with pytest.raises(ValueError, match="expected ids of 0 .padding. or more, got -3"):
+        with pytest.raises(ValueError, match="radius of at least 0 tokens, got -1"):
+            make_bounds(self.ids, -1)
+        with pytest.raises(ValueError, match="expected ids of 0 .padding. to .*, got -3"):
             make_bounds(-self.ids)
-        with pytest.raises(ValueError, match="one run of ones per sequence .* 0 has 2 runs"):
+        with pytest.raises(ValueError, match="one run of ones per sequence .* 0 has holes"):
             make_segment_ids((1, 3), np.array([[1, 0, 1]]))
 
 

@@ -119,7 +119,7 @@ def test_matches_reference(window, dtype, capfd):
     check(segment_ids(MIXED, PADDING), 2, 64, window, dtype, capfd)
 
 
-@pytest.mark.parametrize(("heads", "window"), [(3, None), (1, 16), (3, 1)])
+@pytest.mark.parametrize(("heads", "window"), [(3, None), (1, 16), (3, 1), (1, 0)])
 def test_odd_heads_and_several_tiles(heads, window, capfd):
     check(segment_ids(PACKED), heads, 64, window, jnp.float32, capfd)
 

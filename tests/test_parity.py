@@ -127,6 +127,16 @@ def test_masked_lm(case, padding):
     assert np.isfinite(np.asarray(got.logits)).all()
 
 
+def test_a_token_that_sees_only_itself():
+    """A window of one token, half of which is a radius of 0."""
+    changes = {"num_hidden_layers": 2, "layer_types": [SLIDING] * 2, "local_attention": 1}
+    reference = hf_model("ModernBertForMaskedLM", changes)
+    ids, mask = inputs(20, padding="right")
+    with torch.no_grad():
+        want = reference(t(ids), t(mask)).logits
+    assert relative_error(ours_of(reference)(ids, mask).logits, want, mask) < FORWARD
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 @pytest.mark.parametrize("head", list(HEADS)[1:])

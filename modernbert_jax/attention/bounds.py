@@ -1,11 +1,11 @@
 """The attention mask as two integers per query: the interval of keys that it sees."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 
 @jax.tree_util.register_dataclass
@@ -38,15 +38,15 @@ def make_bounds(
 
     segment_ids: [B, L]; a segment is a maximal run of equal nonzero ids, and 0 is padding, which
     sees nothing and is not seen. window: a radius, inclusive on both sides (64 for Hugging Face's
-    local_attention=128). whole: a promise that all ids are equal and not 0. Raises ValueError for a
-    window below 1 and, on concrete arrays, for ids that are negative or decrease along a row.
+    local_attention=128); with 0 a token sees only itself. whole: a promise that all ids are equal
+    and not 0. Raises ValueError for a negative window and, for NumPy arrays, for ids that are
+    negative or decrease along a row.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected None or a radius of at least 1 token, got {window}")
+    if window is not None and window < 0:
+        raise ValueError(f"window: expected None or a radius of at least 0 tokens, got {window}")
     if segment_ids.ndim != 2:
         raise ValueError(f"segment_ids: expected shape [B, L], got {segment_ids.shape}")
-    if not isinstance(segment_ids, Tracer):
-        check_segment_ids(np.asarray(segment_ids))
+    check_segment_ids(segment_ids)
     ids_BL = jnp.asarray(segment_ids, jnp.int32)
     length = ids_BL.shape[1]
     i_1L = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -63,11 +63,36 @@ def make_bounds(
     return Bounds(jnp.where(padding, i_1L, lo_BL), jnp.where(padding, i_1L, hi_BL), window, whole)
 
 
-def check_segment_ids(ids_BL: np.ndarray) -> None:
-    """Raises ValueError for ids that are negative or decrease along a row."""
-    lowest = np.min(ids_BL, initial=0)
-    if lowest < 0:
-        raise ValueError(f"segment_ids: expected ids of 0 (padding) or more, got {lowest}")
+def host_array(name: str, x: Any) -> np.ndarray | None:
+    """Returns a list or a NumPy array as an array; None for jax arrays, whose values may not exist.
+
+    To read a value of an array on a device would wait for the device, and a tracer has none.
+    """
+    if isinstance(x, jax.Array):
+        return None
+    try:
+        return np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name}: expected lists of one length, got several; pad them") from None
+
+
+def check_segment_ids(segment_ids: Any) -> None:
+    """Raises ValueError for ids [..., L] that are no integers, negative, or decrease along a row.
+
+    The values of jax arrays are not read.
+    """
+    ids = host_array("segment_ids", segment_ids)
+    dtype = segment_ids.dtype if ids is None else ids.dtype
+    if np.dtype(dtype).kind not in "iub":
+        raise ValueError(f"segment_ids: expected integers, got {dtype}")
+    if ids is None or not ids.size:
+        return
+    ids_BL = ids.reshape(-1, ids.shape[-1])
+    for worst in (ids_BL.min(), ids_BL.max()):
+        if not 0 <= worst < 2**31:
+            raise ValueError(
+                f"segment_ids: expected ids of 0 (padding) to {2**31 - 1}, got {worst}"
+            )
     so_far_BL = np.maximum.accumulate(ids_BL, axis=1)
     falls_BL = (ids_BL > 0) & (ids_BL < so_far_BL)
     if falls_BL.any():
@@ -78,6 +103,25 @@ def check_segment_ids(ids_BL: np.ndarray) -> None:
         )
 
 
+def check_mask(attention_mask: Any) -> None:
+    """Raises ValueError for a mask [..., L] with other values than 0 and 1.
+
+    The values of jax arrays are not read.
+    """
+    mask = host_array("attention_mask", attention_mask)
+    if mask is not None and (odd := mask[(mask != 0) & (mask != 1)]).size:
+        raise ValueError(
+            f"attention_mask: expected 1 for tokens and 0 for padding, got {odd.flat[0]}"
+        )
+
+
+def has_holes(attention_mask: Any) -> Any:
+    """Returns for each row of a mask [B, L] whether its ones are more than one run, [B]."""
+    mask = attention_mask != 0
+    starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    return starts > 1
+
+
 def make_segment_ids(
     shape: tuple[int, ...],
     attention_mask: jax.Array | np.ndarray | None = None,
@@ -86,33 +130,36 @@ def make_segment_ids(
     """Builds segment_ids_BL from whichever inputs a caller has; without any, all ones.
 
     shape: [B, L], the shape of input_ids. attention_mask: 1 for tokens and 0 for padding; it sets
-    the ids of padding to 0. Raises ValueError for other shapes and, on concrete arrays, for a mask
-    with holes and no segment_ids: its tokens would not be one interval.
+    the ids of padding to 0. Raises ValueError for other shapes and, for lists and NumPy arrays, for
+    a mask with holes and no segment_ids: its tokens would not be one interval. In a jax array,
+    whose values are not read, the runs between holes become separate segments.
     """
-    if len(shape) != 2:
-        raise ValueError(f"input_ids: expected shape [B, L], got {tuple(shape)}")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"input_ids: expected shape [B, L] with at least one token, got {tuple(shape)}"
+        )
     for name, x in (("attention_mask", attention_mask), ("segment_ids", segment_ids)):
         if x is not None and np.shape(x) != shape:
             raise ValueError(
                 f"{name}: expected the shape of input_ids {tuple(shape)}, got {np.shape(x)}"
             )
-    if attention_mask is None:
-        if segment_ids is None:
-            return jnp.ones(shape, jnp.int32)
-        return jnp.asarray(segment_ids, jnp.int32)
+    if attention_mask is not None:
+        check_mask(attention_mask)
     if segment_ids is not None:
+        check_segment_ids(segment_ids)
         ids_BL = jnp.asarray(segment_ids, jnp.int32)
+        if attention_mask is None:
+            return ids_BL
         return jnp.where(jnp.asarray(attention_mask) != 0, ids_BL, 0)
-    if not isinstance(attention_mask, Tracer):
-        mask = np.asarray(attention_mask) != 0
-        starts = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-        if (starts > 1).any():
-            row = int(np.argmax(starts > 1))
-            raise ValueError(
-                "attention_mask: expected one run of ones per sequence (padding on the left or "
-                f"right), sequence {row} has {int(starts[row])} runs; pass segment_ids for packed "
-                "sequences"
-            )
+    if attention_mask is None:
+        return jnp.ones(shape, jnp.int32)
+    mask = host_array("attention_mask", attention_mask)
+    if mask is not None and (holes_B := has_holes(mask)).any():
+        raise ValueError(
+            "attention_mask: expected one run of ones per sequence (padding on the left or "
+            f"right), sequence {int(np.argmax(holes_B))} has holes; pass segment_ids for packed "
+            "sequences"
+        )
     return (jnp.asarray(attention_mask) != 0).astype(jnp.int32)
 
 

@@ -122,10 +122,11 @@ def _blocks(kind: str, block: int, bounds: Bounds, q_BLHK, k_BMHK, v_BMHK):
     """Returns (q, k, v, mask) in blocks: the whole row ("dense") or bands with their neighbors."""
     lo, hi = _split(bounds.lo_BL, block), _split(bounds.hi_BL, block)
     q, k, v = (_split(x, block) for x in (q_BLHK, k_BMHK, v_BMHK))
-    first = jnp.zeros((len(q),), jnp.int32)
+    # q.shape[0], not len(q): the batch may be a symbolic dimension of jax.export.
+    first = jnp.zeros((q.shape[0],), jnp.int32)
     if kind == "bands":
-        B = len(q_BLHK)
-        n = len(q) // B
+        B, L = q_BLHK.shape[:2]
+        n = -(-L // block)
         k, v = (_neighbors(x, B) for x in (k, v))
         first = jnp.tile((jnp.arange(n, dtype=jnp.int32) - 1) * block, B)
     j = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :] + first[:, None, None]

@@ -16,7 +16,7 @@ from modernbert_jax.checkpoint.hf import SafetensorsFolder, tied_copy, write_hf
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import check_keys, flatten, module_of, param_shapes
-from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.config import DTYPES, ModernBertConfig
 from modernbert_jax.weights import BACKBONE, HEADS, from_hf, to_hf, weight_of
 
 # Arguments of transformers' from_pretrained that have no meaning here, and what to use instead.
@@ -84,8 +84,8 @@ class Pretrained:
         else:
             config, tensors = read_config(folder)[0], SafetensorsFolder(folder)
         stored = _float_dtype(tensors)
-        compute = jnp.dtype(stored if dtype is None else dtype).name
-        keep = jnp.dtype(compute if param_dtype is None else param_dtype).name
+        compute = _dtype_name("dtype", stored if dtype is None else dtype)
+        keep = _dtype_name("param_dtype", compute if param_dtype is None else param_dtype)
         if compute == "float16" and jax.default_backend() == "cpu":
             warnings.warn(
                 "dtype: float16 is slow on a CPU and overflows early; pass dtype='float32'",
@@ -132,6 +132,13 @@ class Pretrained:
             max_shard_size=max_shard_size,
             card=card,
         )
+
+
+def _dtype_name(name: str, dtype: Any) -> str:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}") from None
 
 
 def _float_dtype(tensors: Mapping[str, Any]) -> np.dtype:

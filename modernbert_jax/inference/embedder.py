@@ -24,7 +24,7 @@ from modernbert_jax.inference.export import (
 )
 from modernbert_jax.model import ModernBertModel
 from modernbert_jax.packing import segment_slots
-from modernbert_jax.tokenizer import max_tokens
+from modernbert_jax.tokenizer import check_ids, max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,6 +58,7 @@ class Embedder:
         layers = self.model.config.num_hidden_layers
         if not -layers - 1 <= self.layer <= layers:
             raise ValueError(f"layer: expected {-layers - 1} to {layers}, got {self.layer}")
+        check_ids(self.tokenizer, self.model.config.vocab_size)
         limit = min(self.max_length, self.model.config.max_position_embeddings)
         self.max_length = max_tokens(self.tokenizer, limit)
         # A new mesh, because the axes may be explicit and these arrays are placed by the compiler.

@@ -30,7 +30,7 @@ from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.packing import batch_rows, fill_rows, row_size
-from modernbert_jax.tokenizer import AutoTokenizer, check_ids
+from modernbert_jax.tokenizer import AutoTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -194,7 +194,7 @@ def load(
     """Returns (model, tokenizer, its folder or None) for a folder, a hub id, or a model of `cls`.
 
     options: arguments of from_pretrained; None stands for its default. Raises TypeError for
-    anything else, ValueError if the tokenizer has ids that the model lacks.
+    anything else.
     """
     if compile_cache is not None:
         use_compile_cache(compile_cache)
@@ -218,5 +218,4 @@ def load(
             "tokenizer: expected a folder, a hub id or a fast tokenizer of transformers, got "
             f"{type(tokenizer).__name__}"
         )
-    check_ids(tokenizer, model.config.vocab_size)
     return model, tokenizer, folder

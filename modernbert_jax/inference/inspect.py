@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 
 from modernbert_jax.attention import make_segment_ids
-from modernbert_jax.attention.bounds import check_segment_ids
-from modernbert_jax.heads import ModernBertForQuestionAnswering
-from modernbert_jax.model import refuse_input
+from modernbert_jax.attention.bounds import check_segment_ids, host_array
+from modernbert_jax.heads import ModernBertForQuestionAnswering, check_num_segments
+from modernbert_jax.model import check_range, check_positions, one_of, refuse_input
 
 
 def capture(
@@ -64,12 +64,24 @@ def capture(
     for name, value in inputs.items():
         refuse_input(name, value)
     # These checks need concrete values, which the compiled program does not see.
+    arrays = {
+        name: np.asarray(value) if isinstance(value, jax.Array) else host_array(name, value)
+        for name, value in inputs.items()
+    }
+    _, tokens = one_of(arrays.get("input_ids"), arrays.get("inputs_embeds"))
+    if input_ids is not None:
+        check_range("input_ids", tokens, model.config.vocab_size, "vocab_size - 1")
+    if predict_positions is not None:
+        check_range("predict_positions", arrays["predict_positions"], tokens.shape[1], "L - 1")
+    if position_ids is not None:
+        check_positions(arrays["position_ids"])
     if attention_mask is not None:
-        mask = np.reshape(attention_mask, (-1, np.shape(attention_mask)[-1]))
+        mask = arrays["attention_mask"].reshape(-1, arrays["attention_mask"].shape[-1])
         make_segment_ids(mask.shape, mask)
     if segment_ids is not None:
-        check_segment_ids(np.asarray(segment_ids))
-    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        check_segment_ids(arrays["segment_ids"])
+    if num_segments is not None:
+        check_num_segments(num_segments, arrays.get("segment_ids"))
     static = () if num_segments is None else (("num_segments", num_segments),)
     graph, state = nnx.split(model)
     ordered = tuple(name for name in known if name in wanted)

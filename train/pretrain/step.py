@@ -182,7 +182,6 @@ class Trainer:
             self.mesh, embedding.pad_token_id, embedding.weight[...], batch["input_ids"]
         )
         hidden_BPD = model.predict_hidden(
-            batch["input_ids"],
             segment_ids=batch["segment_ids"],
             inputs_embeds=embeds_BLD,
             predict_positions=batch["predict_positions"],

@@ -11,7 +11,7 @@ import numpy as np
 
 from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.inference.export import Function, packed_batches, save, tokens_per_sequence
-from modernbert_jax.tokenizer import max_tokens
+from modernbert_jax.tokenizer import check_ids, max_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +32,9 @@ class Pipeline:
         batch_tokens: int | None = None,
     ):
         """folder: may hold exported functions. batch_tokens: the most tokens in a packed sequence,
-        by default 16,384, on a CPU 512."""
+        by default 16,384, on a CPU 512. Raises ValueError if the tokenizer has ids that the model
+        lacks."""
+        check_ids(tokenizer, model.config.vocab_size)
         self.model: Any = model
         self.tokenizer: PreTrainedTokenizerFast = tokenizer
         self.batch_tokens: int = tokens_per_sequence(batch_tokens)
