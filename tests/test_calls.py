@@ -95,7 +95,8 @@ class TestValues:
     def test_checkify_reports_ids_on_a_device(self, value):
         table = model().model.embeddings.tok_embeddings
         check = checkify.checkify(table, errors=checkify.index_checks)
-        assert f"index {value} is out of bounds" in check(jnp.asarray([[5, value]]))[0].get()
+        message = check(jnp.asarray([[5, value]]))[0].get()
+        assert f"index {value} is out of bounds" in str(message)
         assert check(jnp.asarray([[5, 6]]))[0].get() is None
 
     def test_segments_need_their_slots(self):
@@ -162,7 +163,8 @@ def test_outputs_by_configuration():
     assert mj.ModernBertConfig.from_dict(config.to_dict()) == config
     talkative = mj.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
     out = talkative(IDS)
-    assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+    assert out.hidden_states and len(out.hidden_states) == 3
+    assert out.attentions and len(out.attentions) == 2
     out = talkative(IDS, output_hidden_states=False, output_attentions=False)
     assert out.hidden_states is None and out.attentions is None
     out = talkative(IDS, dropout_key=jax.random.key(0))

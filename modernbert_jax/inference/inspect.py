@@ -11,7 +11,7 @@ from flax import nnx
 from modernbert_jax.attention import make_segment_ids
 from modernbert_jax.attention.bounds import check_segment_ids, host_array
 from modernbert_jax.heads import ModernBertForQuestionAnswering, check_num_segments
-from modernbert_jax.model import check_range, check_positions, one_of, refuse_input
+from modernbert_jax.model import check_positions, check_range, one_of, refuse_input
 
 
 def capture(
@@ -64,7 +64,7 @@ def capture(
     for name, value in inputs.items():
         refuse_input(name, value)
     # These checks need concrete values, which the compiled program does not see.
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.asarray(value) if isinstance(value, jax.Array) else host_array(name, value)
         for name, value in inputs.items()
     }
