@@ -58,8 +58,7 @@ class ModernBertConfig:
     max_position_embeddings: int = 8192  # tokens; training refuses longer sequences
 
     layer_types: tuple[str, ...] = ()  # () means (full, sliding, sliding) repeated
-    # The whole window, as in Hugging Face; the radius is half. With 1 a token sees only itself.
-    local_attention: int = 128
+    local_attention: int = 128  # the window, twice the radius; with 1 a token sees only itself
     global_rope_theta: float = 160_000.0
     local_rope_theta: float | None = 10_000.0  # None or <= 0: equal to the global theta
 
