@@ -6,6 +6,7 @@ All texts are invented.
 import csv
 import itertools
 import json
+import os
 from collections import Counter
 
 import pandas
@@ -122,6 +123,23 @@ def test_a_discontinuous_span_over_a_line_end_is_one(tmp_path):
     assert [text[s.start : s.end] for s in spans] == ["heart \n failure"]
     assert skipped == {"discontinuous spans": 2}
     assert [spans for _, _, spans in documents(tmp_path, Counter())] == [[]]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such links and names there")
+def test_links_are_followed_and_names_are_escaped(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "brat").mkdir()
+    (tmp_path / "brat" / "linked").symlink_to(tmp_path / "real")
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / "real" / f"{name}.txt").write_text("Takes pills.")
+    (tmp_path / "real" / f"{name}.ann").write_text("T1\tForm 6 11\tpills\nT2\tForm 0 5\tpills\n")
+    skipped = Counter()
+    ((_, _, spans),) = documents(tmp_path / "brat", skipped)
+    assert spans == [Span("Form", 6, 11, "pills")]
+    assert skipped == {r"spans with another text at their offsets, in linked/caf\xe9.txt": 1}
+    (tmp_path / "real" / "up").symlink_to(tmp_path / "brat")
+    with pytest.raises(ValueError, match="expected no link to a folder that it is in"):
+        task_named("tokens").load(tmp_path / "brat")
 
 
 @pytest.mark.parametrize(
@@ -457,6 +475,7 @@ BAD = [
     ("classification", {"a.csv": "", "b.csv": ""}, "found 2 such files and no train"),
     ("classification", {"train.csv": ""}, "expected train and test, .* found train"),
     ("classification", {"train.csv": "", "train.tsv": ""}, "expected one train, found train.csv"),
+    ("classification", {"a.csv": "text,label,text\na,1,secret"}, "each column once.* 'text' twice"),
     ("classification", {"a.csv": "text,x\nthe secret,2\n"}, "record 1: expected a column label or"),
     ("classification", {"a.csv": "x,label\nthe secret,2\n"}, "record 1: expected a column text or"),
     ("classification", {"a.csv": "text,label\nthe secret,2,3\n"}, "record 1: expected 2 fields"),

@@ -276,6 +276,27 @@ def test_cos(tmp_path):
         assert names(data, split) == [expected[order[i]] for i in part]
 
 
+def test_cos_in_other_units(tmp_path):
+    """Offsets that count UTF-16 units, and an entity with another text at its offsets."""
+    lines = []
+    for i in range(10):
+        snippet = f"Low \U0001f600 opacity in lobe {i}."
+        counted = snippet.replace("\U0001f600", "ab")
+        at = 100 * i
+        lines += [f"T1\tSnippet {at} {at + len(counted)}\t{snippet}\n"]
+        lines += [ann(counted, ("Attr", "opacity"), ("Loc", "lobe"), start=at)]
+        lines += [f"T9\tVal {at} {at + 3}\t{'High' if i == 3 else 'Low'}\n"]
+    (tmp_path / "a.ann").write_text("".join(lines), encoding="utf-8-sig")
+    data = task_named("cos").load(tmp_path)
+    assert data.skipped == {"spans with another text at their offsets, in a.ann": 1}
+    for words, tags in everything(data):
+        assert dict(zip(words, tags, strict=True)) == {
+            "Low": "O" if "3" in words else "B-Val",
+            **{"\U0001f600": "O", "opacity": "B-Attr", "in": "O", "lobe": "B-Loc"},
+            **{words[5]: "O", ".": "O"},
+        }
+
+
 # Social History
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...corpora.readers.text import BOMS
+from ...corpora.source import files_below, name_of
 
 WORDS = re.compile(r"\w+|[^\w\s]")  # letters and digits, or one other character
 BLANK_WORDS = re.compile(r"\S+")  # separated by whitespace
@@ -50,6 +51,13 @@ class Span:
         """The fragments of this span in a text, with a space between them, as in an .ann file."""
         ends = (self.start, *itertools.chain.from_iterable(self.gaps), self.end)
         return " ".join(text[a:b] for a, b in zip(ends[::2], ends[1::2], strict=True))
+
+
+def in_order(folder: pathlib.Path, suffix: str) -> list[pathlib.Path]:
+    """The files with a suffix below a folder, links followed, sorted by relative path."""
+    found = files_below(folder) if folder.is_dir() else ()
+    chosen = [path for path in found if path.suffix == suffix]
+    return sorted(chosen, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -164,7 +172,7 @@ def agreeing(text: str, spans: Sequence[Span], skipped: Counter[str]) -> list[Sp
 
 def name_files(found: Counter[str], skipped: Counter[str]) -> None:
     """Counts the spans with another text, {file: number}, under a reason that names three files."""
-    files = [name.encode("utf-8", "replace").decode() for name in +found]
+    files = list(+found)
     if files:
         more = f" and {len(files) - 3} more files" if len(files) > 3 else ""
         skipped[f"{DIFFERENT}, in {', '.join(files[:3])}{more}"] += found.total()
@@ -193,18 +201,18 @@ def documents(
     Counts texts without annotations, and the reverse; join as in `read_document`. Raises
     FileNotFoundError if there is no pair.
     """
-    files = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
+    files = in_order(folder, ".txt")
     pairs = [file for file in files if file.with_suffix(".ann").exists()]
     if not pairs:
         raise FileNotFoundError(f"expected pairs of .txt and .ann files below {folder}, found none")
     if len(pairs) < len(files):
         skipped["texts without annotations"] += len(files) - len(pairs)
-    if alone := sum(not file.with_suffix(".txt").exists() for file in folder.rglob("*.ann")):
+    if alone := sum(not file.with_suffix(".txt").exists() for file in in_order(folder, ".ann")):
         skipped["annotations without a text"] += alone
     found, different = [], Counter[str]()
     for file in pairs:
         found.append((file, *read_document(file, skipped, join=join)))
-        different[file.name] = skipped.pop(DIFFERENT, 0)
+        different[name_of(file.relative_to(folder))] = skipped.pop(DIFFERENT, 0)
     name_files(different, skipped)
     return found
 

@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 from collections import Counter
 
-from .brat import DIFFERENT, WORDS, Span, agreeing, locate, name_files, read_spans, tag
+from ...corpora.source import name_of
+from .brat import DIFFERENT, WORDS, Span, agreeing, in_order, locate, name_files, read_spans, tag
 from .files import token_data
 from .task import Data, Task, published, three_ways
 
@@ -19,7 +20,7 @@ def load(folder: pathlib.Path) -> Data:
     An entity belongs to the snippet that contains all of it; entities in no snippet are counted,
     and so are those with another text at their offsets.
     """
-    files = sorted(folder.rglob("*.ann"), key=lambda path: path.relative_to(folder).as_posix())
+    files = in_order(folder, ".ann")
     if not files:
         raise FileNotFoundError(
             f"expected the .ann files of Change of State below {folder}, found none; get "
@@ -29,7 +30,7 @@ def load(folder: pathlib.Path) -> Data:
     tagged, different = [], Counter[str]()
     for file in files:
         tagged += _snippets(file, skipped)
-        different[file.name] = skipped.pop(DIFFERENT, 0)
+        different[name_of(file.relative_to(folder))] = skipped.pop(DIFFERENT, 0)
     name_files(different, skipped)
     if not tagged:
         raise ValueError(f"{folder}: expected Snippet spans in the .ann files, found none")

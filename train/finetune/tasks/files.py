@@ -35,7 +35,8 @@ from ...corpora.readers.text import (
     read_objects,
     read_rows,
 )
-from .brat import WORDS, documents, tag
+from ...corpora.source import files_below
+from .brat import WORDS, documents, in_order, tag
 from .task import Data, Example, Task, hf_split, make_data, three_ways
 
 SPLITS = {
@@ -64,7 +65,8 @@ def find_file(
     Raises FileNotFoundError that says where to get it.
     """
     for name in names:
-        found = [path for path in folder.rglob(name) if path.is_file()]
+        below = files_below(folder) if folder.is_dir() else ()
+        found = [path for path in below if path.name == name]
         if found:
             return min(found, key=lambda path: (len(path.parts), path.as_posix()))
     raise FileNotFoundError(
@@ -169,7 +171,7 @@ def load_multilabel(path: pathlib.Path) -> Data:
 def load_tokens(path: pathlib.Path) -> Data:
     """One tag per word; see the module."""
     skipped: Counter[str] = Counter()
-    if path.is_dir() and next(path.rglob("*.ann"), None) is not None:
+    if path.is_dir() and in_order(path, ".ann"):
         splits = read_splits(path, None, lambda folder: _brat(folder, skipped))
     else:
         splits = read_splits(path, TAGGED, _tagged)
@@ -265,6 +267,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     rows = _rows(path)
     _, header = next(rows, (0, []))
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+        raise ValueError(f"{path}: expected each column once, got two; {listed(twice)} twice")
     for number, row in rows:
         _same_length(path, number, row, header)
         yield f"{path}, record {number}", dict(zip(header, row, strict=True))

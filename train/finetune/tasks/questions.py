@@ -14,6 +14,7 @@ from typing import Any
 
 from ...corpora.readers.formats import whole_object
 from ...corpora.readers.text import read_objects
+from ...corpora.source import name_of
 from .files import read_splits
 from .task import Data, Example, Task
 
@@ -53,8 +54,8 @@ def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
 
     found = max(located(units=False), located(units=True), key=len)
     if len(found) < len(answered):
-        name = path.name.encode("utf-8", "replace").decode()
-        skipped[f"answers that are not at answer_start, in {name}"] += len(answered) - len(found)
+        reason = f"answers that are not at answer_start, in {name_of(pathlib.Path(path.name))}"
+        skipped[reason] += len(answered) - len(found)
     return found
 
 
