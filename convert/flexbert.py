@@ -128,7 +128,8 @@ def hf_config(
 def flex_config(config: ModernBertConfig) -> dict[str, Any]:
     """Returns the FlexBertConfig dictionary for a configuration.
 
-    Raises ValueError for what FlexBERT cannot express: an odd window, layers not "full every n".
+    Raises ValueError for what FlexBERT cannot express: an odd window or none, layers that are not
+    "full every n", other activations.
     """
     period, window = _flex_layers(config)
     both, output = config.attention_dropout, config.attention_out_dropout
@@ -137,10 +138,12 @@ def flex_config(config: ModernBertConfig) -> dict[str, Any]:
             f"attention_out_dropout: FlexBERT drops the output once, got {output} beside "
             f"attention_dropout {both}"
         )
-    activations = {
-        flex_name: _FLEX_NAMES.get(getattr(config, name), getattr(config, name))
-        for flex_name, name, _ in _ACTIVATIONS
-    }
+    activations = {}
+    for flex_name, name, _ in _ACTIVATIONS:
+        value = getattr(config, name)
+        activations[flex_name] = _FLEX_NAMES.get(value, value)
+        if activations[flex_name] not in _HF_NAMES:
+            raise ValueError(f"{name}: FlexBERT has {', '.join(_HF_NAMES)}, got {value}")
     return {
         "model_type": "bert",
         "architectures": ["BertForMaskedLM"],
@@ -213,8 +216,8 @@ def _flex_layers(config: ModernBertConfig) -> tuple[int, int]:
     depth, kinds, window = config.num_hidden_layers, config.layer_types, config.local_attention
     if set(kinds) == {FULL}:
         return -1, -1
-    if window % 2:
-        raise ValueError(f"local_attention: FlexBERT has even windows only, got {window}")
+    if window % 2 or not window:  # FlexBERT reads 0 as no window
+        raise ValueError(f"local_attention: FlexBERT has even windows from 2 on, got {window}")
     if set(kinds) == {SLIDING}:
         return -1, window
     for n in range(2, depth):

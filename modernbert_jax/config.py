@@ -288,11 +288,12 @@ class ModernBertConfig:
             (FULL, "global_rope_theta", 160_000.0),
             (SLIDING, "local_rope_theta", 10_000.0),
         ):
-            parameters = {**scaling, **(rope.get(kind) or {})}
+            parameters = {**(rope.get(kind) or {}), **scaling}  # this order is transformers'
             rope_type = parameters.get("rope_type", parameters.get("type", "default"))
             if rope_type != "default":
                 raise ValueError(
-                    f"rope_parameters[{kind!r}]: expected rope_type 'default', got {rope_type!r}"
+                    f"rope_parameters[{kind!r}]: expected rope_type 'default', the only one that "
+                    f"is supported, got {rope_type!r}"
                 )
             legacy_theta = data.pop(legacy, default)
             thetas[kind] = parameters.get("rope_theta", legacy_theta)

@@ -139,6 +139,7 @@ def test_activations_are_those_of_transformers():
         ({"classifier_pooling": "max"}, "expected 'cls' or 'mean'"),
         ({"pad_token_id": 40}, "below vocab_size 40"),
         ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"dtype": "bf16"}, "dtype: expected one of float32, bfloat16, float16, got 'bf16'"),
         ({"norm_eps": 0.0}, "norm_eps: expected a positive number"),
         ({"num_labels": 3, "id2label": ("a",)}, "id2label: expected 3 names"),
     ],
@@ -152,8 +153,15 @@ def test_refusals(changes, message):
     "data, message",
     [
         ({"model_type": "bert"}, "expected 'modernbert', got 'bert'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'default', got 'yarn'"),
-        ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "'default', got 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "'default', .* got 'yarn'"),
+        (
+            {
+                "rope_parameters": dict.fromkeys((FULL, SLIDING), {"rope_type": "default"}),
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},  # wins in transformers
+            },
+            "'default', .* got 'linear'",
+        ),
+        ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "'default', .* got 'linear'"),
         ({"global_attn_every_n_layers": 0}, "expected a positive integer, got 0"),
         ({"head_dim": 32}, "head_dim: expected 64, got 32"),
         ({"sliding_window": None}, "sliding_window: expected an integer of at least 0, got None"),

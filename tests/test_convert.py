@@ -806,7 +806,9 @@ def test_configuration_there_and_back(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"local_attention": 7}, "local_attention: FlexBERT has even windows only, got 7"),
+        ({"local_attention": 7}, "local_attention: FlexBERT has even windows from 2 on, got 7"),
+        ({"local_attention": 0}, "local_attention: FlexBERT has even windows from 2 on, got 0"),
+        ({"hidden_activation": "mish"}, "hidden_activation: FlexBERT has gelu, .*got mish"),
         ({"num_hidden_layers": 5}, "layer_types: FlexBERT has full attention in every n-th layer"),
         (
             {"layer_types": ["sliding_attention", *["full_attention"] * 3]},

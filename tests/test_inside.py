@@ -202,6 +202,8 @@ class TestNewcomers:
         ):
             with pytest.raises(TypeError, match=f"{name}: .*{what}"):
                 ModernBertModel.from_pretrained(tmp_path, **{name: value})
+        with pytest.raises(ValueError, match="dtype: expected one of float32, .*got 'bf16'"):
+            ModernBertModel.from_pretrained(tmp_path, dtype="bf16")
         for dtype, what in (("bfloat16", "bfloat16"), ("auto", "float32")):
             loaded = ModernBertModel.from_pretrained(
                 tmp_path, torch_dtype=dtype, trust_remote_code=True

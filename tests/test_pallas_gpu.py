@@ -121,7 +121,7 @@ def test_triton_matches_the_formula(length, heads, window, dtype, head_dim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("window", [1, 16, 64, 512, None])
+@pytest.mark.parametrize("window", [0, 1, 16, 64, 512, None])
 @pytest.mark.parametrize(("length", "heads"), [(64, 1), (129, 16), (384, 5)])
 def test_triton_matrix(length, heads, window, dtype):
     contract(triton, length, heads, window, dtype)
@@ -165,7 +165,7 @@ def test_triton_does_not_touch_tiles_outside_the_bounds():
     check_untouched(triton)
 
 
-@pytest.mark.parametrize("window", [None, 1, 16, 64])
+@pytest.mark.parametrize("window", [None, 0, 1, 16, 64])
 def test_ranges_hold_every_visible_key_and_no_mask_is_left_out(window):
     """Against the mask written out: tiles outside are all 0, whole tiles all 1."""
     segment_ids = layouts(200)
