@@ -200,6 +200,53 @@ def test_goes_on_with_other_hosts_and_another_mesh(alone, corpus, tmp_path):
     )
 
 
+AGREE = """
+import pathlib
+from train.common.hosts import Hosts, agree, check_shared, connect
+connect(Hosts({coordinator!r}, 2, {index}))
+shared, own = pathlib.Path({folder!r}), pathlib.Path({folder!r}) / "{index}"
+own.mkdir()
+agree(dict(seed=1, corpora=["a", "b"]))
+check_shared(shared)
+for check in (
+    lambda: agree(dict(seed=1, eval_every=7 + {index})),
+    lambda: agree(dict(corpora=["a"] * (1 + 2000 * {index}), **{{"b" * (1 + {index}): 2}})),
+    lambda: check_shared(own),
+):
+    try:
+        check()
+    except ValueError as error:
+        print("refused:", error, flush=True)
+"""
+
+
+def two_processes(script, **values):
+    """Runs the script as two processes that meet; returns the output of each, which end with 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script.format(coordinator=coordinator, index=index, **values)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        )
+        for index in (0, 1)
+    ]  # fmt: skip
+    output = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    return output
+
+
+def test_processes_that_differ_are_told_the_same_line(tmp_path):
+    for text in two_processes(AGREE, folder=str(tmp_path)):
+        refused = [line for line in text.splitlines() if line.startswith("refused: ")]
+        assert "process 1 differs from process 0 in eval_every; start all" in refused[0]
+        assert "process 1 differs from process 0 in corpora" in refused[1]
+        assert "process 1 does not see the files of process 0" in refused[2]
+        assert len(refused) == 3
+
+
 LATE = """
 import time
 import jax
@@ -212,22 +259,9 @@ print("met", flush=True)
 
 
 @pytest.mark.slow
-def test_others_wait_longer_than_gloo(tmp_path):
+def test_others_wait_longer_than_gloo():
     """A first process that prepares for long: Gloo's own collectives give up after 30 s."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", LATE.format(coordinator=coordinator, index=index)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        )
-        for index in (0, 1)
-    ]  # fmt: skip
-    output = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], output
-    assert all("met" in text for text in output)
+    assert all("met" in text for text in two_processes(LATE))
 
 
 @pytest.mark.parametrize("hosts", [Hosts("127.0.0.1:1"), Hosts(count=2), Hosts("a:1", 2, 2)])

@@ -27,9 +27,9 @@ from train.common.sharding import MeshShape, make_mesh
 from train.corpora.build.prepare import prepare
 from train.corpora.synthetic import write_corpus
 from train.pretrain import run as loop
+from train.pretrain.checkpoint import Diverged
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import build_row, eval_batches
-from train.pretrain.session import Diverged
 from train.pretrain.setup import masking_of
 from train.pretrain.step import Trainer
 from train.tokens.store import open_store
@@ -242,13 +242,15 @@ class TestResume:
 
 
 def test_nan_stops_with_the_step_and_the_last_good_checkpoint(corpus, tmp_path):
-    phase = Phase("one", tokens=9_000, learning_rate=1e30)
-    config = small(corpus, tmp_path, phases=(phase,), checkpoint_every=1)
-    with pytest.raises(Diverged, match=r"step \d+: the loss is .*last good checkpoint"):
-        loop.run(config)
-    for folder in (tmp_path / "checkpoints").iterdir():
-        loaded = load_orbax(folder)
-        assert loaded["data"]["position"]["phase_tokens"] > 0
+    good = Phase("one", tokens=2_000, learning_rate=1e-3)
+    bad = Phase("two", tokens=9_000, learning_rate=1e30)
+    config = small(corpus, tmp_path, phases=(good, bad), checkpoint_every=100, keep_checkpoints=1)
+    for _ in range(2):
+        with pytest.raises(Diverged, match=r"step \d+: the loss is .*last good checkpoint: ") as e:
+            loop.run(config)
+        (kept,) = (tmp_path / "checkpoints").iterdir()
+        assert f"last good checkpoint: {kept}. Lower" in str(e.value)
+        assert load_orbax(kept)["data"]["position"]["phase"] == 1
 
 
 def test_starts_from_a_checkpoint_with_and_without_moments(finished, corpus, tmp_path):

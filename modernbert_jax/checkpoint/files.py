@@ -26,9 +26,13 @@ def write_text(path: Any, text: str) -> None:
 
 
 def write_bytes(path: Any, content: bytes) -> None:
-    """Writes a binary file atomically."""
+    """Writes a binary file atomically: it is complete on the disk before it has its name."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if isinstance(path, pathlib.Path):  # a file in a bucket has no descriptor
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 

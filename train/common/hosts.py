@@ -2,8 +2,13 @@
 
 import dataclasses
 import glob
+import hashlib
+import importlib
+import json
 import os
-from collections.abc import Callable
+import pathlib
+import random
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -91,6 +96,66 @@ def first_then_others(name: str, make: Callable[[], T]) -> T:
         return made
     barrier(name)
     return make()
+
+
+_AGREEMENT_BYTES = 1 << 15
+
+
+def agree(items: Mapping[str, Any]) -> None:
+    """Raises ValueError on every process if one has another value for an item.
+
+    The line names the process and the item. Values are compared by a hash of their JSON text, and
+    the exchange has one size whatever the processes hold, since Gloo aborts on different shapes.
+    """
+    if jax.process_count() == 1:
+        return
+    barrier("agree")
+    marks = {name: _short_hash(value) for name, value in items.items()}
+    text = json.dumps(marks).encode()
+    assert len(text) <= _AGREEMENT_BYTES, len(text)
+    padded = np.frombuffer(text.ljust(_AGREEMENT_BYTES), np.uint8)
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    first, *others = (json.loads(row.tobytes()) for row in everyone)
+    for index, other in enumerate(others, start=1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"hosts: process {index} differs from process 0 in {name}; start all "
+                    "processes with the same flags, files and code"
+                )
+
+
+def code_digest() -> str:
+    """Returns a hash of the sources of this project that this process would import."""
+    digest = hashlib.sha256()
+    for package in ("modernbert_jax", str(__package__).rpartition(".")[0]):
+        root = pathlib.Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _short_hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_shared(workdir: Any) -> None:
+    """Raises ValueError on every process if one does not see the first one's files in `workdir`."""
+    if jax.process_count() == 1:
+        return
+    probe = workdir / f".seen-{from_first(random.getrandbits(60))}"
+    if is_first():
+        probe.write_text("")
+    barrier("probe written")
+    sees = np.asarray(multihost_utils.process_allgather(np.int32(probe.exists())))
+    if is_first():
+        probe.unlink()
+    if not sees.all():
+        raise ValueError(
+            f"workdir {workdir}: process {int(sees.argmin())} does not see the files of process 0; "
+            "use a folder on a file system that all hosts share, or a bucket"
+        )
 
 
 def from_first(value: int) -> int:

@@ -1,12 +1,21 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases and, at the end, curves.png."""
 
+import contextlib
 import io
 import json
 import pathlib
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (  # made when it is imported
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from tensorboardX.summary import scalar
 
 from modernbert_jax.checkpoint.files import write_bytes, write_text
 
@@ -16,11 +25,13 @@ class MetricsWriter:
 
     Lines of steps past resumed_step are discarded. A file in a bucket cannot be appended to: there
     both are in a local folder until `publish`. wandb: a Weights & Biases project to log to as well.
-    Raises ValueError if the package wandb is missing.
+    Raises ValueError if the package wandb is missing, OSError if metrics.jsonl cannot be written.
+    TensorBoard and Weights & Biases are extras: the first failure of one is told on stderr and
+    switches it off.
     """
 
     def __init__(self, workdir: Any, resumed_step: int, wandb: str = ""):
-        self._wandb = _wandb_run(wandb, workdir) if wandb else None
+        self._wandb = _Extra("Weights & Biases", _wandb_run(wandb, workdir)) if wandb else None
         self.workdir, self._local = workdir, workdir
         self._temporary = None
         if not isinstance(workdir, pathlib.Path):
@@ -30,9 +41,8 @@ class MetricsWriter:
         path = self._local / "metrics.jsonl"
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)
-        self._board = SummaryWriter(
-            str(self._local / "tensorboard"), purge_step=resumed_step + 1, write_to_disk=True
-        )
+        self._board = _Extra("TensorBoard")
+        self._board.do(lambda _: self._open_board(resumed_step + 1))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes one line; `kind` is train or eval."""
@@ -42,14 +52,24 @@ class MetricsWriter:
             for k, v in values.items()
             if isinstance(v, int | float) and k != "step"
         }
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        self._board.do(lambda board: _add_scalars(board, numbers, step))
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._wandb.do(lambda run: run.log(numbers, step=step))
+
+    def _open_board(self, first_step: int) -> None:
+        """Opens the event file. Events of earlier starts from first_step on are discarded."""
+        folder = self._local / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Written in this thread: SummaryWriter has one of its own, behind a bounded queue that
+        # blocks for ever once a full disk has ended the thread.
+        self._board.value = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        event = Event(step=first_step, session_log=start, wall_time=time.time())
+        self._board.value.write_event(event)
 
     def publish(self) -> None:
         """Copies all files to a workdir in a bucket."""
-        self._board.flush()
+        self._board.do(lambda board: board.flush())
         if self._local is self.workdir:
             return
         for file in sorted(p for p in self._local.rglob("*") if p.is_file()):
@@ -59,13 +79,49 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes all files."""
-        self._file.close()
-        self._board.close()
-        self.publish()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        try:
+            self._file.close()
+            self.publish()
+        finally:
+            self._board.end(lambda board: board.close())
+            if self._wandb is not None:
+                self._wandb.end(lambda run: run.finish())
+            if self._temporary is not None:
+                self._temporary.cleanup()
+
+
+class _Extra:
+    """A place for metrics that the run can do without; value: what writes there."""
+
+    def __init__(self, name: str, value: Any = None):
+        self.name, self.value, self._failed = name, value, False
+
+    def do(self, action: Callable[[Any], None]) -> None:
+        """Calls action(value), unless an earlier call has failed."""
+        if self._failed:
+            return
+        try:
+            action(self.value)
+        except Exception as error:  # those of the network, of the disk, of wandb itself
+            self._failed = True
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            print(
+                f"warning: {self.name} is switched off for the rest of this start ({reason}); "
+                "metrics.jsonl has every number",
+                file=sys.stderr,
+            )
+
+    def end(self, action: Callable[[Any], None]) -> None:
+        """Calls action(value) also after a failure, whose consequences are not told again."""
+        if self._failed and self.value is not None:
+            with contextlib.suppress(Exception):
+                action(self.value)
+        self.do(action)
+
+
+def _add_scalars(board: EventsWriter, numbers: dict[str, Any], step: int) -> None:
+    for name, value in numbers.items():
+        board.write_event(Event(step=step, summary=scalar(name, value), wall_time=time.time()))
 
 
 def _wandb_run(project: str, workdir: Any) -> Any:
@@ -79,14 +135,23 @@ def _wandb_run(project: str, workdir: Any) -> Any:
 
 
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without one that a crash cut short."""
-    path = workdir / "metrics.jsonl"
+    """Returns the lines of metrics.jsonl; one that is damaged or cut short is left out."""
+    return read_lines(workdir / "metrics.jsonl", "kind", "step")
+
+
+def read_lines(path: Any, *keys: str) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines that have these keys; [] without the file.
+
+    Other lines are left out: a crash cuts the last one short, a disk may damage any.
+    """
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and all(key in line for key in keys):
+            lines.append(line)
     return lines
 
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.weights import weight_of
 
+from .metrics import read_lines
+
 
 def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the L2 norm of the parameters (or gradients) {path: array} of each kind, float32.
@@ -108,7 +110,7 @@ class Goodput:
         """
         self.path = path
         self.now = now
-        self.lines = [] if self.path is None else _read_ledger(self.path)
+        self.lines = [] if self.path is None else read_lines(self.path, "step")
         self.kind, self._since = "starting", now()
         self._seconds: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)
         self._spent: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)  # since this start
@@ -173,18 +175,6 @@ class Goodput:
     def _append(self, text: str) -> None:
         with self.path.open("a") as file:
             file.write(text)
-
-
-def _read_ledger(path: Any) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
 
 
 class Profile:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from typing import Any
 
 from modernbert_jax.checkpoint.files import CONFIG_FILE
@@ -15,9 +16,13 @@ def is_remote(workdir: Any) -> bool:
 
 def committed(workdir: Any) -> list[Any]:
     """Returns the committed checkpoints, oldest first; config.json is written last of all files."""
-    return sorted(
-        p.parent for p in workdir.glob(f"checkpoints/*/{CONFIG_FILE}") if p.parent.name.isdigit()
-    )
+    files = workdir.glob(f"checkpoints/*/{CONFIG_FILE}")
+    return sorted(path.parent for path in files if is_checkpoint_name(path.parent.name))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Returns whether a file name is that of a checkpoint: 00001200, the step."""
+    return re.fullmatch(r"[0-9]{8,}", name) is not None
 
 
 def start_folder(source: str) -> Any:

@@ -1,9 +1,9 @@
 """The checkpoints of a run: WORKDIR/checkpoints/00001200, in the library's Orbax layout.
 
 Orbax writes the arrays in the background. `data/state.json` holds where the run stands, the size of
-every file and a fingerprint of every array, so that a checkpoint that was cut short or changed on
-disk is noticed when it is read, and the one before it is used. config.json is written last and
-commits a checkpoint.
+every file, a fingerprint of every array and the digest of config.json, so that a checkpoint that
+was cut short or changed on disk is noticed when it is read, and the one before it is used.
+config.json is written last and commits a checkpoint. A state that has exploded is never saved.
 
 Orbax's `training.Checkpointer` (v1, 0.12) would also remove old checkpoints, but it puts everything
 into subfolders of its own: config.json, tokenizer.json and data/state.json would lie outside its
@@ -11,8 +11,12 @@ commit, so that a crash could leave a committed checkpoint that `from_pretrained
 cannot read.
 """
 
+import dataclasses
+import errno
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -27,13 +31,21 @@ from modernbert_jax.checkpoint.orbax import load_orbax, start_save_orbax
 
 from ..common.hosts import from_first, is_first
 from ..common.optimizer import StableAdamWState
-from ..common.workdir import committed
+from ..common.workdir import committed, is_checkpoint_name
+from .data import Position
 from .step import Trainer, TrainState
 
+# No ModernBERT comes near these root mean squares of one array; a run that has exploded passes
+# them long before float32 overflows. Moments are on the scale of gradients.
+_LARGEST = {"params": 100.0, "mu": 1e6, "nu": 1e12}
 _ARCHITECTURE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "layer_types", "tie_word_embeddings",
 )  # fmt: skip
+
+
+class Diverged(RuntimeError):
+    """The loss, the gradient, a weight or a moment is not finite, or far too large."""
 
 
 class Damaged(Exception):
@@ -56,12 +68,14 @@ class Checkpoints:
         """Copies the state off the devices and writes it in the background.
 
         Waits for the previous save. Once a checkpoint is committed, all but the newest `keep` are
-        removed. Raises OSError, here or at the next call, if it cannot be written.
+        removed. Raises Diverged, and writes and removes nothing, if a weight or a moment is not
+        finite or far too large; OSError, here or at the next call, if it cannot be written.
         """
         self.wait()
         step = int(state.optimizer.step)
         if step == self._last:
             return
+        _check_finite(state, step)
         self._last = step
         folder = self.workdir / "checkpoints" / f"{step:08d}"
         marks = {k: int(v) for k, v in fingerprints(state).items()}
@@ -70,7 +84,14 @@ class Checkpoints:
             state = jax.tree.map(jnp.copy, state)
 
         def data() -> dict[str, Any]:
-            return _sealed({"position": position, "fingerprints": marks, "files": _sizes(folder)})
+            return _sealed(
+                {
+                    "position": position,
+                    "fingerprints": marks,
+                    "files": _sizes(folder),
+                    "config_sha256": _digest(_config_values(self.trainer.model_config)),
+                }
+            )
 
         try:
             finish = start_save_orbax(
@@ -88,6 +109,7 @@ class Checkpoints:
         def commit() -> None:
             finish()
             if is_first():
+                _check_files(folder)  # before an older one is removed
                 for old in committed(self.workdir)[: -self.keep]:
                     (old / CONFIG_FILE).unlink()  # no longer committed
                     remove_tree(old)
@@ -101,12 +123,19 @@ class Checkpoints:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        good = committed(self.workdir)
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT))
         raise OSError(
-            f"checkpoint of step {self._last}: could not be written ({reason}); free disk space, "
-            f"then the same command resumes from {good[-1] if good else 'the start'}"
+            f"checkpoint of step {self._last}: could not be written ({reason}); "
+            f"{'free disk space, then ' if full else ''}the same command resumes from "
+            f"{self.last_good()}"
         ) from error
+
+    def last_good(self) -> str:
+        """Returns the newest committed checkpoint, for a message."""
+        good = committed(self.workdir)
+        return str(good[-1]) if good else "the start"
 
     def close(self) -> None:
         """Lets a save in progress end, whether it succeeds or not."""
@@ -120,8 +149,9 @@ class Checkpoints:
         """
         if is_first():
             for path in self.workdir.glob("checkpoints/*"):
-                if path.name.isdigit() and not (path / CONFIG_FILE).exists():
-                    remove_tree(path)  # a crash interrupted this save
+                if is_checkpoint_name(path.name) and not (path / CONFIG_FILE).exists():
+                    # A crash interrupted this save.
+                    remove_tree(path) if path.is_dir() else path.unlink()
         while True:
             step = from_first(self._newest() if is_first() else 0)
             if step < 0:
@@ -139,7 +169,7 @@ class Checkpoints:
         """Returns the newest step whose files have their original sizes; -1 without one."""
         for folder in reversed(committed(self.workdir)):
             try:
-                _check_sizes(folder)
+                _check_files(folder)
             except Damaged as error:
                 self._set_aside(folder, error)
                 continue
@@ -149,7 +179,9 @@ class Checkpoints:
     def _set_aside(self, folder: Any, error: Damaged) -> None:
         self.log(f"{folder}: damaged ({error}); using the checkpoint before it")
         if is_first():
-            folder.rename(folder.with_name(folder.name + ".damaged"))
+            names = (f"{folder.name}.damaged{n}" for n in ("", *(f"-{i}" for i in range(2, 99))))
+            free = next(n for n in names if not folder.with_name(n).exists())
+            folder.rename(folder.with_name(free))
 
     def _load(self, folder: Any) -> tuple[TrainState, dict[str, Any]]:
         _check_architecture(folder, self.trainer.model_config)
@@ -223,18 +255,66 @@ def _read_state(folder: Any) -> dict[str, Any]:
     try:
         data = json.loads((folder / "data" / "state.json").read_text())
         seal = data.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError):
+        position = set(data["position"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise Damaged("data/state.json cannot be read") from None
     if seal != _digest(data):
         raise Damaged("data/state.json is not what was written")
+    if position != {field.name for field in dataclasses.fields(Position)}:
+        raise Damaged("data/state.json is of another version: its position has other entries")
     return data
 
 
-def _check_sizes(folder: Any) -> None:
-    expected, found = _read_state(folder)["files"], _sizes(folder)
-    for name, size in expected.items():
+def _config_values(config: ModernBertConfig) -> dict[str, Any]:
+    """Returns the content of config.json."""
+    return {"architectures": [ModernBertForMaskedLM.__name__]} | config.to_dict()
+
+
+def _check_files(folder: Any) -> None:
+    """Raises Damaged unless every file but config.json's has its size, and that its content."""
+    data = _read_state(folder)
+    found = _sizes(folder)
+    for name, size in data["files"].items():
         if found.get(name) != size:
             raise Damaged(f"{name}: expected {size:,} bytes, found {found.get(name, 0):,}")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        raise Damaged(f"{CONFIG_FILE} cannot be read") from None
+    if "config_sha256" in data and _digest(config) != data["config_sha256"]:
+        raise Damaged(f"{CONFIG_FILE} is not what was written")
+
+
+@jax.jit
+def _root_mean_squares(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """Returns {tree: {path: float32}}; not finite if a value is not, or if a square overflows."""
+
+    def of(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+    optimizer = state.optimizer
+    trees = {"params": state.params, "mu": optimizer.mu, "nu": optimizer.nu}
+    return {name: {path: of(x) for path, x in tree.items()} for name, tree in trees.items()}
+
+
+def _check_finite(state: TrainState, step: int) -> None:
+    for tree, values in jax.device_get(_root_mean_squares(state)).items():
+        for path, value in values.items():
+            if not value <= _LARGEST[tree]:
+                raise Diverged(
+                    f"step {step}: the root mean square of {tree} {path} is {value:.3g}, expected "
+                    f"at most {_LARGEST[tree]:g}, so this step was not saved"
+                )
+
+
+def check_evaluation(loss: float, step: int, vocab_size: int) -> None:
+    """Raises Diverged if the loss is not finite, or half above that of guessing every token."""
+    limit = 1.5 * math.log(vocab_size)
+    if not loss <= limit:
+        raise Diverged(
+            f"step {step}: the evaluation loss is {loss:.3f}, expected at most {limit:.3f} (1.5 "
+            "times that of guessing)"
+        )
 
 
 def _check_architecture(folder: Any, config: ModernBertConfig) -> None:

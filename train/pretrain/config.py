@@ -173,8 +173,29 @@ class TrainConfig:
                 f"gradient_accumulation_steps: expected at most global_batch_size "
                 f"{self.global_batch_size}, got {self.gradient_accumulation_steps}"
             )
-        if not 0 < self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction: expected 0 to 1, got {self.eval_fraction}")
+        optimizer = self.optimizer
+        for name, value, low, high in (
+            ("eval_fraction", self.eval_fraction, 0, 1),
+            ("eval_mlm_probability", self.eval_mlm_probability, 0, 1),
+            ("optimizer.eps", optimizer.eps, 0, 1),
+        ):
+            if not low < value < high:
+                raise ValueError(f"{name}: expected above {low} and below {high}, got {value}")
+        for name, value, high in (
+            ("optimizer.b1", optimizer.b1, 1),
+            ("optimizer.b2", optimizer.b2, 1),
+            ("optimizer.weight_decay", optimizer.weight_decay, 1),
+            ("optimizer.max_learning_rate", optimizer.max_learning_rate, math.inf),
+            ("global_rope_theta", self.global_rope_theta, math.inf),
+            ("stall_minutes", self.stall_minutes, math.inf),
+            ("synthetic_notes", self.synthetic_notes, math.inf),
+            ("profile_step", self.profile_step, math.inf),
+            ("profile_steps", self.profile_steps, math.inf),
+            ("seed", self.seed, 2**32),
+        ):
+            if not 0 <= value < high:
+                limit = "" if high == math.inf else f" and below {high}"
+                raise ValueError(f"{name}: expected at least 0{limit}, got {value}")
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.sequence_length} exceeds the model's "
@@ -190,13 +211,22 @@ class TrainConfig:
         batch_size, micro_batch_size = self.global_batch_size, self.micro_batch_size
         step_tokens = batch_size * self.sequence_length
         if not 0 < phase.mlm_probability < 1:
-            return f"mlm_probability: expected 0 to 1, got {phase.mlm_probability}"
+            return f"mlm_probability: expected above 0 and below 1, got {phase.mlm_probability}"
+        if not 0 < phase.learning_rate < math.inf:
+            return f"learning_rate: expected above 0, got {phase.learning_rate}"
+        if not 0 <= phase.final_lr_ratio <= 1:
+            return f"final_lr_ratio: expected 0 to 1, got {phase.final_lr_ratio}"
+        for name in (
+            "warmup_tokens", "decay_tokens", "batch_size_warmup_start", "batch_size_warmup_tokens",
+        ):  # fmt: skip
+            if getattr(phase, name) < 0:
+                return f"{name}: expected at least 0, got {getattr(phase, name)}"
         if phase.tokens < step_tokens:
             return (
                 f"a budget of {phase.tokens:,} tokens is below one step of {step_tokens:,} "
                 "(global_batch_size x sequence_length); raise tokens or lower --global-batch-size"
             )
-        if not 0 <= phase.warmup_tokens + phase.decay_tokens <= phase.tokens:
+        if phase.warmup_tokens + phase.decay_tokens > phase.tokens:
             return (
                 f"warmup_tokens + decay_tokens {phase.warmup_tokens + phase.decay_tokens:,} exceed "
                 f"its {phase.tokens:,} tokens"

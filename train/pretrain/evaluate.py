@@ -62,7 +62,7 @@ class Evaluation:
         batches = [batch for part in self.batches.values() for batch in part]
         labels = np.concatenate([batch["labels"].ravel() for batch in batches])
         correct, count = total([(labels == counts.argmax()).sum(), (labels != IGNORE_INDEX).sum()])
-        return float(correct / count)
+        return float(correct / max(count, 1.0))  # a small set may have no masked token
 
 
 def _means(sums: np.ndarray) -> dict[str, float]:

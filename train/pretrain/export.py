@@ -17,6 +17,7 @@ from ..common.metrics import plot
 from ..common.sharding import describe
 from ..tokens.store import TokenStore
 from .card import pretraining_facts
+from .checkpoint import check_evaluation
 from .data import Position
 from .evaluate import Evaluation
 from .session import Session
@@ -40,6 +41,9 @@ def finish(
     phases = []
     for phase, store, evaluation in zip(config.phases, train, evaluations, strict=True):
         scores, unigram = evaluation(state.params), evaluation.unigram_accuracy(store)
+        check_evaluation(
+            scores["loss"], int(state.optimizer.step), session.trainer.model_config.vocab_size
+        )
         phases.append({"phase": phase.name, **scores, "unigram_accuracy": unigram})
         log(
             f"evaluation, {phase.name}: masked accuracy {scores['accuracy']:.1%}, unigram "
@@ -63,7 +67,7 @@ def finish(
         log(f"{item['sentence']}\n    {top}")
     session.writer.publish()
     curves = plot(workdir, {p["phase"]: p["unigram_accuracy"] for p in phases})
-    write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     log(f"curves: {curves}\nmodel in the Hugging Face format: {workdir / 'export'}")
     return result
 

@@ -13,13 +13,24 @@ import dataclasses
 import math
 from typing import Any
 
+import flax
+import jax
 import numpy as np
 
-from ..common.hosts import barrier, connect, first_then_others, log
+from modernbert_jax.tokenizer import fingerprint
+
+from ..common.hosts import (
+    agree,
+    barrier,
+    check_shared,
+    code_digest,
+    connect,
+    first_then_others,
+    log,
+)
 from ..common.sharding import describe, make_mesh
-from ..common.workdir import committed
 from ..tokens.store import TokenStore, joined
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, Diverged, check_evaluation
 from .config import TrainConfig
 from .data import Batches, Position
 from .evaluate import Evaluation
@@ -34,13 +45,27 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
 
     A workdir with checkpoints resumes its run. recipe: name of the experiment in train/configs, for
     the model card. Raises ValueError, FileNotFoundError or OSError with one line for bad input,
-    before training; Diverged (with the step and the last good checkpoint) if the loss is NaN or
-    infinite; OSError if a checkpoint cannot be written. Returns {"stopped": True} after SIGTERM.
+    before training; Diverged (with the step and the last good checkpoint) if the loss, a weight or
+    a moment is not finite or far too large, which is never saved; OSError if a checkpoint or
+    metrics.jsonl cannot be written. Returns {"stopped": True} after SIGTERM.
     """
     config.validate()
     connect(config.hosts)
+    # The paths of a workdir may differ between hosts, and `hosts` does.
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("workdir", "hosts")}
+    versions = {"versions": [jax.__version__, flax.__version__], "code": code_digest()}
+    agree(flags | versions)
     mesh = make_mesh(config.mesh)
     workdir, tokenizer, corpora = first_then_others("prepare", lambda: prepare(config))
+    check_shared(workdir)
+    stores = [(n, s["train"], s["eval"]) for part in corpora for n, s in part.items()]
+    agree(
+        {
+            "the corpora": [(name, *(s.fingerprint for s in both)) for name, *both in stores],
+            "the tokenizer": fingerprint(tokenizer),
+            "the kind of device": sorted({d.device_kind for d in jax.local_devices()}),
+        }
+    )
     trainer = Trainer(config, model_config_of(config, tokenizer), mesh)
     checkpoints = Checkpoints(workdir, trainer, config.keep_checkpoints, log)
     restored = checkpoints.restore()
@@ -63,17 +88,24 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
     session = Session(config, trainer, workdir, tokenizer, int(state.optimizer.step))
     with contextlib.closing(checkpoints), contextlib.closing(session):
         barrier("start")
-        for index in range(position.phase, len(config.phases)):
-            state, position = _train_phase(
-                session, checkpoints, index, train[index], evaluations[index], state, position
-            )
-            if session.stopped:
-                checkpoints.wait()
-                barrier("stopped")
-                log(f"stopped; the same command resumes from {committed(workdir)[-1]}")
-                return {"stopped": True}
-        checkpoints.wait()
-        return finish(session, state, position, corpora, train, evaluations, recipe)
+        try:
+            for index in range(position.phase, len(config.phases)):
+                state, position = _train_phase(
+                    session, checkpoints, index, train[index], evaluations[index], state, position
+                )
+                if session.stopped:
+                    checkpoints.wait()
+                    barrier("stopped")
+                    log(f"stopped; the same command resumes from {checkpoints.last_good()}")
+                    return {"stopped": True}
+            checkpoints.wait()
+            return finish(session, state, position, corpora, train, evaluations, recipe)
+        except Diverged as error:
+            checkpoints.wait()  # the last one may still be written, and the one before it removed
+            raise Diverged(
+                f"{error}; last good checkpoint: {checkpoints.last_good()}. Lower the learning "
+                "rate and pass that checkpoint as --init-from with a new --workdir"
+            ) from None
 
 
 def _train_phase(
@@ -105,6 +137,7 @@ def _train_phase(
     def evaluate() -> None:
         with session.goodput.doing("evaluating"):
             scores = evaluation(state.params)
+        check_evaluation(scores["loss"], step, trainer.model_config.vocab_size)
         session.write("eval", step, **scores, phase=phase.name, total_tokens=position.total_tokens)
         session.stall.beat()
 

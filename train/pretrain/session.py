@@ -15,17 +15,13 @@ from ..common import flops
 from ..common.hosts import is_first, log
 from ..common.metrics import MetricsWriter
 from ..common.watch import Goodput, Profile, Spikes, Stall
-from ..common.workdir import committed
+from .checkpoint import Diverged
 from .config import Phase, TrainConfig
 from .data import Batch, Position
 from .step import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-class Diverged(RuntimeError):
-    """The loss or the gradient is NaN or infinite."""
 
 
 class Session:
@@ -134,12 +130,9 @@ class StepLog:
         session.stopped = values.pop("stop") > 0
         speeds = self._speeds(batch, values["masked"])
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            good = committed(session.workdir)
             raise Diverged(
                 f"step {step}: the loss is {values['loss']}, the gradient norm "
-                f"{values['grad_norm']}; last good checkpoint: {good[-1] if good else 'none yet'}. "
-                "Lower the learning rate and pass that checkpoint as --init-from with a new "
-                "--workdir"
+                f"{values['grad_norm']}"
             )
         if spike := session.spikes(step, values["loss"]):
             log(spike)

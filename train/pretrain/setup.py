@@ -76,7 +76,7 @@ def _open_workdir(config: TrainConfig) -> Any:
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     record = workdir / "run.json"
     if record.exists():
-        found = json.loads(record.read_text())
+        found = _read_record(record)
         for name in sorted((set(wanted) | set(found)) - _FREE):
             if wanted.get(name) != found.get(name):
                 raise ValueError(
@@ -88,12 +88,23 @@ def _open_workdir(config: TrainConfig) -> Any:
             if wanted[name] != found.get(name):
                 log(f"{name}: {_difference(found.get(name), wanted[name])}")
     elif committed(workdir):
-        raise ValueError(
-            f"workdir {workdir}: checkpoints without run.json; choose another --workdir"
-        )
+        log(f"workdir {workdir}: no run.json; its run is resumed with the flags as given")
     if is_first():
         write_text(record, json.dumps(wanted, indent=2) + "\n")
     return workdir
+
+
+def _read_record(record: Any) -> dict[str, Any]:
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{record}: expected the run's configuration as a JSON object, found something else; "
+            "the file is damaged: delete it and pass the flags that the run had"
+        )
+    return found
 
 
 def _difference(found: Any, wanted: Any) -> str:
@@ -125,7 +136,13 @@ def _tokenizer(config: TrainConfig, workdir: Any) -> PreTrainedTokenizerFast:
             copy_tokenizer(made, folder)
     with tempfile.TemporaryDirectory() as local:  # the workdir may be in a bucket
         copy_tokenizer(folder, pathlib.Path(local))
-        tokenizer = AutoTokenizer.from_pretrained(local)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(local)
+        except ValueError:
+            raise ValueError(
+                f"{folder}: expected the run's tokenizer, its files are damaged; copy those of a "
+                "folder in checkpoints/ over them"
+            ) from None
     for name in ("cls", "sep", "pad", "mask"):
         if getattr(tokenizer, f"{name}_token_id") is None:
             raise ValueError(

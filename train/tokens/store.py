@@ -127,7 +127,13 @@ def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the manifest of a token folder or of an output of `prepare`; {} for anything else."""
     for name in ("manifest.json", "tokens/manifest.json"):
         if (file := pathlib.Path(path) / name).is_file():
-            return json.loads(file.read_text())
+            try:
+                manifest = json.loads(file.read_bytes())
+            except ValueError:
+                manifest = None
+            if not isinstance(manifest, dict):
+                raise _damaged(file, "a JSON object")
+            return manifest
     return {}
 
 
@@ -234,30 +240,34 @@ class _ArrayRecords:
 
 
 def _open_tokens(folder: pathlib.Path) -> dict[str, TokenStore]:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = manifest_of(folder)
     if manifest.get("layout") != LAYOUT:
         raise ValueError(
             f"{folder / 'manifest.json'}: expected layout {LAYOUT}, got "
             f"{manifest.get('layout', 'none')}; prepare the corpus again"
         )
-    stores = {}
-    for split in SPLITS:
-        facts = manifest[split]
-        paths = [folder / shard["name"] for shard in facts["shards"]]
-        for path, shard in zip(paths, facts["shards"], strict=True):
-            size = path.stat().st_size if path.is_file() else 0
-            if size != shard["bytes"]:
-                raise _damaged(path, f"{shard['bytes']:,} bytes, found {size:,}")
-        try:
-            lengths = np.load(folder / f"{split}.lengths.npy")
-        except (OSError, ValueError, EOFError):
-            lengths = np.zeros(0, np.int32)
-        if len(lengths) != facts["chunks"] or lengths.sum(dtype=np.int64) != facts["tokens"]:
-            raise _damaged(folder / f"{split}.lengths.npy", f"{facts['chunks']:,} lengths")
-        records = [shard["records"] for shard in facts["shards"]]
-        chunks = _ArrayRecords(paths, records, np.dtype(manifest["dtype"]).newbyteorder("<"))
-        stores[split] = TokenStore(lengths, facts["sha256"], chunks, manifest["tokenizer"])
-    return stores
+    try:
+        return {split: _open_split(folder, manifest, split) for split in SPLITS}
+    except (KeyError, TypeError):
+        raise _damaged(folder / "manifest.json", "the entries that `prepare` writes") from None
+
+
+def _open_split(folder: pathlib.Path, manifest: dict[str, Any], split: str) -> TokenStore:
+    facts = manifest[split]
+    paths = [folder / shard["name"] for shard in facts["shards"]]
+    for path, shard in zip(paths, facts["shards"], strict=True):
+        size = path.stat().st_size if path.is_file() else 0
+        if size != shard["bytes"]:
+            raise _damaged(path, f"{shard['bytes']:,} bytes, found {size:,}")
+    try:
+        lengths = np.load(folder / f"{split}.lengths.npy")
+    except (OSError, ValueError, EOFError):
+        lengths = np.zeros(0, np.int32)
+    if len(lengths) != facts["chunks"] or lengths.sum(dtype=np.int64) != facts["tokens"]:
+        raise _damaged(folder / f"{split}.lengths.npy", f"{facts['chunks']:,} lengths")
+    records = [shard["records"] for shard in facts["shards"]]
+    chunks = _ArrayRecords(paths, records, np.dtype(manifest["dtype"]).newbyteorder("<"))
+    return TokenStore(lengths, facts["sha256"], chunks, manifest["tokenizer"])
 
 
 def _damaged(path: pathlib.Path, expected: str) -> ValueError:
