@@ -218,3 +218,10 @@ def test_answers_by_hand():
     assert scores["exact_match"] == 1 / 4
     assert scores["f1"] == pytest.approx((1 + 2 * 1 / 3 + 0 + 0) / 4)
     assert answer_scores([], []) == {"f1": 0.0, "exact_match": 0.0}
+
+
+def test_the_best_of_several_answers_counts():
+    """As in SQuAD's evaluation; the best matches are worth 4/5, 1 and 0."""
+    truth = [("mild fever", "a fever since May", "fever"), ("no", "none"), ("rash",)]
+    scores = answer_scores(truth, ["fever since", "None.", "cough"])
+    assert scores == pytest.approx({"f1": (4 / 5 + 1 + 0) / 3, "exact_match": 1 / 3})

@@ -453,6 +453,15 @@ def test_lone_surrogates(tmp_path):
         assert {label[-3:] for label in data.labels} == {"L0\ufffd", "L1\ufffd"}
 
 
+def test_further_answers_are_kept(tmp_path):
+    answers = [{"text": "b c", "answer_start": 2}, {"text": "b", "answer_start": 2}]
+    qas = [{"question": f"{i}?", "answers": answers} for i in range(9)]
+    squad = {"data": [{"paragraphs": [{"context": "a b c", "qas": qas}]}]}
+    (tmp_path / "all.json").write_text(json.dumps(squad))
+    (example, *_) = task_named("qa").load(tmp_path).test
+    assert (example.label, example.other_answers) == ((2, 5), ("b",))
+
+
 BAD_ANSWERS = [
     ('"answer": "b"', "line 1: expected answer_start, a number from 0 on"),
     ('"answer": "b", "answer_start": -1', "line 1: expected answer_start, a number from 0 on"),

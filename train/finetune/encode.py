@@ -21,8 +21,8 @@ class Encoded:
     input_ids: with special tokens. target: a label index (classification), 0 or 1 per label
     (multilabel), a label index or IGNORE_INDEX per token (tokens), or the first and last token of
     the answer (qa). For qa only: context is the text with the offsets of each token in it (None for
-    special tokens and those of the question), answer the expected text. truncated: whether the
-    example had more tokens.
+    special tokens and those of the question), answer the expected text, other_answers further ones.
+    truncated: whether the example had more tokens.
     """
 
     input_ids: np.ndarray
@@ -30,6 +30,7 @@ class Encoded:
     context: tuple[str, list[tuple[int, int] | None]] | None = None
     answer: str = ""
     truncated: bool = False
+    other_answers: tuple[str, ...] = ()
 
 
 def encode(
@@ -88,7 +89,9 @@ def _encode_question(batch: Any, i: int, example: Example) -> Encoded:
     # An answer that was truncated away has no target.
     target = [inside[0], inside[-1]] if inside else [IGNORE_INDEX, IGNORE_INDEX]
     answer = example.text_pair[start:end]
-    return Encoded(_ids(batch, i), np.asarray(target), (example.text_pair, offsets), answer)
+    context = example.text_pair, offsets
+    others = example.other_answers
+    return Encoded(_ids(batch, i), np.asarray(target), context, answer, other_answers=others)
 
 
 def answer_of(encoded: Encoded, logits_T2: np.ndarray, longest: int = LONGEST_ANSWER) -> str:

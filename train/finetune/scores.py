@@ -32,7 +32,8 @@ def task_scores(
     """
     pairs = list(zip(examples, logits, strict=True))
     if kind == "qa":
-        return answer_scores([e.answer for e in examples], [answer_of(*pair) for pair in pairs])
+        truth = [(e.answer, *e.other_answers) for e in examples]
+        return answer_scores(truth, [answer_of(*pair) for pair in pairs])
     if kind == "tokens":
         first = [e.target != IGNORE_INDEX for e in examples]  # the first token of each word
         named = lambda ids: [str(labels[i]) for i in ids]  # noqa: E731
@@ -175,19 +176,27 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def answer_scores(truth: Sequence[str], predictions: Sequence[str]) -> dict[str, Any]:
+def answer_scores(
+    truth: Sequence[str | Sequence[str]], predictions: Sequence[str]
+) -> dict[str, Any]:
     """SQuAD's exact_match and f1 over words, both averaged over questions.
 
+    truth: the answer of each question, or several, of which the best match counts for each score.
     Case, punctuation, articles and whitespace are ignored. Source: arXiv 1606.05250, section 6.
     """
     exact, f1 = [], []
-    for pair in zip(truth, predictions, strict=True):
-        true, got = (_answer_words(text) for text in pair)
-        exact.append(float(true == got))
-        common = (Counter(true) & Counter(got)).total()
-        f1.append(2 * common / (len(true) + len(got)) if true and got else exact[-1])
+    for answers, prediction in zip(truth, predictions, strict=True):
+        answers = [answers] if isinstance(answers, str) else answers
+        pairs = [(_answer_words(answer), _answer_words(prediction)) for answer in answers]
+        exact.append(max(float(true == got) for true, got in pairs))
+        f1.append(max(_word_f1(true, got) for true, got in pairs))
     mean = lambda x: float(np.mean(x)) if x else 0.0  # noqa: E731
     return {"f1": mean(f1), "exact_match": mean(exact)}
+
+
+def _word_f1(true: list[str], got: list[str]) -> float:
+    common = (Counter(true) & Counter(got)).total()
+    return 2 * common / (len(true) + len(got)) if true and got else float(true == got)
 
 
 def _answer_words(text: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 Files are named and split as those of `files`. A .json file holds {"data": [{"paragraphs":
 [{"context", "qas": [{"question", "answers": [{"text", "answer_start"}]}]}]}]}, a .jsonl file lines
-of {"question", "context", "answer", "answer_start"}. A question without an answer is skipped and
-counted, and so is an answer that is not at its answer_start. Offsets count characters, or UTF-16
-units if more answers of a file are there.
+of {"question", "context", "answer", "answer_start"}. The first answer of a question is the target,
+and all count as correct. A question without an answer is skipped and counted, and so is an answer
+that is not at its answer_start. Offsets count characters, or UTF-16 units if more answers of a file
+are there.
 """
 
 import pathlib
@@ -31,7 +32,7 @@ def load(path: pathlib.Path) -> Data:
 
 def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
     answered = []
-    for place, question, context, answer, start in _records(path):
+    for place, question, context, answer, start, others in _records(path):
         if not all(isinstance(x, str) for x in (question, context)):
             raise ValueError(f"{place}: expected question and context, both text")
         if not isinstance(answer, str) or not answer:
@@ -39,17 +40,18 @@ def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
         elif type(start) is not int or start < 0:
             raise ValueError(f"{place}: expected answer_start, a number from 0 on")
         else:
-            answered.append((question, context, answer, start))
+            answered.append((question, context, answer, start, others))
 
     def located(units: bool) -> list[Example]:
         found = []
-        for question, context, answer, start in answered:
+        for question, context, answer, start, others in answered:
             if units:  # as JavaScript counts: a character beyond U+FFFF, such as an emoji, is two
                 before = context.encode("utf-16-le")[: 2 * start]
                 start = len(before.decode("utf-16-le", "replace"))
             end = start + len(answer)
             if context[start:end] == answer:
-                found.append(Example(question, context, label=(start, end)))
+                label = start, end
+                found.append(Example(question, context, label=label, other_answers=others))
         return found
 
     found = max(located(units=False), located(units=True), key=len)
@@ -59,25 +61,26 @@ def _read(path: pathlib.Path, skipped: Counter[str]) -> list[Example]:
     return found
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any]]:
-    """(where it is, question, context, answer, offset of the answer)."""
+def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any, tuple[str, ...]]]:
+    """(where it is, question, context, answer, offset of the answer, other answers)."""
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
         for number, r in read_objects(path):
             place = f"{path}, line {number}"
             if "answer" not in r and "answers" in r:
                 raise ValueError(f"{place}: expected answer and answer_start, got answers")
             question, context, answer = (r.get(k) for k in ("question", "context", "answer"))
-            yield place, question, context, answer, r.get("answer_start")
+            yield place, question, context, answer, r.get("answer_start"), ()
         return
     content = whole_object(path)
     try:
         for a, article in enumerate(content["data"]):
             for p, paragraph in enumerate(article["paragraphs"]):
                 for q in paragraph["qas"]:
-                    first = (q.get("answers") or [{}])[0]
+                    first, *others = q.get("answers") or [{}]
                     yield (
                         f"{path}, article {a}, paragraph {p}", q["question"],
                         paragraph["context"], first.get("text"), first.get("answer_start"),
+                        tuple(str(other["text"]) for other in others),
                     )  # fmt: skip
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: expected JSON in SQuAD's form (data, paragraphs, qas)") from None

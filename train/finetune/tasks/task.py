@@ -23,13 +23,14 @@ class Example:
     text: the input, or the first text of a pair, whose second is text_pair. A task of kind "tokens"
     has words instead of both. label: an index into the labels; 0 or 1 per label for multilabel, an
     index per word for tokens; for qa the offsets, in characters, at which the answer starts and
-    ends in text_pair, the context.
+    ends in text_pair, the context; other_answers: texts that count as correct too.
     """
 
     text: str = ""
     text_pair: str | None = None
     words: tuple[str, ...] = ()
     label: int | tuple[int, ...] = 0
+    other_answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
