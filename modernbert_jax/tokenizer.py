@@ -115,11 +115,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def max_tokens(tokenizer: PreTrainedTokenizerFast, limit: int) -> int:
-    """Returns the most tokens of a text, special tokens included.
+    """Returns the most tokens of a text or a pair, special tokens included.
 
-    The smaller of the model's `limit` and the tokenizer's model_max_length holds; transformers
-    stands for a missing one, or null, with a huge number. Raises ValueError for a model_max_length
-    that is not a number from 1 on.
+    The smaller of `limit` (the model's, or what was asked for) and the tokenizer's model_max_length
+    holds; transformers stands for a missing one, or null, with a huge number. Raises ValueError for
+    a model_max_length that is not a number from 1 on, and if the result leaves no room beside the
+    special tokens: tokenizers would then silently cut nothing.
     """
     own: Any = tokenizer.model_max_length
     if isinstance(own, bool) or not isinstance(own, int | float) or not own >= 1:
@@ -127,7 +128,14 @@ def max_tokens(tokenizer: PreTrainedTokenizerFast, limit: int) -> int:
             f"tokenizer_config.json: model_max_length: expected a number from 1 on, or null, got "
             f"{own!r}"
         )
-    return int(min(own, limit))
+    least = tokenizer.num_special_tokens_to_add(pair=True) + 1
+    most = int(min(own, limit))
+    if most < least:
+        raise ValueError(
+            f"max_length: expected at least {least} tokens, got {most} (the smaller of {limit} and "
+            "the tokenizer's model_max_length)"
+        )
+    return most
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -152,6 +153,19 @@ def test_any_model_of_transformers(tmp_path):
         assert transformers.AutoConfig.from_pretrained(out / "model").model_type == "bert"
     with pytest.raises(ValueError, match="model_type"):
         finetune(config_of(kind, start, tmp_path / "ours"))
+
+
+def test_the_tokenizers_limit_holds(start, tmp_path):
+    """Its model_max_length is smaller than the model's limit and --max-length."""
+    folder = tmp_path / "model"
+    shutil.copytree(start["classification"], folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 6}))
+    config = config_of("classification", {"classification": folder}, tmp_path / "out")
+    lengths = {len(e.input_ids) for e in Experiment(config).splits["train"]}
+    assert max(lengths) == 6
+    with pytest.raises(ValueError, match="max_length: expected at least 4 tokens, got 3"):
+        Experiment(dataclasses.replace(config, max_length=3))
 
 
 class TestRows:

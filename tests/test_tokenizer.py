@@ -254,6 +254,17 @@ def test_a_limit_that_is_none_is_refused(tiny, monkeypatch, own):
         max_tokens(tiny, 64)
 
 
+def test_a_limit_without_room_for_text_is_refused(tiny, monkeypatch):
+    """[CLS] a [SEP] b [SEP]: transformers would silently truncate nothing."""
+    assert len(tiny("quick", "ward", truncation="longest_first", max_length=2).input_ids) > 4
+    assert max_tokens(tiny, 4) == 4
+    with pytest.raises(ValueError, match="max_length: expected at least 4 tokens, got 3 "):
+        max_tokens(tiny, 3)
+    monkeypatch.setattr(tiny, "model_max_length", 2)
+    with pytest.raises(ValueError, match="max_length: expected at least 4 tokens, got 2 "):
+        max_tokens(tiny, 64)
+
+
 def test_code_beside_a_tokenizer_is_not_run(tiny, tiny_folder, tmp_path):
     folder = tmp_path / "custom"
     shutil.copytree(tiny_folder, folder)

@@ -21,6 +21,7 @@ from modernbert_jax.inference.export import (
     packed_batches,
     save,
     tokens_per_sequence,
+    whole_number,
 )
 from modernbert_jax.model import ModernBertModel
 from modernbert_jax.packing import segment_slots
@@ -59,7 +60,8 @@ class Embedder:
         if not -layers - 1 <= self.layer <= layers:
             raise ValueError(f"layer: expected {-layers - 1} to {layers}, got {self.layer}")
         check_ids(self.tokenizer, self.model.config.vocab_size)
-        limit = min(self.max_length, self.model.config.max_position_embeddings)
+        limit = whole_number("max_length", self.max_length, 1)
+        limit = min(limit, self.model.config.max_position_embeddings)
         self.max_length = max_tokens(self.tokenizer, limit)
         # A new mesh, because the axes may be explicit and these arrays are placed by the compiler.
         mesh = self.mesh and Mesh(self.mesh.devices, self.mesh.axis_names)

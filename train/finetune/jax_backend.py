@@ -20,7 +20,7 @@ from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.checkpoint.pretrained import initialize
 from modernbert_jax.packing import IGNORE_INDEX
-from modernbert_jax.tokenizer import AutoTokenizer, check_ids, max_tokens
+from modernbert_jax.tokenizer import AutoTokenizer, check_ids
 from modernbert_jax.weights import HEADS
 
 from ..common.optimizer import adamw
@@ -57,7 +57,7 @@ class JaxBackend:
         self.model_config = model.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
         check_ids(self.tokenizer, model.config.vocab_size)
-        self.max_length = max_tokens(self.tokenizer, model.config.max_position_embeddings)
+        self.max_length = model.config.max_position_embeddings
         self.weights = {path: np.asarray(value) for path, value in flatten(model).items()}
         saved = load_orbax(folder)["params"] if is_orbax(folder) else SafetensorsFolder(folder)
         # The weights that each seed initializes: those of the head that the checkpoint lacks.

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.hf import write_card
+from modernbert_jax.tokenizer import max_tokens
 
 from .card import finetuning_facts
 from .config import FinetuneConfig
@@ -92,7 +93,8 @@ class Experiment:
         backend = JaxBackend if config.backend == "jax" else TorchBackend
         self.backend = backend(config, self.task.kind, self.data.labels)
         tokenizer = self.backend.tokenizer
-        self.max_length = min(config.max_length, self.backend.max_length)
+        limit = min(config.max_length, self.backend.max_length)
+        self.max_length = max_tokens(tokenizer, limit)
         self.splits = {
             split: encode(getattr(self.data, split), tokenizer, self.task.kind, self.max_length)
             for split in ("train", "validation", "test")

@@ -33,7 +33,7 @@ class TorchBackend:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 start_folder(config.model), add_prefix_space=True
             )
-            self.max_length = max_tokens(self.tokenizer, model_config.max_position_embeddings)
+            self.max_length = model_config.max_position_embeddings
         else:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 config.model, add_prefix_space=True
