@@ -457,25 +457,30 @@ def test_records_that_do_not_align(text, masked):
     assert skipped == {deid.UNALIGNED: 1}
 
 
-def write_deid(folder, records, newline="\n"):
+def write_deid(folder, records, newline="\n", encoding="utf-8"):
     for name, column in (("id.text", 1), ("id.res", 2)):
         (folder / name).write_bytes(
             "".join(
                 f"START_OF_RECORD={r[0]}||||\n{r[column]}\n||||END_OF_RECORD\n\n" for r in records
             )
             .replace("\n", newline)
-            .encode()
+            .encode(encoding)
         )
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_deid(tmp_path, newline):
+@pytest.mark.parametrize(
+    "newline, encoding", [("\n", "utf-8"), ("\r\n", "utf-8-sig"), ("\n", "utf-16")]
+)
+def test_deid(tmp_path, newline, encoding):
     text, masked = "pt{} seen by Anna Lee\non 5-3", "pt{} seen by [**Name**]\non [**5-3**]"
     records = [(f"{i // 2}||||{i % 2}", text.format(i), masked.format(i)) for i in range(40)]
     records[7] = ("3||||1", "pt7 home", "pt7 [**Holiday**]")
     records[9] = ("4||||1", "pt9 seen by Anna", "px9 seen by [**Name**]")
     records[11] = ("5||||1", "", "")
-    write_deid(tmp_path, records, newline)
+    # The masks are found by the text around them, so no offset depends on how characters count.
+    emoji = "pt13 \U0001f600 by Anna\u00a0Lee on 5-3", "pt13 \U0001f600 by [**Name**] on [**5-3**]"
+    records[13] = ("6||||1", *emoji)
+    write_deid(tmp_path, records, newline, encoding)
     data = task_named("deid").load(tmp_path)
     published = "age date location name other phone_nb".split()
     assert list(data.labels) == ["O", *(f"{p}-{k}" for p in "BI" for k in published)]
@@ -492,6 +497,7 @@ def test_deid(tmp_path, newline):
     labelled = dict((words[0], tags) for words, tags in everything(data))
     assert labelled["pt3"] == ("O", "O", "O", "B-name", "I-name", "O", "B-date")
     assert labelled["pt7"] == ("O", "B-other")
+    assert labelled["pt13"] == labelled["pt3"]
 
 
 def test_deid_refuses_files_that_do_not_fit(tmp_path):
