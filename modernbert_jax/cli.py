@@ -7,6 +7,7 @@ top-level `train` would overwrite each other. Only this module needs to know whe
 
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ def program() -> NoReturn:
     """Runs `main` and ends the process with its exit code."""
     code = main()
     if code:  # After a save that failed, Orbax's threads never end: do not wait for them.
+        for child in multiprocessing.active_children():
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import os
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -107,7 +108,8 @@ def test_save_to_disk(tmp_path):
     source = find("huggingface")
     assert list(texts_of(source, tmp_path / "one").values()) == ["a", "b"]
     assert not source.remark(tmp_path / "one")
-    both = datasets.DatasetDict(train=data_set("c"), test=data_set("d"), validation=data_set("e"))
+    splits: Any = {"train": data_set("c"), "test": data_set("d"), "validation": data_set("e")}
+    both = datasets.DatasetDict(splits)
     both.save_to_disk(tmp_path / "both")
     assert list(texts_of(source, tmp_path / "both").values()) == ["c"]
     assert source.remark(tmp_path / "both") == (
@@ -129,14 +131,14 @@ def test_save_to_disk(tmp_path):
 )
 def test_only_the_split_train_is_read(tmp_path, names):
     """Against the splits that `datasets` finds in the same folder."""
-    import datasets
+    from datasets import data_files
 
     for name in names.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         data_set(name).to_parquet(tmp_path / f"{name}.parquet")
     (tmp_path / "dataset_infos.json").write_text("{}")
     source = find("huggingface")
-    patterns = datasets.data_files.get_data_patterns(str(tmp_path))
+    patterns = data_files.get_data_patterns(str(tmp_path))
     if "train" not in patterns:
         with pytest.raises(ValueError, match="expected a split train, found val"):
             source.parts(tmp_path)
@@ -144,7 +146,7 @@ def test_only_the_split_train_is_read(tmp_path, names):
     files = set()
     for pattern in patterns["train"]:
         with contextlib.suppress(FileNotFoundError):
-            files |= set(datasets.data_files.resolve_pattern(pattern, str(tmp_path)))
+            files |= set(data_files.resolve_pattern(pattern, str(tmp_path)))
     assert set(map(str, source.parts(tmp_path))) == files
 
 

@@ -23,6 +23,21 @@ except KeyboardInterrupt:
 """
 
 
+def test_a_failed_run_ends_its_children():
+    """Also those of other libraries, as Grain's workers."""
+    code = (
+        "import multiprocessing, time; from train.cli import leave;"
+        "context = multiprocessing.get_context('spawn');"
+        "context.Process(target=time.sleep, args=(600,)).start(); leave(2)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60
+        ).returncode
+        == 2
+    )
+
+
 @pytest.mark.parametrize(
     "sign, code",
     [(None, 2), (signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)],

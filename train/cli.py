@@ -5,6 +5,7 @@ from the signature and the docstring of the function or dataclass that does the 
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -187,9 +188,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "") -> int:
 
 def leave(code: int) -> NoReturn:
     """Ends the process. After a failed save, Orbax's threads never end: this does not wait for
-    them if the exit code is not 0."""
+    them if the exit code is not 0. Child processes (Grain's workers) end in any case."""
     if not code:
         sys.exit(0)
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
