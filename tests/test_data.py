@@ -249,6 +249,16 @@ class TestMds:
         other = open_store(tmp_path / "a", 0.5, tmp_path / "cache")
         assert len(other["eval"].lengths) > len(again["eval"].lengths)
 
+    def test_other_ids_of_the_same_lengths_are_chosen_anew(self, tmp_path):
+        pieces = some_pieces()
+        write_mds(tmp_path / "a", pieces)
+        open_store(tmp_path / "a", 0.2, tmp_path / "cache")
+        shutil.rmtree(tmp_path / "a")
+        write_mds(tmp_path / "a", [ids[::-1].copy() for ids in pieces])
+        got, want = (open_store(tmp_path / "a", 0.2, c) for c in (tmp_path / "cache", None))
+        for kept, made in zip(*(s["eval"].read(np.arange(40)) for s in (got, want)), strict=True):
+            np.testing.assert_array_equal(kept, made)
+
     def test_train_and_eval_folders(self, tmp_path):
         pieces = some_pieces()
         write_mds(tmp_path / "a" / "train", pieces[:300])

@@ -218,7 +218,7 @@ class TestWhatIsMade:
         assert sorted(p.name for p in out.iterdir()) == ["text", "tokens"]
 
     def test_tfds_reads_it_without_tensorflow(self, made, notes):
-        read = tfds.builder_from_directory(made[0] / "text" / "text" / "1.0.0")
+        read = tfds.builder_from_directory(made[0] / "text" / "text" / builder.VERSION)
         texts, ids = {}, set()
         for split in ("train", "eval"):
             for example in read.as_data_source(split=split):

@@ -173,7 +173,11 @@ def _of_mds(shards: MdsShards) -> TokenStore:
 def _split_by_hash(
     shards: MdsShards, fraction: float, cache: pathlib.Path | None
 ) -> dict[str, TokenStore]:
-    kept = cache / f"{shards.fingerprint[:16]}-{fraction}.eval.npy" if cache else None
+    # The fingerprint covers lengths only, the split depends on the ids.
+    stats = [shard.path.stat() for shard in shards.shards]
+    times = f"{shards.fingerprint} {[(stat.st_size, stat.st_mtime_ns) for stat in stats]}"
+    name = f"{hashlib.sha256(times.encode()).hexdigest()[:16]}-{fraction}.eval.npy"
+    kept = cache / name if cache else None
     if kept and kept.is_file():
         is_eval = np.load(kept)
     else:

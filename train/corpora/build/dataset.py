@@ -8,7 +8,7 @@ differ from source to source. Neither building nor reading needs TensorFlow:
         file_format="array_record",
         download_config=tfds.download.DownloadConfig(manual_dir=folder, try_download_gcs=False),
     )
-    tfds.builder_from_directory("text/mtsamples/1.0.0").as_data_source(split="train")
+    tfds.builder_from_directory("text/mtsamples/1.0.1").as_data_source(split="train")
 
 Each shard is written on its own (tfds.core.ShardBasedBuilder), which keeps memory constant: TFDS's
 shuffling writer holds 1 GB and needs TensorFlow beyond that. Documents keep the order of the files;
@@ -34,7 +34,7 @@ from .reading import Job, plan_jobs, read_all, read_records, times_of
 from .revisions import resolve
 
 SHARD_BYTES = 256 << 20  # of text
-VERSION = "1.0.0"  # of the documents; changing it makes every corpus be read again
+VERSION = "1.0.1"  # of the documents; changing it makes every corpus be read again
 Shard = Callable[[], Iterator[tuple[str, dict[str, str]]]]
 
 

@@ -1,6 +1,6 @@
 """python -m train prepare: turns a corpus into text (a TFDS data set) and text into token shards.
 
-    OUT/text/NAME/1.0.0/    the data set: read, deduplicated, split; see build/dataset.py
+    OUT/text/NAME/1.0.1/    the data set: read, deduplicated, split; see build/dataset.py
     OUT/text/manifest.json  what was read, dropped and kept; written last
     OUT/tokens/             the token folder, complete once it has manifest.json
     OUT, folder "work"      unfinished work; removed at the end and safe to delete
