@@ -370,17 +370,18 @@ def test_kinds_of_masks(mask, kind):
 
 
 def test_align_by_hand():
-    skipped = Counter()
+    skipped, kept = Counter(), Counter()
     words, tags = deid.align(
         "Seen by Dr.Anna  Lee,\nat St. Mary on 5-3\n",
         "Seen by Dr.[**Doctor Last Name 1**],\nat [**Hospital1 **] on [**5-3**]\n",
         skipped,
+        kept,
     )
     assert words == tuple("Seen by Dr. Anna Lee , at St. Mary on 5-3".split())
     assert tags == (
         *("O", "O", "O", "B-name", "I-name", "O", "O", "B-location", "I-location", "O", "B-date"),
     )
-    assert not skipped
+    assert not skipped and not kept
 
 
 MASKS = {
@@ -417,26 +418,26 @@ def test_align_random_records(pieces, rng):
         words += some
         tags += [f"{'I' if k else 'B'}-{kind}" if kind else "O" for k in range(n)]
         before = kind
-    assert deid.align(text, masked, Counter()) == (tuple(words), tuple(tags))
+    assert deid.align(text, masked, Counter(), Counter()) == (tuple(words), tuple(tags))
 
 
 def test_masks_side_by_side():
-    skipped = Counter()
+    skipped, kept = Counter(), Counter()
     # The reference takes all up to the record's end for the first mask, and again for the next.
-    one = deid.align("by AnnaLee now", "by [**First Name**][**Last Name**] now", skipped)
+    one = deid.align("by AnnaLee now", "by [**First Name**][**Last Name**] now", skipped, kept)
     assert one == (("by", "AnnaLee", "now"), ("O", "B-name", "O"))
-    two = deid.align("by Anna 5-3.", "by [**First Name**][**5-3**].", skipped)
+    two = deid.align("by Anna 5-3.", "by [**First Name**][**5-3**].", skipped, kept)
     assert two == (("by", "Anna", "5-3", "."), ("O", "B-name", "B-date", "O"))
-    assert not skipped
-    three = deid.align("by Anna Lee 5-3.", "by [**First Name**][**5-3**].", skipped)
+    assert not skipped and not kept
+    three = deid.align("by Anna Lee 5-3.", "by [**First Name**][**5-3**].", skipped, kept)
     assert three[1] == ("O", "B-other", "I-other", "I-other", "O")
-    assert skipped == {deid.ADJACENT: 2}
-    four = deid.align("by Anna Lee now", "by [**First Name**] [**Last Name**] now", skipped)
+    assert not skipped and kept == {deid.ADJACENT: 2}
+    four = deid.align("by Anna Lee now", "by [**First Name**] [**Last Name**] now", skipped, kept)
     assert four[1] == ("O", "B-name", "B-name", "O")
 
 
 def test_what_is_hidden_may_begin_like_what_follows():
-    words, tags = deid.align("Dr.-Lee-Ann", "Dr.[**Name**]-[**Name**]", Counter())
+    words, tags = deid.align("Dr.-Lee-Ann", "Dr.[**Name**]-[**Name**]", Counter(), Counter())
     assert words == ("Dr.", "-Lee", "-", "Ann")
     assert tags == ("O", "B-name", "O", "B-name")
 
@@ -453,7 +454,7 @@ def test_what_is_hidden_may_begin_like_what_follows():
 )
 def test_records_that_do_not_align(text, masked):
     skipped = Counter()
-    assert deid.align(text, masked, skipped) is None
+    assert deid.align(text, masked, skipped, Counter()) is None
     assert skipped == {deid.UNALIGNED: 1}
 
 
@@ -485,7 +486,7 @@ def test_deid(tmp_path, newline, encoding):
     published = "age date location name other phone_nb".split()
     assert list(data.labels) == ["O", *(f"{p}-{k}" for p in "BI" for k in published)]
     assert data.skipped[deid.UNALIGNED] == 1
-    assert data.skipped[deid.UNKNOWN] == 1
+    assert data.kept == {deid.UNKNOWN: 1}
     assert data.skipped["texts without a word"] == 1
     # The split counts the records that are left out.
     split = sklearn.model_selection.train_test_split

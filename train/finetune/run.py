@@ -47,8 +47,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     experiment = Experiment(config)
     counts = ", ".join(f"{len(s)} {name}" for name, s in experiment.splits.items())
     print(f"{config.task}: {counts}; {len(experiment.data.labels)} labels", flush=True)
-    for reason, count in experiment.data.skipped.items():
-        print(f"  skipped, {reason}: {count:,}", flush=True)
+    for what in ("skipped", "kept"):
+        for reason, count in getattr(experiment.data, what).items():
+            print(f"  {what}, {reason}: {count:,}", flush=True)
     cut = {name: sum(e.truncated for e in s) for name, s in experiment.splits.items()}
     if any(cut.values()):
         counts = ", ".join(f"{count:,} {name}" for name, count in cut.items() if count)

@@ -52,11 +52,12 @@ def load(folder: pathlib.Path) -> Data:
             f"{len(masked)} of other numbers or in another order; get both files again"
         )
     skipped: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
     tagged = [
-        align(text, mask, skipped) for (_, text), (_, mask) in zip(texts, masked, strict=True)
+        align(text, mask, skipped, kept) for (_, text), (_, mask) in zip(texts, masked, strict=True)
     ]
     rows = three_ways(len(tagged), sklearn_split)
-    return token_data(tagged, rows, skipped, folder, LABELS)
+    return token_data(tagged, rows, skipped, folder, LABELS, kept)
 
 
 def _records(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -83,7 +84,7 @@ def kind_of(mask: str) -> str | None:
     return "date" if re.fullmatch(r"\d+([-/]\d+){0,2}", content) else None
 
 
-def align(text: str, masked: str, skipped: Counter[str]) -> Words | None:
+def align(text: str, masked: str, skipped: Counter[str], kept: Counter[str]) -> Words | None:
     """(words, tags) of a text, from its masked version; None if the two do not align.
 
     Words end at whitespace and at the ends of masks: "Dr.[**Name**]," has three. If only a space
@@ -108,12 +109,12 @@ def align(text: str, masked: str, skipped: Counter[str]) -> Words | None:
     if hidden is None:
         skipped[UNALIGNED] += 1
         return None
-    skipped.update({UNKNOWN: unknown} if unknown else {})
+    kept.update({UNKNOWN: unknown} if unknown else {})
     words, tags = first.split(), ["O"] * len(first.split())
     for (kinds, plain), secret in zip(gaps, hidden, strict=True):
         found = secret.split()
         words += found + plain.split()
-        tags += _tags(kinds, len(found), skipped) + ["O"] * len(plain.split())
+        tags += _tags(kinds, len(found), kept) + ["O"] * len(plain.split())
     return tuple(words), tuple(tags)
 
 
@@ -144,13 +145,13 @@ def _hidden(text: str, first: str, plains: list[str]) -> list[str] | None:
     return [*hidden, text[at:end]]
 
 
-def _tags(kinds: list[str], n: int, skipped: Counter[str]) -> list[str]:
+def _tags(kinds: list[str], n: int, kept: Counter[str]) -> list[str]:
     """Tags of n words in place of adjacent masks: one entity, or one word per mask of its kind."""
     if len(set(kinds)) == 1:
         return [f"{'I' if i else 'B'}-{kinds[0]}" for i in range(n)]
     if len(kinds) == n:
         return [f"B-{kind}" for kind in kinds]
-    skipped[ADJACENT] += len(kinds)
+    kept[ADJACENT] += len(kinds)
     return [f"{'I' if i else 'B'}-other" for i in range(n)]
 
 

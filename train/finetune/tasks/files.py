@@ -20,7 +20,7 @@ import dataclasses
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ def token_data(
     skipped: Counter[str],
     where: pathlib.Path,
     labels: tuple[str, ...],
+    kept: Mapping[str, int] | None = None,
 ) -> Data:
     """The Data of tagged texts. rows: the indices of train, validation and test.
 
@@ -113,7 +114,7 @@ def token_data(
                 split.append(Example(words=one[0], label=tuple(ids[name] for name in one[1])))
             elif one is not None:
                 skipped["texts without a word"] += 1
-    return make_data(labels, splits, skipped, where)
+    return make_data(labels, splits, skipped, where, kept)
 
 
 # Your own files.

@@ -37,7 +37,8 @@ class Example:
 class Data:
     """The splits of a task and the names of its labels.
 
-    skipped: {reason: number} of what was skipped, or kept although it is unusual; it holds no text.
+    skipped: {reason: number} of what was skipped. kept: the same of what was kept although it is
+    unusual. Neither holds text of an example.
     """
 
     labels: tuple[str, ...]
@@ -45,6 +46,7 @@ class Data:
     validation: list[Example]
     test: list[Example]
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    kept: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +103,16 @@ def make_data(
     splits: Iterable[list[Example]],
     skipped: Mapping[str, int],
     where: pathlib.Path,
+    kept: Mapping[str, int] | None = None,
 ) -> Data:
     """The Data of train, validation and test examples, after checks.
 
-    Counts labels that training lacks, and test examples that are also in training, in `skipped`.
+    Also counts labels that training lacks, and test examples that training holds too, in `kept`.
     Raises ValueError with one line for an empty split, or if all of training has the same label.
     """
     train, validation, test = splits
-    notes = {reason: number for reason, number in skipped.items() if number}
+    skipped = {reason: number for reason, number in skipped.items() if number}
+    notes = {reason: number for reason, number in (kept or {}).items() if number}
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if not split:
             raise ValueError(
@@ -128,8 +132,8 @@ def make_data(
         notes[f"labels that training lacks: {names}"] = len(unseen)
     known = {(e.text, e.text_pair, e.words) for e in train}
     if again := sum((e.text, e.text_pair, e.words) in known for e in test):
-        notes["test examples that training holds too (kept)"] = again
-    return Data(labels, train, validation, test, notes)
+        notes["test examples that training holds too"] = again
+    return Data(labels, train, validation, test, skipped, notes)
 
 
 def _used(examples: list[Example]) -> set[int]:
