@@ -16,6 +16,9 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.auto import class_of
 from modernbert_jax.checkpoint import hf, hub, orbax
 from modernbert_jax.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, read_config
+from modernbert_jax.checkpoint.params import widest_dtype, with_dtype
+from modernbert_jax.config import refuse_pointer
+from modernbert_jax.weights import DECODER, EMBEDDING
 
 from . import composer, flexbert, moments, torch_file
 
@@ -59,13 +62,7 @@ def load(source: str, optimizer: bool = False) -> Checkpoint:
 
 
 def _load_orbax(folder: Path, optimizer: bool) -> Checkpoint:
-    try:
-        loaded = orbax.load_orbax(folder, optimizer=optimizer)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        raise ValueError(f"{folder}: not a complete Orbax checkpoint ({kind}: {error})") from error
+    loaded = orbax.load_orbax(folder, optimizer=optimizer)
     parts = ("params", "optimizer") if optimizer else ("params",)
     return Checkpoint(
         cls=class_of(loaded["params"], loaded["architecture"]),
@@ -83,12 +80,15 @@ def _load_hf(folder: Path, optimizer: bool) -> Checkpoint:
     config, architecture = read_config(folder)
     safe, index = hf.WEIGHTS_FILE, hf.INDEX_FILE
     if any((folder / name).exists() for name in (safe, index)):
-        tensors, paths = hf.SafetensorsFolder(folder), _shards(folder, safe, index)
+        tensors = hf.SafetensorsFolder(folder, config.tie_word_embeddings)
+        paths = _shards(folder, safe, index)
     else:
-        tensors, paths = _read_bin(folder), _shards(folder, BIN_FILE, BIN_INDEX)
+        tensors = _read_bin(folder, config.tie_word_embeddings)
+        paths = _shards(folder, BIN_FILE, BIN_INDEX)
     with _naming(folder):
         cls = class_of(tensors, architecture)
         params = hf.hf_to_params(cls, config, tensors)
+        config = with_dtype(config, folder, tensors)
     return Checkpoint(cls, config, params, None, folder, _size(paths))
 
 
@@ -111,8 +111,11 @@ class _OneByOne(dict[str, np.ndarray]):
         return self._last
 
 
-def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
-    """Reads the tensors of pytorch_model.bin, or of the shards that its index names."""
+def _read_bin(folder: Path, tied: bool) -> Mapping[str, np.ndarray]:
+    """Reads the tensors of pytorch_model.bin, or of the shards that its index names.
+
+    tied: as in `hf.SafetensorsFolder`.
+    """
     if not (folder / BIN_FILE).exists() and not (folder / BIN_INDEX).exists():
         raise ValueError(
             f"{folder}: expected {hf.WEIGHTS_FILE}, {BIN_FILE} or an index of shards, found none"
@@ -131,7 +134,8 @@ def _read_bin(folder: Path) -> Mapping[str, np.ndarray]:
                 raise ValueError(f"{path}: {key} is set twice, also in another shard")
             tensors[key] = array
     if not (folder / BIN_FILE).exists():
-        missing = sorted(set(hf.read_index(folder / BIN_INDEX)) - set(tensors))
+        absent = {DECODER} if tied and EMBEDDING in tensors else set()
+        missing = sorted(set(hf.read_index(folder / BIN_INDEX)) - set(tensors) - absent)
         if missing:
             raise ValueError(f"{folder / BIN_INDEX}: no shard has {', '.join(missing[:5])}")
     return tensors
@@ -156,8 +160,7 @@ def load_composer(
             )
         if values.get("model_type") != "modernbert":
             values = flexbert.hf_config(values, tokenizer)
-        dtype = next((str(array.dtype) for array in tensors.values()), "float32")
-        config = ModernBertConfig.from_dict(values | {"dtype": dtype})
+        config = ModernBertConfig.from_dict(values | {"dtype": widest_dtype(tensors)})
         cls, state = ModernBertForMaskedLM, None
         params = hf.hf_to_params(cls, config, tensors)
         if optimizer:
@@ -185,6 +188,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file. Raises ValueError that names the file."""
+    refuse_pointer(path)
     with _naming(path):
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):

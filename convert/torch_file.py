@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from modernbert_jax.config import refuse_pointer
+
 OLDEST_TORCH = (2, 6)  # Before 2.6, weights_only=True could be tricked into running code.
 
 # Bytes per element of the storage classes; an untyped storage counts bytes.
@@ -91,6 +93,7 @@ def read(path: Path) -> Any:
     ADMITTED and for a legacy, truncated or damaged file.
     """
     torch = require_torch("reading")
+    refuse_pointer(path)
     stubs = [(Stub, name) for name in STUBS] + [(make, name) for name, make in CONTAINERS.items()]
     try:
         _check(path)

@@ -9,6 +9,7 @@ import numpy as np
 from modernbert_jax.checkpoint.files import read_config
 from modernbert_jax.checkpoint.hf import SafetensorsFolder, hf_to_params
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
+from modernbert_jax.checkpoint.params import check_dtypes, with_dtype
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.heads import (
     ModernBertForMaskedLM,
@@ -62,8 +63,9 @@ def read_params(
     if is_orbax(folder):
         loaded = load_orbax(folder)
         params = loaded["params"]
+        check_dtypes(params)
         return class_of(params, loaded["architecture"]), loaded["config"], params
     config, architecture = read_config(folder)
-    tensors = SafetensorsFolder(folder)
-    cls = class_of(tensors, architecture)
+    tensors = SafetensorsFolder(folder, config.tie_word_embeddings)
+    config, cls = with_dtype(config, folder, tensors), class_of(tensors, architecture)
     return cls, config, hf_to_params(cls, config, tensors)

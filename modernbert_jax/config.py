@@ -83,7 +83,7 @@ class ModernBertConfig:
 
     classifier_pooling: str = "cls"  # or "mean"
     num_labels: int = 2
-    id2label: tuple[str, ...] = ()  # names of the labels, in order; () if unnamed
+    id2label: tuple[str, ...] = ()  # names in order, or {id: name}; () if unnamed
     problem_type: str | None = None
 
     output_hidden_states: bool = False  # what a call returns that says nothing else
@@ -161,6 +161,7 @@ class ModernBertConfig:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(DTYPES)}, got {getattr(self, name)!r}"
                 )
+        set_("id2label", label_names(self.id2label))
         if self.id2label and len(self.id2label) != self.num_labels:
             raise ValueError(
                 f"id2label: expected {self.num_labels} names (num_labels), got {len(self.id2label)}"
@@ -190,14 +191,26 @@ class ModernBertConfig:
         return theta
 
     def replace(self, **changes: Any) -> "ModernBertConfig":
-        """Returns a copy with changed fields; a new depth resets layer_types to the default."""
+        """Returns a copy with changed fields; a new depth resets layer_types to the default.
+
+        id2label ({id: name}, or names in order) also sets num_labels, and a new num_labels drops
+        the names. label2id ({name: id}) may repeat id2label. Raises ValueError if they disagree.
+        """
         depth = changes.get("num_hidden_layers", self.num_hidden_layers)
         if depth != self.num_hidden_layers and "layer_types" not in changes:
             changes["layer_types"] = ()
+        label2id = changes.pop("label2id", None)
         for name in changes.keys() - {f.name for f in dataclasses.fields(self)}:
             raise TypeError(f"{name}: expected a field of ModernBertConfig")
-        if changes.get("num_labels", self.num_labels) != self.num_labels:
+        if names := label_names(changes.get("id2label") or ()):
+            changes.setdefault("num_labels", len(names))
+        elif changes.get("num_labels", self.num_labels) != self.num_labels:
             changes.setdefault("id2label", ())
+        if label2id is not None and label2id != {name: i for i, name in enumerate(names)}:
+            raise ValueError(
+                "label2id: expected the reverse of id2label, which must be given with it, got "
+                f"{dict(label2id)!r} for {dict(enumerate(names))!r}"
+            )
         return dataclasses.replace(self, **changes)
 
     # Presets.
@@ -245,9 +258,11 @@ class ModernBertConfig:
         """Reads a `config.json` of transformers 4.48 or 5.
 
         The RoPE bases come from rope_parameters, then global_rope_theta and local_rope_theta, then
-        the defaults; sliding_window, a radius, wins over local_attention, as in transformers.
-        Raises ValueError for another model_type, a rope_type other than "default", invalid values,
-        or return_dict and is_causal where they would change the result of a call in transformers.
+        the defaults; sliding_window, a radius, wins over local_attention, as in transformers, and
+        float64 becomes float32.
+        Raises ValueError for another model_type, a quantized model, a rope_type other than
+        "default", invalid values, or return_dict and is_causal where they would change the result
+        of a call in transformers.
         """
         data = dict(data)
         model_type = data.pop("model_type", "modernbert")
@@ -263,6 +278,14 @@ class ModernBertConfig:
             if data.get(name) not in (None, value):
                 raise ValueError(
                     f"{name}: expected {str(value).lower()} ({reason}), got {data[name]!r}"
+                )
+        for name in ("quantization_config", "compression_config"):
+            if (found := data.pop(name, None)) is not None:
+                method = found.get("quant_method") if isinstance(found, Mapping) else found
+                raise ValueError(
+                    f"{name}: expected none, got the method {method!r}: quantized weights cannot "
+                    "be loaded; use the original model, or save this one dequantized to float32, "
+                    "bfloat16 or float16"
                 )
         fields: dict[str, Any] = {}
 
@@ -302,14 +325,21 @@ class ModernBertConfig:
         stored = data.pop("torch_dtype", None)
         stored = data.pop("dtype", None) or stored
         if stored is not None:
-            stored = str(stored).removeprefix("torch.")
+            stored = str(stored).removeprefix("torch.").replace("float64", "float32")
             fields["param_dtype"] = fields["dtype"] = stored
 
-        labels = data.pop("id2label", None)
-        data.pop("label2id", None)
-        if labels:
-            fields["id2label"] = tuple(labels[k] for k in sorted(labels, key=int))
-            fields["num_labels"] = len(labels)
+        names = label_names(data.pop("id2label", None) or ())
+        label2id = dict(data.pop("label2id", None) or {})
+        if names:
+            fields["id2label"] = names
+            data.setdefault("num_labels", len(names))
+            # transformers leaves its default names (LABEL_0) in label2id if only id2label is set.
+            for name in label2id.keys() & set(names):
+                if dict(enumerate(names)).get(int(label2id[name])) != name:
+                    raise ValueError(
+                        f"label2id: expected {names.index(name)} for {name!r}, as in id2label, "
+                        f"got {label2id[name]}"
+                    )
         if isinstance(data.get("eos_token_id"), list):
             data["eos_token_id"] = data["eos_token_id"][0]
         head_dim = data.pop("head_dim", None)
@@ -355,8 +385,9 @@ class ModernBertConfig:
     @classmethod
     def from_json(cls, path: Any) -> "ModernBertConfig":
         """Reads a `config.json`. Raises ValueError, with the path, if it is not valid."""
+        file = pathlib.Path(path) if isinstance(path, str) else path
+        refuse_pointer(file)
         try:
-            file = pathlib.Path(path) if isinstance(path, str) else path
             data = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(data, dict):
                 raise ValueError(f"expected a JSON object, got {type(data).__name__}")
@@ -378,6 +409,7 @@ _POSITIVE = (
     "max_position_embeddings",
     "num_labels",
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _DROPOUTS = (
     "embedding_dropout",
     "attention_dropout",
@@ -391,6 +423,32 @@ def _every_n(num_layers: int, n: int) -> tuple[str, ...]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"global_attn_every_n_layers: expected a positive integer, got {n!r}")
     return tuple(SLIDING if i % n else FULL for i in range(num_layers))
+
+
+def label_names(id2label: Any) -> tuple[str, ...]:
+    """Returns the names in order of {id: name}, whose ids may be text; a sequence is the names.
+
+    Raises ValueError unless the ids are 0, 1, 2 and so on.
+    """
+    if isinstance(id2label, str):
+        raise ValueError(f"id2label: expected {{id: name}}, got {id2label!r}")
+    if not isinstance(id2label, Mapping):
+        return tuple(id2label)
+    by_id = {int(i) if str(i).isdecimal() else i: name for i, name in id2label.items()}
+    if set(by_id) != set(range(len(id2label))):
+        ids = ", ".join(str(i) for i in id2label)
+        raise ValueError(f"id2label: expected the ids 0 to {len(id2label) - 1}, got {ids}")
+    return tuple(by_id[i] for i in range(len(by_id)))
+
+
+def refuse_pointer(path: Any) -> None:
+    """Raises ValueError if a file is a Git LFS pointer: a clone without Git LFS has those."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path}: expected the file, found a Git LFS pointer to it; `git lfs pull` in its "
+                "folder downloads the file"
+            )
 
 
 def init_std(config: ModernBertConfig, kind: str) -> float:

@@ -12,6 +12,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+from modernbert_jax.config import refuse_pointer
+
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -63,6 +65,9 @@ class AutoTokenizer:
             folder = _download(os.fspath(path_or_repo), revision=revision, **hub)
         if not (folder / TOKENIZER_FILE).is_file():
             raise FileNotFoundError(f"{path_or_repo}: expected {TOKENIZER_FILE}, found none")
+        for name in FILES:
+            if (folder / name).is_file():
+                refuse_pointer(folder / name)
         try:
             # transformers ignores the files' clean_up_tokenization_spaces for a BPE, but warns.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(

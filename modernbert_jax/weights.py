@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from modernbert_jax.config import ModernBertConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -109,19 +111,50 @@ def decays(path: str) -> bool:
     return weight_of(path).decays
 
 
+def check_axes(path: str, shape: tuple[int, ...], config: ModernBertConfig) -> None:
+    """Raises ValueError if a parameter has a name of the table and other axes than its row."""
+    row = find_weight(path)
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "H": config.num_attention_heads,
+        "K": config.head_dim,
+    }
+    axes = [(axis, sizes.get(axis)) for axis in row.axes] if row else []
+    if row and (
+        len(axes) != len(shape)
+        or any(size not in (None, n) for (_, size), n in zip(axes, shape, strict=True))
+    ):
+        expected = ", ".join(str(size or axis) for axis, size in axes)
+        raise ValueError(
+            f"{path}: expected shape ({expected}), got {shape}; a parameter of another kind needs "
+            "another name"
+        )
+
+
+def hf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a Hugging Face file of a parameter of `shape`."""
+    row = find_weight(path)
+    return row.hf_shape(shape) if row else shape
+
+
 def to_hf(path: str, array: Any) -> np.ndarray:
-    """A parameter as Hugging Face stores it: contiguous, dtype unchanged."""
-    row, array = weight_of(path), np.asarray(array)
-    shape = row.hf_shape(array.shape)
-    if row.inputs:
-        return np.ascontiguousarray(array.reshape(shape[::-1]).T)
-    return np.ascontiguousarray(array.reshape(shape))
+    """A parameter as Hugging Face stores it: contiguous, dtype unchanged.
+
+    A parameter that ModernBERT does not have, one of your own class, is stored as it is.
+    """
+    row, array = find_weight(path), np.asarray(array)
+    shape = hf_shape(path, array.shape)
+    if row and row.inputs:
+        array = array.reshape(shape[::-1]).T
+    return np.asarray(array.reshape(shape), order="C")
 
 
 def from_hf(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A Hugging Face tensor as a parameter of `shape`. Raises ValueError for any other shape."""
-    row = weight_of(path)
-    expected = row.hf_shape(shape)
+    row = find_weight(path)
+    expected = hf_shape(path, shape)
     if tuple(array.shape) != expected:
         raise ValueError(f"{path}: expected shape {expected}, got {tuple(array.shape)}")
-    return np.ascontiguousarray((array.T if row.inputs else array).reshape(shape))
+    return np.asarray((array.T if row and row.inputs else array).reshape(shape), order="C")

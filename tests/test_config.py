@@ -76,8 +76,39 @@ class TestReading:
         assert config.rope_theta(SLIDING) == 1e4
 
     def test_labels(self):
-        config = ModernBertConfig.from_dict({"id2label": {"1": "b", "0": "a", "10": "c"}})
-        assert config.num_labels == 3 and config.id2label == ("a", "b", "c")
+        names = {str(i): f"name {i}" for i in (10, 9, 8, 7, 0, 1, 2, 3, 4, 5, 6)}
+        config = ModernBertConfig.from_dict({"id2label": names, "label2id": {"LABEL_0": 0}})
+        assert config.num_labels == 11  # as numbers: 2 before 10
+        assert config.id2label == tuple(f"name {i}" for i in range(11))
+
+    @pytest.mark.parametrize(
+        "labels, message",
+        [
+            ({"id2label": {"0": "a", "10": "c"}}, "id2label: expected the ids 0 to 1, got 0, 10"),
+            ({"id2label": {"1": "a"}}, "id2label: expected the ids 0 to 0, got 1"),
+            ({"id2label": {"a": "0"}}, "id2label: expected the ids 0 to 0, got a"),
+            ({"id2label": {"0": "a", "1": "b"}, "num_labels": 3}, "id2label: expected 3 names"),
+            (
+                {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}},
+                "label2id: expected . for '.', as in id2label",
+            ),
+        ],
+    )
+    def test_labels_that_disagree(self, labels, message):
+        with pytest.raises(ValueError, match=message):
+            ModernBertConfig.from_dict(labels)
+        changes = {k: {int(i): n for i, n in v.items()} if k == "id2label" and "a" not in v else v
+                   for k, v in labels.items()}  # fmt: skip
+        with pytest.raises(ValueError, match=message.split(":")[0] + ": expected"):
+            ModernBertConfig().replace(**changes)
+        with pytest.raises(ValueError, match="label2id: expected the reverse of id2label"):
+            ModernBertConfig().replace(label2id={"a": 0, "b": 1})
+
+    @pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+    def test_a_quantized_model_is_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name}: expected none, got the method 'fp8'"):
+            ModernBertConfig.from_dict({name: {"quant_method": "fp8"}})
+        assert name not in ModernBertConfig.from_dict({name: None}).to_dict()
 
     def test_round_trip_keeps_everything(self):
         data = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "local_rope_theta": -1,

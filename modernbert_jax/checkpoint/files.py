@@ -9,10 +9,11 @@ import pathlib
 import shutil
 from typing import Any
 
-from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.config import ModernBertConfig, refuse_pointer
 from modernbert_jax.tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 
 
 def absolute_path(path: str | os.PathLike[str]) -> Any:
@@ -42,23 +43,56 @@ def remove_tree(folder: Any) -> None:
 
 
 def copy_tokenizer(source: str | os.PathLike[str] | None, folder: Any) -> None:
-    """Copies the tokenizer files that exist in `source`, tokenizer.json last."""
+    """Copies the tokenizer files that exist in `source`, tokenizer.json last.
+
+    Raises ValueError for a Git LFS pointer.
+    """
     if source is None:
         return
     for name in reversed(TOKENIZER_FILES):
         path = absolute_path(source) / name
         if path.exists() and path != folder / name:
+            refuse_pointer(path)
             write_bytes(folder / name, path.read_bytes())
 
 
 def read_config(folder: Any) -> tuple[ModernBertConfig, str | None]:
     """Reads config.json: the configuration and the model class it names, None if it names none.
 
-    Raises FileNotFoundError if the file is missing, ValueError if it is not a valid configuration.
+    Raises FileNotFoundError if the file is missing, ValueError if it is not a valid configuration
+    or the folder holds a PEFT adapter.
     """
     path = absolute_path(folder) / CONFIG_FILE
+    refuse_adapter(path.parent)
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: expected {CONFIG_FILE}, found none")
+        # Such as 0_Transformer of sentence-transformers, or checkpoint-500 of a Trainer.
+        inner = sorted(str(p.parent) for p in path.parent.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; the model is in a folder below it, load that: {', '.join(inner[:3])}"
+        raise FileNotFoundError(
+            f"{folder}: expected {CONFIG_FILE}, found none{hint if inner else ''}"
+        )
     config = ModernBertConfig.from_json(path)
     names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
     return config, str(names[0]) if isinstance(names, list) and names else None
+
+
+def states_dtype(folder: Any) -> bool:
+    """Whether config.json states a dtype, as `dtype` or `torch_dtype`."""
+    data = json.loads((absolute_path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    return bool(data.get("dtype") or data.get("torch_dtype"))
+
+
+def refuse_adapter(folder: Any) -> None:
+    """Raises ValueError if a folder holds a PEFT adapter: only the changes to another model."""
+    path = folder / ADAPTER_FILE
+    if not path.exists():
+        return
+    refuse_pointer(path)
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = "its base model"
+    raise ValueError(
+        f"{folder}: expected a model, found a PEFT adapter ({ADAPTER_FILE}); merge it into {base} "
+        "with peft (merge_and_unload, then save_pretrained) and load the result"
+    )

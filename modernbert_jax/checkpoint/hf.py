@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,8 +17,8 @@ import safetensors.numpy
 
 from modernbert_jax.card import CARD_FILE, MARK, model_card
 from modernbert_jax.checkpoint.files import CONFIG_FILE, copy_tokenizer, write_text
-from modernbert_jax.checkpoint.params import check_keys, param_shapes
-from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.checkpoint.params import check_dtypes, check_keys, param_shapes
+from modernbert_jax.config import ModernBertConfig, refuse_pointer
 from modernbert_jax.weights import DECODER, EMBEDDING, from_hf, to_hf
 
 WEIGHTS_FILE = "model.safetensors"
@@ -30,8 +31,9 @@ def hf_to_params(
     """Converts Hugging Face tensors to the parameters {path: array} of `cls`; keeps dtypes.
 
     Drops a decoder.weight that repeats the tied embedding. Raises ValueError for unknown keys,
-    missing keys and wrong shapes.
+    missing keys, wrong shapes, and dtypes other than float32, bfloat16 and float16.
     """
+    check_dtypes(tensors)
     shapes = {k: tuple(v.shape) for k, v in param_shapes(cls, config).items()}
     check_keys("weights", set(tensors) - tied_copy(config, tensors), shapes)
     return {key: from_hf(key, tensors[key], shape) for key, shape in shapes.items()}
@@ -47,6 +49,7 @@ def params_to_hf(
     """
     shapes = param_shapes(cls, config)
     check_keys("parameters", params, shapes)
+    check_dtypes(params)
     for key, array in params.items():
         if tuple(array.shape) != tuple(shapes[key].shape):
             raise ValueError(
@@ -84,11 +87,13 @@ def tied_copy(config: ModernBertConfig, tensors: Mapping[str, np.ndarray]) -> se
 class SafetensorsFolder(Mapping[str, np.ndarray]):
     """The tensors of model.safetensors or of its shards, as a mapping that reads them one by one.
 
-    Raises FileNotFoundError if there are no weights, ValueError for a truncated file, an index that
-    points outside the folder, and keys that the index and the shards do not agree on.
+    dtypes: {key: name of the dtype}. tied: the index may name a decoder.weight that no shard holds,
+    because it is the embedding. Raises FileNotFoundError if there are no weights, ValueError for a
+    truncated file, an index that points outside the folder, and keys that the index and the shards
+    do not agree on.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], tied: bool = False):
         folder = pathlib.Path(folder)
         if (folder / WEIGHTS_FILE).exists():
             files, index = [WEIGHTS_FILE], None
@@ -102,18 +107,20 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
             )
         # Each read opens its file anew: an open file would keep everything read in memory.
         self._path_of: dict[str, pathlib.Path] = {}
+        self.dtypes: dict[str, str] = {}
         for name in files:
             try:
                 with safetensors.safe_open(folder / name, "np") as handle:
-                    keys = list(handle.keys())
+                    dtypes = {k: _dtype(handle.get_slice(k).get_dtype()) for k in handle.keys()}
             except FileNotFoundError:
                 raise FileNotFoundError(
                     f"{folder / name}: listed in the index, not found"
                 ) from None
             except Exception as error:  # safetensors raises its own type for a damaged file
+                refuse_pointer(folder / name)
                 message = f"{folder / name}: not a complete safetensors file: {error}"
                 raise ValueError(message) from None
-            for key in keys:
+            for key in dtypes:
                 if index is not None and index.get(key) != name:
                     raise ValueError(
                         f"{folder / name}: {key}: the index expects it in {index.get(key)}, "
@@ -122,8 +129,9 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
                 if key in self._path_of:
                     raise ValueError(f"{folder / name}: {key} is set twice")
                 self._path_of[key] = folder / name
-        if index is not None and set(index) - set(self._path_of):
-            missing = sorted(set(index) - set(self._path_of))
+            self.dtypes |= dtypes
+        absent = {DECODER} if tied and EMBEDDING in self._path_of else set()
+        if missing := sorted(set(index or ()) - set(self._path_of) - absent):
             raise ValueError(f"{folder / INDEX_FILE}: no shard has {', '.join(missing[:5])}")
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -142,8 +150,15 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
             return tuple(handle.get_slice(key).get_shape())
 
 
+def _dtype(name: str) -> str:
+    """NumPy's name of a dtype in safetensors: float8_e4m3 for F8_E4M3."""
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "C": "complex"}
+    return re.sub(r"^(BF|F|I|U|C)(?=\d)", lambda match: kinds[match[1]], name).lower()
+
+
 def read_index(path: pathlib.Path) -> dict[str, str]:
     """Reads {key: file name} from an index. Raises ValueError for names outside the folder."""
+    refuse_pointer(path)
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}

@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-from modernbert_jax.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES
+from modernbert_jax.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FILES
 from modernbert_jax.checkpoint.hf import INDEX_FILE
 
 
@@ -27,7 +27,7 @@ def resolve(
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+        patterns = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, ADAPTER_FILE]
         return pathlib.Path(
             snapshot_download(text, revision=revision, allow_patterns=patterns, **hub)
         )

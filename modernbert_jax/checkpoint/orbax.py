@@ -23,6 +23,7 @@ from modernbert_jax.checkpoint.files import (
     remove_tree,
     write_text,
 )
+from modernbert_jax.checkpoint.params import check_dtypes
 from modernbert_jax.config import ModernBertConfig
 
 
@@ -59,10 +60,11 @@ def start_save_orbax(
     optimizer: {"step": int, "mu": {path: array}, "nu": {path: array}}. data: the position of a
     training run as plain JSON, or a function that returns it once the arrays are written. in_turn:
     write one tree after the other, which needs less memory and leaves no work to the background.
-    Raises FileExistsError if `folder` is a complete checkpoint, OSError (also from the returned
-    function) if it cannot be written.
+    Raises FileExistsError if `folder` is a complete checkpoint, ValueError for params of dtypes
+    that are not read again, OSError (also from the returned function) if it cannot be written.
     """
     root = absolute_path(folder)
+    check_dtypes(params)
     first = jax.process_index() == 0
     if (root / CONFIG_FILE).exists():
         raise FileExistsError(f"{root}: expected a new directory, found a checkpoint")
@@ -111,7 +113,7 @@ def load_orbax(
     architecture: the class that config.json names, or None. params: {path: array}. optimizer: None
     unless requested. data: None if there is none. The arrays are NumPy's, or jax's with `shardings`
     {path: sharding}, each read straight to its devices. Raises FileNotFoundError if the checkpoint
-    is incomplete or lacks the requested optimizer.
+    is incomplete or lacks the requested optimizer, ValueError with one line if it is damaged.
     """
     root = absolute_path(folder)
     if not (root / CONFIG_FILE).exists():
@@ -139,8 +141,22 @@ def load_orbax(
 
 
 def _restore(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Reads one tree as {path: array}."""
+    """Reads one tree as {path: array}. Raises ValueError if it is damaged."""
+    try:
+        return _read(folder, shardings)
+    except MemoryError:
+        raise
+    except Exception as error:  # a reader of damaged bytes may raise anything
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"{folder}: not a complete Orbax checkpoint ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _read(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
     metadata = ocp.metadata(str(folder)).metadata
+    if metadata is None:
+        raise ValueError("expected arrays, found none")
     parts: list[dict[str, Any]] = [{}]  # read in turn: all at once needs twice the memory
     size = largest = 0
     for path, leaf in _unnest(metadata).items():

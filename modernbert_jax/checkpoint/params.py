@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.checkpoint.files import states_dtype
+from modernbert_jax.config import DTYPES, ModernBertConfig
+from modernbert_jax.weights import check_axes
 
 
 def flatten(module: nnx.Module) -> dict[str, Any]:
@@ -19,9 +21,15 @@ def flatten(module: nnx.Module) -> dict[str, Any]:
 
 
 def param_shapes(cls: type, config: ModernBertConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {path: shape and dtype} for every parameter of `cls(config)`; allocates nothing."""
+    """Returns {path: shape and dtype} for every parameter of `cls(config)`; allocates nothing.
+
+    Raises ValueError if the class gives a name of ModernBERT's to a parameter of other axes.
+    """
     module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flatten(module).items()}
+    params = flatten(module)
+    for path, param in params.items():
+        check_axes(path, param.shape, config)
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
 
 
 def module_of(cls: type, config: ModernBertConfig, params: Mapping[str, Any]) -> Any:
@@ -45,3 +53,33 @@ def check_keys(what: str, found: Collection[str], expected: Collection[str]) -> 
             parts.append(f"{name} keys: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     if parts:
         raise ValueError(f"{what} do not fit the configuration; {'; '.join(parts)}")
+
+
+def dtypes_of(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {path: name of the dtype}; of a `SafetensorsFolder`, without reading a tensor."""
+    known = getattr(arrays, "dtypes", None)
+    return known or {path: str(array.dtype) for path, array in arrays.items()}
+
+
+def check_dtypes(arrays: Mapping[str, Any], also: Collection[str] = ()) -> None:
+    """Raises ValueError for the first array that is not float32, bfloat16 or float16."""
+    for path, dtype in dtypes_of(arrays).items():
+        if dtype not in DTYPES and dtype not in also:
+            hint = ""
+            if dtype == "float64":
+                hint = "; load it with from_pretrained, which casts it, and save_pretrained"
+            raise ValueError(f"{path}: expected float32, bfloat16 or float16, got {dtype}{hint}")
+
+
+def widest_dtype(arrays: Mapping[str, Any]) -> str:
+    """Returns the dtype that holds the values of all arrays, by name: one of `DTYPES`."""
+    found = set(dtypes_of(arrays).values())
+    return found.pop() if len(found) == 1 and found <= set(DTYPES) else "float32"
+
+
+def with_dtype(config: ModernBertConfig, folder: Any, arrays: Mapping[str, Any]) -> Any:
+    """Returns the configuration with the widest dtype of the arrays if config.json states none."""
+    if states_dtype(folder):
+        return config
+    dtype = widest_dtype(arrays)
+    return config.replace(dtype=dtype, param_dtype=dtype)

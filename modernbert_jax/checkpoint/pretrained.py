@@ -7,17 +7,25 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from modernbert_jax.checkpoint.files import read_config
-from modernbert_jax.checkpoint.hf import SafetensorsFolder, tied_copy, write_hf
+from modernbert_jax.checkpoint.hf import SafetensorsFolder, params_to_hf, tied_copy, write_hf
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
-from modernbert_jax.checkpoint.params import check_keys, flatten, module_of, param_shapes
+from modernbert_jax.checkpoint.params import (
+    check_dtypes,
+    check_keys,
+    dtypes_of,
+    flatten,
+    module_of,
+    param_shapes,
+    widest_dtype,
+    with_dtype,
+)
 from modernbert_jax.config import DTYPES, ModernBertConfig
-from modernbert_jax.weights import BACKBONE, HEADS, from_hf, to_hf, weight_of
+from modernbert_jax.weights import BACKBONE, HEADS, find_weight, from_hf, hf_shape
 
 # Arguments of transformers' from_pretrained that have no meaning here, and what to use instead.
 UNSUPPORTED = {
@@ -54,15 +62,20 @@ class Pretrained:
     ) -> Self:
         """Loads a Hugging Face folder, a hub id or an Orbax directory.
 
-        dtype (or torch_dtype, torch's own types included): the dtype of computation, by default the
-        file's. param_dtype: the dtype of the stored weights, by default `dtype`. The weights of
-        another class's head are ignored; a head that the file lacks is initialized from `seed`,
-        with one warning. ignore_mismatched_sizes: also initialize a head of different sizes.
-        revision, cache_dir, local_files_only, token: passed to the hub. config_changes: fields of
-        the configuration to replace (num_labels=3). trust_remote_code is accepted and ignored: code
-        of a checkpoint is never run.
-        Raises FileNotFoundError or OSError if there is no checkpoint, ValueError for keys or shapes
-        that do not fit, TypeError for an argument that is not supported.
+        dtype (or torch_dtype, torch's own types included): the dtype of computation. The default is
+        transformers 5's: the dtype in config.json, whatever the dtypes of the tensors are; if it
+        states none, the tensors' dtype, or float32 if they differ. param_dtype: the dtype of the
+        stored weights, by default `dtype`; each tensor is cast to it. A tensor in float64 is cast
+        with one warning; one in another dtype (int8, float8) and a quantized model are refused.
+        The weights of another class's head are ignored; a head that the file lacks is initialized
+        from `seed`, with one warning. ignore_mismatched_sizes: also initialize a head of different
+        sizes. revision, cache_dir, local_files_only, token: passed to the hub. config_changes:
+        fields of the configuration to replace; num_labels=3, or id2label={0: "no", 1: "yes"}, which
+        sets num_labels, too, with or without its reverse, label2id. trust_remote_code is accepted
+        and ignored: code of a checkpoint is never run.
+        Raises FileNotFoundError or OSError if there is no checkpoint, ValueError for a damaged one,
+        for keys, shapes or dtypes that do not fit and for labels that disagree, TypeError for an
+        argument that is not supported.
         """
         dtype = torch_dtype if dtype is None else dtype
         dtype = None if isinstance(dtype, str) and dtype == "auto" else dtype
@@ -82,13 +95,22 @@ class Pretrained:
             loaded = load_orbax(folder)
             config, tensors = loaded["config"], loaded["params"]
         else:
-            config, tensors = read_config(folder)[0], SafetensorsFolder(folder)
-        stored = _float_dtype(tensors)
-        compute = _dtype_name("dtype", stored if dtype is None else dtype)
+            config = read_config(folder)[0]
+            tensors = SafetensorsFolder(folder, config.tie_word_embeddings)
+        check_dtypes(tensors, also=("float64",))
+        config = with_dtype(config, folder, tensors)
+        compute = _dtype_name("dtype", config.param_dtype if dtype is None else dtype)
         keep = _dtype_name("param_dtype", compute if param_dtype is None else param_dtype)
         if compute == "float16" and jax.default_backend() == "cpu":
             warnings.warn(
                 "dtype: float16 is slow on a CPU and overflows early; pass dtype='float32'",
+                stacklevel=2,
+            )
+        wide = [key for key, found in dtypes_of(tensors).items() if found == "float64"]
+        if wide:
+            warnings.warn(
+                f"{folder}: {len(wide)} weights are float64 and become {keep}: "
+                f"{', '.join(wide[:5])}{', ...' if len(wide) > 5 else ''}",
                 stacklevel=2,
             )
         config = config.replace(dtype=compute, param_dtype=keep, **config_changes)
@@ -116,17 +138,21 @@ class Pretrained:
     ) -> None:
         """Writes a Hugging Face folder that transformers loads.
 
+        A parameter that ModernBERT does not have, one of your own subclass, is stored unchanged
+        under its path. config.json states the dtype of the weights, float32 if they differ.
         tokenizer: any object with save_pretrained; it is saved into the same folder.
         max_shard_size: in bytes. card: facts for the model card README.md (base_model, language,
         license, datasets, training {name: value} and more, see `card.model_card`). A README.md
-        written by a person is kept. Raises ValueError for a fact that a card does not support.
+        written by a person is kept. Raises ValueError for a fact that a card does not support, and
+        for parameters that `from_pretrained` of this class and configuration would refuse.
         """
-        tensors = {k: to_hf(k, v) for k, v in flatten(self).items()}  # type: ignore[arg-type]
+        params = flatten(self)  # type: ignore[arg-type]
+        tensors = params_to_hf(type(self), self.config, params)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
         write_hf(
             path,
-            self.config,
+            self.config.replace(param_dtype=widest_dtype(tensors)),
             tensors,
             architecture=type(self).__name__,
             max_shard_size=max_shard_size,
@@ -139,16 +165,6 @@ def _dtype_name(name: str, dtype: Any) -> str:
         return jnp.dtype(dtype).name
     except TypeError:
         raise ValueError(f"{name}: expected one of {', '.join(DTYPES)}, got {dtype!r}") from None
-
-
-def _float_dtype(tensors: Mapping[str, Any]) -> np.dtype:
-    """The dtype of the first weight, which is what "auto" means in transformers."""
-    for key in tensors:
-        dtype = np.asarray(tensors[key]).dtype
-        if dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-            return dtype
-        raise ValueError(f"{key}: expected float32, bfloat16 or float16, got {dtype}")
-    raise ValueError("weights: expected at least one tensor, got none")
 
 
 def _load(
@@ -172,12 +188,14 @@ def _load(
             path_of[path.removeprefix("model.") if bare_file else path] = path
 
     tied_copy(config, tensors)
-    in_backbone = lambda keys: {k for k in keys if not k.startswith(HEADS)}  # noqa: E731
+    # The parameters that a file may lack: those of the head, and those of a class of your own.
+    own = {k for k in shapes if find_weight(k) is None}
+    in_backbone = lambda keys: {k for k in keys if not k.startswith(HEADS)} - own  # noqa: E731
     found = {path_of.get(key, key) for key in tensors}
     check_keys(source, in_backbone(found), in_backbone(shapes))
 
     hf = isinstance(tensors, SafetensorsFolder)
-    expected = {k: weight_of(k).hf_shape(v) if hf else v for k, v in shapes.items()}
+    expected = {k: hf_shape(k, v) if hf else v for k, v in shapes.items()}
     shape_of = (
         tensors.shape if isinstance(tensors, SafetensorsFolder) else lambda k: tensors[k].shape
     )
@@ -185,7 +203,7 @@ def _load(
     mismatched = [
         path
         for key, path in path_of.items()
-        if path.startswith(HEADS)
+        if (path.startswith(HEADS) or path in own)
         and key in tensors
         and ignore_mismatched_sizes
         and shape_of(key) != expected[path]

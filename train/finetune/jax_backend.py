@@ -59,7 +59,11 @@ class JaxBackend:
         check_ids(self.tokenizer, model.config.vocab_size)
         self.max_length = model.config.max_position_embeddings
         self.weights = {path: np.asarray(value) for path, value in flatten(model).items()}
-        saved = load_orbax(folder)["params"] if is_orbax(folder) else SafetensorsFolder(folder)
+        saved = (
+            load_orbax(folder)["params"]
+            if is_orbax(folder)
+            else SafetensorsFolder(folder, model.config.tie_word_embeddings)
+        )
         # The weights that each seed initializes: those of the head that the checkpoint lacks.
         self.new = tuple(k for k in self.weights if k.startswith(HEADS) and k not in saved)
         self.steps: dict[int, _Steps] = {}  # by batch size
