@@ -304,7 +304,7 @@ class TestBadInput:
         self.refused(
             capsys, tmp_path, "--corpus", *finished[0].corpus, "--tokenizer", str(tokenizer),
             "--model.vocab-size", "64", "--model.pad-token-id", "2",
-            expect=["512 tokens", "vocab_size is 64", "--model.vocab-size 512"],
+            expect=["512 ids", "vocab_size is 64", "--model.vocab-size 512"],
         )  # fmt: skip
 
     def test_budget_below_one_step(self, capsys, tmp_path):
