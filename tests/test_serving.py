@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 from flax import nnx
 
 from modernbert_jax import Embedder, ModernBertConfig, ModernBertForMaskedLM, pipeline
+from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.inference.cli import main
 from modernbert_jax.inference.export import FUNCTIONS, load
+from modernbert_jax.inference.trust import remember, unknown_calls, weights_digest
 
 TEXT = "the patient has [MASK] fever"
 
@@ -30,6 +34,14 @@ def model(tmp_path_factory, small_tokenizer):
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in names}
     path.write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The digests of these tests' exports go to a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODERNBERT_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +66,8 @@ class TestExport:
     def test_the_same_answers_without_tracing(self, model, served, embedding, monkeypatch):
         want = pipeline("fill-mask", model)(TEXT)
         vector = Embedder.from_pretrained(model).encode(TEXT)
-        pipe, embedder = pipeline("fill-mask", served), Embedder.from_pretrained(embedding)
+        pipe = pipeline("fill-mask", served, exported=True)
+        embedder = Embedder.from_pretrained(embedding, exported=True)
         monkeypatch.setattr("modernbert_jax.model.ModernBertModel.__call__", never)
         assert pipe(TEXT) == want
         np.testing.assert_array_equal(embedder.encode(TEXT), vector)
@@ -65,38 +78,31 @@ class TestExport:
         """What was exported for the mean must not answer for "cls", another layer or dtype."""
         for options in ({"pooling": "cls"}, {"layer": 0}, {"normalize": False}):
             a = Embedder.from_pretrained(model, **options).encode(TEXT)
-            b = Embedder.from_pretrained(embedding, **options).encode(TEXT)
+            b = Embedder.from_pretrained(embedding, exported=True, **options).encode(TEXT)
             np.testing.assert_array_equal(a, b)
-        a, b = (pipeline("fill-mask", f, dtype="bfloat16")(TEXT) for f in (model, served))
-        assert a == b
+        pipe = pipeline("fill-mask", served, dtype="bfloat16", exported=True)
+        assert pipe(TEXT) == pipeline("fill-mask", model, dtype="bfloat16")(TEXT)
 
     def test_a_length_is_rounded_to_a_row(self, model, tmp_path, capsys, monkeypatch):
         assert main(["export", str(model), str(tmp_path), "--tokens", "100", "101"]) == 0
         assert capsys.readouterr().out.endswith("fill-mask, sequences of 112 tokens\n")
-        pipe = pipeline("fill-mask", tmp_path)
+        pipe = pipeline("fill-mask", tmp_path, exported=True)
         text = "\u00e9" * 48 + "[MASK]"  # two bytes each: 99 tokens
         assert len(pipe.tokenizer(text)["input_ids"]) in range(97, 113)
         monkeypatch.setattr("modernbert_jax.model.ModernBertModel.__call__", never)
         assert len(pipe(text)) == 5
 
-    def test_a_file_that_cannot_be_used(self, model, tmp_path):
-        pipeline("fill-mask", model).export(tmp_path, tokens=[64])
-        (path,) = (tmp_path / FUNCTIONS).iterdir()
-        path.write_bytes(path.read_bytes()[:100])
-        with pytest.warns(UserWarning, match="not used .* when it was read.* export again for cpu"):
-            again = pipeline("fill-mask", tmp_path)(TEXT)
-        assert again == pipeline("fill-mask", model)(TEXT)
-
     def test_another_platform(self, model, tmp_path):
         pipeline("fill-mask", model).export(tmp_path, tokens=[64], platforms=["tpu"])
         with pytest.warns(UserWarning, match="not used .made for tpu., so this shape is traced"):
-            pipeline("fill-mask", tmp_path)(TEXT)
+            pipeline("fill-mask", tmp_path, exported=True)(TEXT)
         pipeline("fill-mask", model).export(tmp_path, tokens=[64], platforms=["tpu", "cpu"])
-        assert pipeline("fill-mask", tmp_path)(TEXT) == pipeline("fill-mask", model)(TEXT)
+        got = pipeline("fill-mask", tmp_path, exported=True)(TEXT)
+        assert got == pipeline("fill-mask", model)(TEXT)
 
     def test_what_is_written_is_a_checkpoint(self, model, served, embedding):
         loaded, tokenizer, folder = load(ModernBertForMaskedLM, served, None, {})
-        assert folder == served and tokenizer.mask_token == "[MASK]"
+        assert folder is None and tokenizer.mask_token == "[MASK]"
         names = [path.name for f in (served, embedding) for path in (f / FUNCTIONS).iterdir()]
         assert [re.sub("-[0-9a-f]{12}-", " ", name) for name in names] == [
             "fill-mask 1x64-1x64-1x1.jax_export",
@@ -104,6 +110,100 @@ class TestExport:
         ]
         with pytest.raises(FileExistsError, match="expected a new folder or a ModernBertModel"):
             Embedder.from_pretrained(model).export(served)
+
+
+def foreign(folder, function=lambda params, ids, segments, positions: positions * 0.0):
+    """Puts a program beside the weights that was not exported there; returns its file."""
+    (path,) = (folder / FUNCTIONS).iterdir()
+    params = {k: np.asarray(v) for k, v in flatten(load_mlm(folder)).items()}
+    ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 1), np.int32)
+    made = jax.export.export(jax.jit(function))(params, ids, ids, positions)
+    path.write_bytes(bytes(made.serialize()))
+    return path
+
+
+def load_mlm(folder):
+    return ModernBertForMaskedLM.from_pretrained(folder)
+
+
+class TestTrust:
+    """A program beside the weights runs only if this user exported it and asks for it."""
+
+    def refused(self, folder, reason):
+        want = pipeline("fill-mask", folder)(TEXT)
+        with pytest.warns(UserWarning, match=f"not used .{reason}"):
+            got = pipeline("fill-mask", folder, exported=True)(TEXT)
+        assert got == want
+
+    def test_a_swapped_program(self, served, tmp_path, model):
+        shutil.copytree(served, tmp_path / "m")
+        assert pipeline("fill-mask", tmp_path / "m", exported=True)(TEXT)
+        foreign(tmp_path / "m")
+        want = pipeline("fill-mask", model)(TEXT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert pipeline("fill-mask", tmp_path / "m")(TEXT) == want  # nobody asked for it
+        self.refused(tmp_path / "m", "not exported by this user on this machine")
+
+    def test_a_truncated_program(self, served, tmp_path):
+        shutil.copytree(served, tmp_path / "m")
+        (path,) = (tmp_path / "m" / FUNCTIONS).iterdir()
+        path.write_bytes(path.read_bytes()[:100])
+        self.refused(tmp_path / "m", "not exported by this user")
+
+    def test_another_user(self, served, tmp_path, monkeypatch):
+        monkeypatch.setenv("MODERNBERT_JAX_CACHE", str(tmp_path))
+        self.refused(served, "not exported by this user")
+
+    @pytest.mark.parametrize("change", ["weights", "version"])
+    def test_other_weights_or_another_version(self, served, tmp_path, monkeypatch, change):
+        shutil.copytree(served, tmp_path / "m")
+        if change == "weights":
+            text = (tmp_path / "m" / "config.json").read_text()
+            (tmp_path / "m" / "config.json").write_text(text + " ")
+        else:
+            monkeypatch.setattr("modernbert_jax.__version__", "9.9.9")
+        self.refused(tmp_path / "m", "exported for other weights or by another version")
+
+    def test_a_program_with_disabled_checks(self, served, tmp_path):
+        """Even one with a known digest: it may call any code of this process by name."""
+
+        def calls(params, ids, segments, positions):
+            result = jax.ShapeDtypeStruct((1, 1), np.float32)
+            return jax.ffi.ffi_call("some_target", result)(positions)
+
+        (path,) = (served / FUNCTIONS).iterdir()
+        params = {k: np.asarray(v) for k, v in flatten(load_mlm(served)).items()}
+        ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 1), np.int32)
+        checks = [jax.export.DisabledSafetyCheck.custom_call("some_target")]
+        export = jax.export.export(jax.jit(calls), disabled_checks=checks)
+        made = export(params, ids, ids, positions)
+        assert unknown_calls(made.mlir_module()) == ["some_target"]
+        ours = jax.export.deserialize(bytearray(path.read_bytes()))
+        assert unknown_calls(ours.mlir_module()) == []
+        shutil.copytree(served, tmp_path / "m")
+        program = bytes(made.serialize())
+        (tmp_path / "m" / FUNCTIONS / path.name).write_bytes(program)
+        remember(program, weights_digest(tmp_path / "m"))
+        self.refused(tmp_path / "m", "it was exported with safety checks disabled")
+
+    def test_calls_are_found_in_both_forms(self):
+        """Any name may be quoted, and the generic form of an operation names it elsewhere."""
+        text = """
+          %0 = stablehlo.custom_call @Sharding(%arg0) : (tensor<1xf32>) -> tensor<1xf32>
+          %1 = stablehlo.custom_call @"a b"(%0) : (tensor<1xf32>) -> tensor<1xf32>
+          %2 = "stablehlo.custom_call"(%1) <{call_target_name = "cb"}> : () -> tensor<1xf32>
+        """
+        assert unknown_calls(text) == ["a b", "cb"]
+
+    def test_a_hub_id_or_a_folder_without_functions(self, model):
+        for source in ("some/model", model):
+            with pytest.raises(ValueError, match="exported: expected a local folder with functio"):
+                pipeline("fill-mask", source, exported=True)
+            with pytest.raises(ValueError, match="exported: expected a local folder with functio"):
+                Embedder.from_pretrained(source, exported=True)
+        with pytest.raises(ValueError, match="exported: .*got ModernBertForMaskedLM"):
+            pipeline("fill-mask", load_mlm(model), exported=True)
 
 
 class TestLoad:
@@ -159,7 +259,7 @@ print(sum(h == "/jax/compilation_cache/cache_misses" for h in hits))
 class TestCommand:
     def test_answer_prints_its_times(self, served, capsys):
         before = jax.config.jax_compilation_cache_dir
-        assert main(["answer", str(served), "--text", TEXT]) == 0
+        assert main(["answer", str(served), "--exported", "--text", TEXT]) == 0
         assert "python and imports" not in capsys.readouterr().out  # who knows when it began?
         assert main(["answer", str(served), "--text", TEXT, "--began", str(time.time() - 1)]) == 0
         out = capsys.readouterr().out
@@ -178,7 +278,17 @@ class TestCommand:
     def test_time_runs_two_processes(self, embedding, tmp_path, capfd):
         cache = tmp_path / "cache"
         assert (
-            main(["benchmark", str(embedding), "--task", "embed", "--compile-cache", str(cache)])
+            main(
+                [
+                    "benchmark",
+                    str(embedding),
+                    "--task",
+                    "embed",
+                    "--exported",
+                    "--compile-cache",
+                    str(cache),
+                ]
+            )
             == 0
         )
         out = capfd.readouterr().out

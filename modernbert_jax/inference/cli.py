@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     for command in (benchmark, answer):
         command.add_argument("model", help="folder or hub id")
         command.add_argument("--compile-cache", metavar="DIR", help="folder for compiled programs")
+        command.add_argument(
+            "--exported", action="store_true", help="use the functions that you exported into MODEL"
+        )
         command.add_argument("--text", default="The patient denies [MASK].")
     answer.add_argument("--began", type=float, help=argparse.SUPPRESS)
     for command in (export, benchmark, answer):
@@ -68,6 +71,7 @@ def _export(args: argparse.Namespace) -> int:
 def _benchmark(args: argparse.Namespace) -> int:
     given = [args.model, "--task", args.task, "--text", args.text]
     given += ["--compile-cache", args.compile_cache] if args.compile_cache else []
+    given += ["--exported"] if args.exported else []
     given += ["--dtype", args.dtype] if args.dtype else []
     for process in ("first process", "second process"):
         print(f"{process}:", flush=True)
@@ -80,7 +84,8 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 def _answer(args: argparse.Namespace) -> int:
     marks = [time.time() if args.began is None else args.began, time.time()]
-    runner = _runner(args.task, args.model, dtype=args.dtype, compile_cache=args.compile_cache)
+    options = {"dtype": args.dtype, "compile_cache": args.compile_cache}
+    runner = _runner(args.task, args.model, exported=args.exported, **options)
     marks.append(time.time())
     answer = runner.encode if args.task == "embed" else runner
     for _ in range(2):

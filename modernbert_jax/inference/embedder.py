@@ -50,7 +50,7 @@ class Embedder:
     max_length: int = 8192
     device: Any = None
     mesh: Mesh | None = None
-    folder: str | os.PathLike[str] | None = None  # may hold exported functions
+    folder: str | os.PathLike[str] | None = None  # of functions that this user exported
     mteb_model_meta: Any = None  # mteb files results under the name in an mteb.ModelMeta
 
     def __post_init__(self) -> None:
@@ -106,14 +106,19 @@ class Embedder:
         dtype: Any = None,
         revision: str | None = None,
         compile_cache: str | os.PathLike[str] | None = None,
+        exported: bool = False,
     ) -> Embedder:
         """Loads the encoder and the tokenizer of a checkpoint.
 
         dtype, revision: as in `ModernBertModel.from_pretrained`. compile_cache: a folder that keeps
-        compiled programs for later processes. The other arguments are the fields of the class.
+        compiled programs for later processes. exported: use the functions that you have exported
+        into this local folder; other people's are refused. The other arguments are the fields of
+        the class.
         """
         options = {"dtype": dtype, "revision": revision}
-        model, tokenizer, folder = load(ModernBertModel, path_or_repo, None, options, compile_cache)
+        model, tokenizer, folder = load(
+            ModernBertModel, path_or_repo, None, options, compile_cache, exported
+        )
         return cls(model, tokenizer, pooling, layer, normalize, max_length, device, mesh, folder)
 
     @property
@@ -188,8 +193,9 @@ class Embedder:
     ) -> list[int]:
         """Writes the model and its function for one text of up to each number of tokens.
 
-        Returns the sequence lengths. `Embedder.from_pretrained(folder)` with the same options uses
-        the functions. platforms: "cpu", "cuda", "tpu"; by default the platform of this process.
+        Returns the sequence lengths. `Embedder.from_pretrained(folder, exported=True)` with the
+        same options uses the functions. platforms: "cpu", "cuda", "tpu"; by default the platform of
+        this process.
         """
         save(folder, self.model, self.tokenizer)
         slots = lambda size: (segment_slots(size),)  # noqa: E731

@@ -1,14 +1,14 @@
 """Exports compiled functions beside a model, and caches compiled programs.
 
     python -m modernbert_jax export MODEL OUT --tokens 64 512
-    python -m modernbert_jax benchmark OUT --compile-cache CACHE
+    python -m modernbert_jax benchmark OUT --exported --compile-cache CACHE
 
 OUT is an ordinary checkpoint with a folder functions/, which holds one jax.export file (StableHLO
 without weights) per shape. If a file fits a call (model, dtype, shape, platform), the model is
 neither traced nor lowered again, only compiled, and the cache saves that for later processes too.
-Such a file is a program of array operations that jax compiles and runs, so serve only your own
-exports. For a platform that this machine lacks, attention is exported without a kernel, in plain
-XLA.
+Such a file is a program, so it runs only when `exported=True` asks for it, from a local folder, and
+if this user exported it (see trust.py). For a platform that this machine lacks, attention is
+exported without a kernel, in plain XLA.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.inference.trust import objection, remember, unknown_calls, weights_digest
 from modernbert_jax.packing import batch_rows, fill_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
 
@@ -97,7 +98,7 @@ def packed_batches(
 class Function:
     """f(params, *arrays and ints): jitted, or the exported program if `folder` has that shape.
 
-    Ints are static.
+    Ints are static. folder: of a checkpoint whose functions this user exported, or None.
     """
 
     def __init__(
@@ -109,7 +110,8 @@ class Function:
         static_argnums: tuple[int, ...] = (),
     ):
         self._jitted = jax.jit(function, static_argnums=static_argnums)
-        self._folder = None if folder is None else pathlib.Path(folder) / FUNCTIONS
+        self._folder = None if folder is None else pathlib.Path(folder)
+        self._weights = ""  # the digest, computed once a program is found
         # A file's name identifies the program: it has the shapes and a hash of the configuration as
         # it is read back from a file, plus the fields that no file stores.
         saved = dataclasses.asdict(ModernBertConfig.from_dict(config.to_dict()))
@@ -123,27 +125,33 @@ class Function:
             return self._jitted(params, *args)
         name = self._file(args)
         if name not in self._ready:
-            self._ready[name] = self._load(self._folder / name)
+            self._ready[name] = self._load(self._folder, name)
         return self._ready[name](params, *args)
 
     def _file(self, args: Sequence[Any]) -> str:
         sizes = [str(a) if isinstance(a, int) else "x".join(map(str, a.shape)) for a in args]
         return "-".join([self._name, *sizes]) + ".jax_export"
 
-    def _load(self, path: pathlib.Path) -> Callable[..., Any]:
+    def _load(self, folder: pathlib.Path, name: str) -> Callable[..., Any]:
+        path = folder / FUNCTIONS / name
         if not path.is_file():
             return self._jitted
-        try:
-            exported = jax.export.deserialize(bytearray(path.read_bytes()))
-        except Exception as error:  # written by another version, or truncated
-            reason = f"{type(error).__name__} when it was read"
-        else:
-            if platform() in exported.platforms:
+        program = path.read_bytes()
+        self._weights = self._weights or weights_digest(folder)
+        reason = objection(program, self._weights)
+        if reason is None:
+            exported = jax.export.deserialize(bytearray(program))
+            if exported.disabled_safety_checks:
+                reason = "it was exported with safety checks disabled"
+            elif calls := unknown_calls(exported.mlir_module()):
+                reason = f"it calls {', '.join(calls)}"
+            elif platform() in exported.platforms:
                 run = jax.jit(exported.call)
                 return lambda params, *args: run(
                     params, *(a for a in args if not isinstance(a, int))
                 )
-            reason = f"made for {', '.join(exported.platforms)}"
+            else:
+                reason = f"made for {', '.join(exported.platforms)}"
         warnings.warn(
             f"{path}: not used ({reason}), so this shape is traced; export again for "
             f"{platform()} and jax {jax.__version__}",
@@ -165,13 +173,16 @@ class Function:
         input and segment ids in a call, for a sequence length.
         """
         sizes = sorted({row_size(size) for size in tokens})
+        weights = weights_digest(folder)
         for size in sizes:
             ids = np.zeros((1, size), np.int32)
             args = (ids, ids, *further_args(size))
             exported = jax.export.export(self._jitted, platforms=platforms)(params, *args)
             path = pathlib.Path(folder) / FUNCTIONS / self._file(args)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, bytes(exported.serialize()))
+            program = bytes(exported.serialize())
+            write_bytes(path, program)
+            remember(program, weights)
         return sizes
 
 
@@ -189,15 +200,29 @@ def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokeni
 
 
 def load(
-    cls: type, model: Any, tokenizer: Any, options: dict[str, Any], compile_cache: Any = None
+    cls: type,
+    model: Any,
+    tokenizer: Any,
+    options: dict[str, Any],
+    compile_cache: Any = None,
+    exported: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerFast, pathlib.Path | None]:
-    """Returns (model, tokenizer, its folder or None) for a folder, a hub id, or a model of `cls`.
+    """Returns (model, tokenizer, folder or None) for a folder, a hub id, or a model of `cls`.
 
-    options: arguments of from_pretrained; None stands for its default. Raises TypeError for
-    anything else.
+    The folder is that of exported functions, and None unless `exported` asks for them. options:
+    arguments of from_pretrained; None stands for its default. Raises TypeError for anything else,
+    ValueError if `exported` is asked for without a local folder that has functions.
     """
     if compile_cache is not None:
         use_compile_cache(compile_cache)
+    if exported:
+        local = pathlib.Path(model).expanduser() if isinstance(model, str | os.PathLike) else None
+        if local is None or not (local / FUNCTIONS).is_dir():
+            raise ValueError(
+                "exported: expected a local folder with functions that you exported, got "
+                f"{type(model).__name__ if local is None else model}; write one with "
+                "`modernbert-jax export`"
+            )
     folder = None
     if isinstance(model, str | os.PathLike):
         folder = resolve(model, options.get("revision"))
@@ -218,4 +243,4 @@ def load(
             "tokenizer: expected a folder, a hub id or a fast tokenizer of transformers, got "
             f"{type(tokenizer).__name__}"
         )
-    return model, tokenizer, folder
+    return model, tokenizer, folder if exported else None

@@ -39,6 +39,7 @@ def pipeline(
     param_dtype: Any = None,
     revision: str | None = None,
     compile_cache: str | os.PathLike[str] | None = None,
+    exported: bool = False,
     batch_tokens: int | None = None,
     top_k: int | str | None = "",
     aggregation_strategy: str | None = None,
@@ -52,11 +53,12 @@ def pipeline(
     task: "fill-mask", "text-classification", "token-classification" or "ner". model: a folder, a
     hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
-    programs for later processes. batch_tokens: the most tokens in a packed sequence. top_k is for
-    fill-mask and text-classification; aggregation_strategy, stride, max_length and ignore_labels
-    are for token-classification; see those classes. As in transformers, a literal "[SEP]" in a text
-    is the special token; in corpora and task files it is text. Raises ValueError for another task,
-    TypeError for an argument that the task does not have.
+    programs for later processes. exported: use the functions that you have exported into the folder
+    `model`; other people's are refused. batch_tokens: the most tokens in a packed sequence. top_k
+    is for fill-mask and text-classification; aggregation_strategy, stride, max_length and
+    ignore_labels are for token-classification; see those classes. As in transformers, a literal
+    "[SEP]" in a text is the special token; in corpora and task files it is text. Raises ValueError
+    for another task, TypeError for an argument that the task does not have.
     """
     if task not in TASKS:
         raise ValueError(
@@ -81,4 +83,6 @@ def pipeline(
     if top_k != "":  # None is a value: all labels
         options["top_k"] = top_k
     cls = TASKS[task]
-    return cls(*load(cls.model_class, model, tokenizer, loading, compile_cache), **options)
+    return cls(
+        *load(cls.model_class, model, tokenizer, loading, compile_cache, exported), **options
+    )

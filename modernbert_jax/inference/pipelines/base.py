@@ -31,9 +31,9 @@ class Pipeline:
         *,
         batch_tokens: int | None = None,
     ):
-        """folder: may hold exported functions. batch_tokens: the most tokens in a packed sequence,
-        by default 16,384, on a CPU 512. Raises ValueError if the tokenizer has ids that the model
-        lacks."""
+        """folder: of functions that this user exported. batch_tokens: the most tokens in a packed
+        sequence, by default 16,384, on a CPU 512. Raises ValueError if the tokenizer has ids that
+        the model lacks."""
         check_ids(tokenizer, model.config.vocab_size)
         self.model: Any = model
         self.tokenizer: PreTrainedTokenizerFast = tokenizer
@@ -76,8 +76,8 @@ class Pipeline:
     ) -> list[int]:
         """Writes the model and its function for one text of up to each number of tokens.
 
-        Returns the sequence lengths. `pipeline(task, folder)` uses the functions. platforms: "cpu",
-        "cuda", "tpu"; by default the platform of this process.
+        Returns the sequence lengths. `pipeline(task, folder, exported=True)` uses the functions.
+        platforms: "cpu", "cuda", "tpu"; by default the platform of this process.
         """
         save(folder, self.model, self.tokenizer)
         return self._run.export(folder, self._params, tokens, self._further_args, platforms)
