@@ -69,7 +69,7 @@ class TestDtypes:
     def test_norms_in_float32_and_the_rest_in_bfloat16(self, tmp_path):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
-        hf_model("ModernBertForMaskedLM", {"num_hidden_layers": 2}).save_pretrained(tmp_path)
+        hf_model("ModernBertForMaskedLM", {"num_hidden_layers": 4}).save_pretrained(tmp_path)
         self.recast(tmp_path, "bfloat16", lambda key: "norm" not in key)
         theirs = transformers.ModernBertForMaskedLM.from_pretrained(tmp_path)
         ids, _ = inputs(9)
@@ -79,6 +79,10 @@ class TestDtypes:
         checkpoint = files.load(tmp_path)  # keeps every tensor's dtype
         dtypes = {k: str(v.dtype) for k, v in checkpoint.params.items()}
         assert dtypes == {k: "float32" if "norm" in k else "bfloat16" for k in dtypes}
+        files.save_composer(checkpoint, tmp_path / "c.pt", lr=1e-3, weight_decay=0.0)
+        again = files.load_composer(tmp_path / "c.pt", tmp_path)  # its configuration states none
+        assert again.config.param_dtype == "float32"
+        assert {k: str(v.dtype) for k, v in again.params.items()} == dtypes
 
     @pytest.mark.parametrize(
         "stored, stated",
