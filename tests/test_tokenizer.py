@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from modernbert_jax.tokenizer import (
     max_tokens,
     vocab_size,
 )
-from train.corpora.build.bpe import train_bpe
+from train.corpora.build.bpe import fewest_documents, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data" / "tokenizer"
@@ -39,7 +40,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def tiny():
-    return train_bpe(TEXTS, 320)
+    return train_bpe(TEXTS * 2, 320)  # a word of one text is not trained on
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +381,7 @@ def test_training_is_the_same_every_time(tiny):
     code = (
         "from train.corpora.build.bpe import train_bpe; import ast, sys; "
         "from modernbert_jax.tokenizer import fingerprint; "
-        "print(fingerprint(train_bpe(ast.literal_eval(sys.argv[1]), 320)))"
+        "print(fingerprint(train_bpe(ast.literal_eval(sys.argv[1]) * 2, 320)))"
     )
     prints = {
         subprocess.run(
@@ -403,6 +404,24 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
     assert small.decode(small("日本 🙂\x00").input_ids, skip_special_tokens=True) == "日本 🙂\x00"
     with pytest.raises(ValueError, match="must be 261 or more, got 260"):
         train_bpe(["ab"], 260)
+
+
+@pytest.mark.parametrize(("notes", "least"), [(301, 10), (100, 10), (50, 5), (3, 2), (1, 1)])
+def test_a_name_in_few_notes_is_no_token(notes, least):
+    """No token has more of a word in too few documents than the frequent words give."""
+    common = "Seen today: fever, cough; the lungs are clear and the plan is rest."
+    names = ["Zzyqname"] * (least - 1), ["Frequent"] * least  # one document each, alternately
+    texts = [common] * notes
+    for name in names:
+        for i, word in enumerate(name):
+            texts[i] += f" {word} {word}, {word}{word}."
+    learned = set(train_bpe(iter(texts), 4096).get_vocab())
+    assert {"\u0120fever", "\u0120Frequent", "\u0120FrequentFrequent"} <= learned
+    words = re.findall(r"\w+", f"{common} FrequentFrequent")
+    parts = {w[i:j] for w in words for i in range(len(w)) for j in range(i + 1, len(w) + 1)}
+    plain = {token.removeprefix("\u0120") for token in learned if not token.startswith("[")}
+    assert {p for p in plain if len(p) > 1 and p.isalpha() and p.isascii()} <= parts
+    assert fewest_documents(notes) == least
 
 
 @needs_real

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..common.card import NOT_FOR_CARE, start_facts, versions
+from ..corpora.build.bpe import FEWEST_DOCUMENTS
 from ..corpora.sources import GENERIC, find
 from ..tokens.store import TokenStore, manifest_of
 from .config import Phase, TrainConfig
+
+_TOKENIZER = (
+    "byte-level BPE, trained on the words that occur in at least "
+    f"{FEWEST_DOCUMENTS} documents of the first phase (a tenth of them if they are fewer than "
+    f"{10 * FEWEST_DOCUMENTS}, at least 2); a token can show such a word"
+)
 
 
 def pretraining_facts(
@@ -40,6 +47,7 @@ def pretraining_facts(
             "Task": "masked language modeling on packed sequences",
             **({"Recipe": recipe} if recipe else {}),
             "Start": start["name"] + " with its moments" * config.init_optimizer,
+            **({} if config.tokenizer or config.init_from else {"Tokenizer": _TOKENIZER}),
             "Tokens seen": result["total_tokens"],
             "Steps": result["steps"],
             "Batch size": f"{config.global_batch_size} sequences",
