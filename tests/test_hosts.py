@@ -26,8 +26,9 @@ STEPS = 14  # of the run below
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import pathlib
+import dataclasses, os, pathlib
 from test_pretrain import small
+os.chdir({folder!r})
 from train.common.hosts import Hosts
 from train.common.sharding import MeshShape
 from train.pretrain import run as loop
@@ -38,7 +39,7 @@ config = small(
     hosts=Hosts({coordinator!r}, {count}, {index}, heartbeat_seconds=30), eval_every=7,
 )
 try:
-    loop.run(config)
+    loop.run(dataclasses.replace(config, **{changes}))
 except (OSError, RuntimeError, ValueError) as error:
     sys.exit(f"error: {{error}}")
 """
@@ -52,9 +53,14 @@ def corpus(tmp_path_factory):
 
 
 class Job:
-    """The processes of one start of a run."""
+    """The processes of one start of a run.
 
-    def __init__(self, corpus, workdir, count=2, mesh=(2, 2, 2)):
+    changes: to the configuration of each. folders: where each runs.
+    """
+
+    def __init__(
+        self, corpus, workdir, count=2, mesh=(2, 2, 2), changes=({}, {}), folders=(ROOT, ROOT)
+    ):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -65,7 +71,8 @@ class Job:
             code = SCRIPT.format(
                 root=str(ROOT), corpus=str(corpus), workdir=str(workdir), mesh=mesh,
                 coordinator=coordinator, count=count if count > 1 else 0,
-                index=index if count > 1 else -1,
+                index=index if count > 1 else -1, changes=changes[index],
+                folder=str(folders[index]),
             )  # fmt: skip
             self.processes.append(
                 subprocess.Popen(
