@@ -1,5 +1,6 @@
 """Checkpoints cut short, changed on disk or never written whole; and what the mark sees."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from train.common.sharding import MeshShape, make_mesh
 from train.common.workdir import committed
 from train.pretrain.checkpoint import Checkpoints, fingerprints
 from train.pretrain.config import TrainConfig
+from train.pretrain.data import Position
 from train.pretrain.step import Trainer, TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,6 +34,11 @@ def started(mesh, model):
     """(trainer, its first state): compiling takes longer than all else here."""
     trainer = Trainer(TrainConfig(model=model), model, make_mesh(MeshShape(*mesh)))
     return trainer, trainer.fresh()
+
+
+def at(row):
+    """A position, as a run stores it."""
+    return dataclasses.asdict(Position(row=row))
 
 
 def keeper(workdir, said=None, mesh=(2, 2, 2), model=MODEL, keep=5):
@@ -55,7 +62,7 @@ def two(tmp_path):
     """A workdir with the checkpoints of steps 3 and 6."""
     checkpoints = keeper(tmp_path)
     for step in (3, 6):
-        checkpoints.save(state_at(checkpoints, step), {"row": step})
+        checkpoints.save(state_at(checkpoints, step), at(step))
     checkpoints.wait()
     return tmp_path
 
@@ -69,7 +76,7 @@ def equal(state, other):
 def test_the_newest_comes_back_on_any_mesh(two, mesh):
     checkpoints = keeper(two, mesh=mesh)
     state, position, folder = checkpoints.restore()
-    assert position == {"row": 6} and folder.name == "00000006"
+    assert position == at(6) and folder.name == "00000006"
     equal(state, state_at(checkpoints, 6))
     path = "model.layers.1.attn.Wqkv.weight"
     assert state.params[path].sharding == checkpoints.trainer.shardings.params[path]
@@ -113,13 +120,13 @@ def test_a_damaged_one_is_noticed_and_the_one_before_it_used(two, damage):
     said = []
     checkpoints = keeper(two, said)
     state, where, folder = checkpoints.restore()
-    assert where == {"row": 3} and folder.name == "00000003"
+    assert where == at(3) and folder.name == "00000003"
     equal(state, state_at(checkpoints, 3))
     assert len(said) == 1 and "00000006: damaged" in said[0]
     assert [p.name for p in committed(two)] == ["00000003"]
-    checkpoints.save(state_at(checkpoints, 6), {"row": 6})  # the step comes round again
+    checkpoints.save(state_at(checkpoints, 6), at(6))  # the step comes round again
     checkpoints.wait()
-    assert keeper(two).restore()[1] == {"row": 6}
+    assert keeper(two).restore()[1] == at(6)
 
 
 def test_a_crash_in_the_middle_of_a_save(two):
@@ -138,19 +145,19 @@ def test_another_architecture_is_refused(two):
 def test_only_the_newest_are_kept_and_nothing_is_saved_twice(tmp_path):
     checkpoints = keeper(tmp_path, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(state_at(checkpoints, step), {"row": step})
-    checkpoints.save(state_at(checkpoints, 3), {"row": 99})
+        checkpoints.save(state_at(checkpoints, step), at(step))
+    checkpoints.save(state_at(checkpoints, 3), at(99))
     checkpoints.wait()
     assert [p.name for p in committed(tmp_path)] == ["00000002", "00000003"]
-    assert keeper(tmp_path).restore()[1] == {"row": 3}
+    assert keeper(tmp_path).restore()[1] == at(3)
 
 
 def test_a_path_of_epath(tmp_path):
     """What a bucket's path is: etils' class, not pathlib's."""
     checkpoints = keeper(epath.Path(tmp_path))
-    checkpoints.save(state_at(checkpoints, 3), {"row": 3})
+    checkpoints.save(state_at(checkpoints, 3), at(3))
     checkpoints.wait()
-    assert keeper(epath.Path(tmp_path)).restore()[1] == {"row": 3}
+    assert keeper(epath.Path(tmp_path)).restore()[1] == at(3)
 
 
 def test_none_without_a_checkpoint(tmp_path):
@@ -161,15 +168,15 @@ FULL = """
 import resource, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import pathlib
-from test_checkpoint import keeper, state_at, MODEL
+from test_checkpoint import at, keeper, state_at, MODEL
 from train.cli import leave
 model = MODEL.replace(hidden_size=256, vocab_size=1024)
 checkpoints = keeper(pathlib.Path({workdir!r}), model=model)
-checkpoints.save(state_at(checkpoints, 3), {{"row": 3}})
+checkpoints.save(state_at(checkpoints, 3), at(3))
 checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoints.save(state_at(checkpoints, 6), {{"row": 6}})
+    checkpoints.save(state_at(checkpoints, 6), at(6))
     checkpoints.wait()
 except OSError as error:
     print("error:", error)
