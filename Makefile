@@ -17,7 +17,7 @@ NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo check test test-all test-slow soak test-next lint format reference notebooks \
+.PHONY: help demo check test test-all test-slow soak attack test-next lint format reference notebooks \
     release clean
 
 help:  ## prints this list
@@ -42,11 +42,14 @@ test-all: test test-slow  ## runs everything: also the second version pair, wher
 
 test-slow:  ## runs what `make test` leaves out: whole matrices, soak tests, the documents
 	@.ci/venv $(TEST) test $(PYTHON)
-	$(TEST)/bin/python $(PYTEST) -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(TEST)/bin/python $(PYTEST) -m slow --ignore tests/attack || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 soak:  ## kills one of two hosts at a random step, twenty times
 	@.ci/venv $(TEST) test $(PYTHON)
 	SOAK_TRIALS=20 $(TEST)/bin/python $(PYTEST) tests/test_hosts.py -k killed
+
+attack: soak  ## attacks folders, files and runs: hostile inputs, full disks, hosts that differ
+	$(TEST)/bin/python $(PYTEST) tests/attack
 
 test-next:  ## runs the library's tests on the newer jax and flax; needs Python 3.12 or newer
 	@if python=$$(.ci/venv find 12); then \

@@ -40,6 +40,7 @@ REQUIRED = [
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "convert/__main__.py",
     "modernbert_jax/__init__.py",
     "pyproject.toml",

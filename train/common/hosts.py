@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import hashlib
-import importlib
 import json
 import os
 import pathlib
@@ -15,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
+
+import modernbert_jax
 
 T = TypeVar("T")
 _WEEK_MS = 7 * 24 * 3600 * 1000
@@ -128,8 +129,7 @@ def agree(items: Mapping[str, Any]) -> None:
 def code_digest() -> str:
     """Returns a hash of the sources of this project that this process would import."""
     digest = hashlib.sha256()
-    for package in ("modernbert_jax", str(__package__).rpartition(".")[0]):
-        root = pathlib.Path(str(importlib.import_module(package).__file__)).parent
+    for root in (pathlib.Path(modernbert_jax.__file__).parent, pathlib.Path(__file__).parents[1]):
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
