@@ -19,6 +19,7 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -32,6 +33,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling takes longer than any deadline. The examples are fixed, so that CI is repeatable.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles with few of XLA's optimizations, which takes half the time, in most tests.
+
+    Those marked `optimized`, among them all that compare whole models with torch, compile as users
+    do. Processes that a test starts follow it.
+    """
+    quick = item.get_closest_marker("optimized") is None
+    os.environ[QUICK] = str(int(quick))
+    jax.config.update(QUICK.lower(), quick)
 
 
 @pytest.fixture(scope="session")

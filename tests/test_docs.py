@@ -52,7 +52,11 @@ DOCUMENTS = [
     # test_reference.py tests the reference, which is generated from docstrings.
     *sorted(p for p in (ROOT / "notebooks/guides").glob("*.md") if p.stem != "reference"),
 ]
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*weights of the head are new")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.optimized,
+    pytest.mark.filterwarnings("ignore:.*weights of the head are new"),
+]
 by_name = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
 )

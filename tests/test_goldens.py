@@ -5,6 +5,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from modernbert_jax import ModernBertForMaskedLM
@@ -14,6 +15,7 @@ from tests.parity_cases import relative_error
 FOLDER = pathlib.Path(__file__).parent / "goldens" / "tiny"
 
 
+@pytest.mark.optimized
 def test_forward_and_gradients():
     expected = np.load(FOLDER / "expected.npz")
     model = ModernBertForMaskedLM.from_pretrained(FOLDER)

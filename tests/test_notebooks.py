@@ -29,7 +29,7 @@ PICTURES = {
 # A path that belongs to one machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 each = pytest.mark.parametrize("name", PICTURES)
 
 

@@ -18,6 +18,7 @@ import modernbert_jax
 from modernbert_jax import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.optimized
 GOLDEN = ROOT / "tests" / "goldens" / "tiny"
 
 # Run with the wheel's folder first on the path and a JAX platform that does not exist, so that an

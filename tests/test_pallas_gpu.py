@@ -256,6 +256,7 @@ def test_hopper_does_not_touch_tiles_outside_the_bounds():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("target", ["sm90", "sm80", "sm89"])
 def test_compiles_for_an_absent_gpu(target, cuda_compiler):
     """Every kernel to machine code, in a process of its own: wgmma where it must be, no spills."""

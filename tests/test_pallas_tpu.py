@@ -251,11 +251,13 @@ def compile_for(generation, cases):
         assert line["temp_bytes"] < 12 * line["qkv_bytes"]
 
 
+@pytest.mark.optimized
 def test_compiles_for_v6e():
     compile_for("v6e", ["base:8192:64", "base:8192:none"])
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_compiles_everywhere(generation):
     compile_for(generation, ALL_CASES)

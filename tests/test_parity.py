@@ -21,6 +21,8 @@ from tests.parity_cases import CASES, QUICK, hf_model, inputs, relative_error
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.optimized
+
 FORWARD, GRADIENT = 1e-5, 1e-4  # of the reference's largest value
 every_case = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
 HEADS = {

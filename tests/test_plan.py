@@ -24,6 +24,7 @@ from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.optimized
 BASE = TrainConfig(
     model=ModernBertConfig.base(dtype="bfloat16"),
     remat="layers",

@@ -18,6 +18,8 @@ from train.pretrain.step import Trainer, TrainState
 torch = pytest.importorskip("torch")
 optimi = pytest.importorskip("optimi")
 
+pytestmark = pytest.mark.optimized
+
 STEPS, LENGTH, PLACES, DOCUMENTS = 50, 24, 10, 6
 PEAK = 3e-3
 PHASE = Phase(tokens=STEPS, learning_rate=PEAK, warmup_tokens=5, decay_tokens=20)
