@@ -404,7 +404,7 @@ def test_columns_that_are_no_labels_are_listed(tmp_path):
     (tmp_path / "all.csv").write_text("text,obese,age,gap\n" + rows)
     data = task_named("multilabel").load(tmp_path)
     assert data.labels == ("obese",)
-    assert data.skipped == {"columns with other values than 0 and 1, so no labels: age, gap": 2}
+    assert data.skipped == {"columns with other values than 0 and 1, so no labels: 'age', 'gap'": 2}
 
 
 SQUAD = "Ärztin 😀😀: Anna\u00a0Lee takes aspirin."

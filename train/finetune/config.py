@@ -31,6 +31,10 @@ class FinetuneConfig:
     layer_decay: float = 1.0  # learning rate of each layer relative to the layer above it
     freeze_encoder: bool = False  # train only the head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
+    # Accepts labels that look like text (longer than 64 characters, or distinct in most examples),
+    # and writes all labels to the results, the model and its card as they are. By default a label
+    # that looks neither like a name nor like a short phrase is written as its position and length.
+    allow_long_labels: bool = False
     # Runs every combination, for example learning_rate=1e-5,2e-5 weight_decay=0,0.01.
     grid: tuple[str, ...] = ()
     devices: int = 1  # number of runs at a time, one per device

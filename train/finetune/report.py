@@ -93,7 +93,12 @@ def _percent(scores: dict[str, float], names: str, digits: int) -> list[str]:
 
 def _markdown(header: Sequence[str], rows: Any) -> list[str]:
     rule = ["---"] * len(header)
-    return [f"| {' | '.join(str(cell) for cell in row)} |" for row in (header, rule, *rows)]
+    return [f"| {' | '.join(map(_cell, row))} |" for row in (header, rule, *rows)]
+
+
+def _cell(value: Any) -> str:
+    """One line that fits into a table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def plot(path: pathlib.Path, metric: str, names: list[str], results: list[dict[str, Any]]) -> None:

@@ -31,6 +31,7 @@ from .jax_backend import JaxBackend, JaxModel
 from .report import plot, point_name, summarize, table
 from .scores import task_scores
 from .tasks import task_named
+from .tasks.task import with_shown_labels
 from .torch_backend import TorchBackend, TorchModel
 
 # These settings change no run's result, so a command may be resumed with other values.
@@ -90,7 +91,8 @@ class Experiment:
         self.config = config
         self.out = pathlib.Path(config.out or f"runs/finetune/{config.task}")
         self.task = task_named(config.task)
-        self.data = self.task.load(pathlib.Path(config.data))
+        data = self.task.load(pathlib.Path(config.data))
+        self.data = with_shown_labels(data, config.data, config.allow_long_labels)
         backend = JaxBackend if config.backend == "jax" else TorchBackend
         self.backend = backend(config, self.task.kind, self.data.labels)
         tokenizer = self.backend.tokenizer

@@ -10,13 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..source import Example, Reader, Report, name_of
-from .text import (
-    find_column,
-    listed,
-    parse_object,
-    read_lines,
-    read_rows,
-)
+from .names import listed
+from .text import find_column, parse_object, read_lines, read_rows
 
 EMPTY = "empty text"
 # What PhysioNet requires for a credentialed download, and the license of most of these corpora.

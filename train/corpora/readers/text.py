@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..source import files_below, name_of
+from .names import listed
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
 # The usual names of the text column, in order of preference; case is ignored.
@@ -165,17 +166,6 @@ def _find_column(source: TextFile, wanted: tuple[str, ...]) -> tuple[str | None,
         if column is not None:
             return column, first
     return None, first
-
-
-def listed(columns: list[str]) -> str:
-    """Lists the columns of a table for an error."""
-    if not columns:
-        return "it is empty"
-    # A table without a header begins with data, which must not appear in an error.
-    if any(len(c) > 64 or "\n" in c or (c and not re.search(r"[^\W\d]", c)) for c in columns):
-        return "its first record does not look like a header"
-    more = f" and {len(columns) - 40} more" if len(columns) > 40 else ""
-    return f"it has {', '.join(map(repr, columns[:40]))}{more}"
 
 
 def find_column(columns: list[str], wanted: tuple[str, ...]) -> str | None:

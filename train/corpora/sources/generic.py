@@ -17,17 +17,18 @@ out, with a warning.
 import collections
 import dataclasses
 import functools
+import logging
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from ..readers.names import listed
 from ..readers.text import (
     SUFFIXES,
     TEXT_COLUMNS,
     find_column,
     find_files,
-    listed,
     parse_object,
     read_file,
 )
@@ -198,6 +199,8 @@ def _stream(part: pathlib.Path) -> Iterator[dict]:
         import datasets
     except ImportError:
         raise ValueError("--corpus huggingface needs `datasets`: pip install datasets") from None
+    # Its log repeats what pyarrow says, which contains text, before the error is raised.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         if part.exists():
             kind = next(kind for suffix, kind in _KINDS.items() if part.name.endswith(suffix))

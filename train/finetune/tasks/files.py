@@ -27,10 +27,10 @@ import numpy as np
 from pyarrow.lib import ArrowException
 from pyarrow.parquet import ParquetFile
 
+from ...corpora.readers.names import listed, shown_columns
 from ...corpora.readers.text import (
     TEXT_COLUMNS,
     find_column,
-    listed,
     read_lines,
     read_objects,
     read_rows,
@@ -145,7 +145,7 @@ def load_multilabel(path: pathlib.Path) -> Data:
     common = {name for name in columns if all(names.get(name) is not None for names in flags)}
     if others := [name for name in columns if name not in common]:
         more = ", ..." * (len(others) > 5)
-        listing = ", ".join(others[:5]) + more
+        listing = ", ".join(shown_columns(others)[:5]) + more
         skipped[f"columns with other values than 0 and 1, so no labels: {listing}"] = len(others)
     chosen = [
         [
@@ -269,7 +269,9 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = _rows(path)
     _, header = next(rows, (0, []))
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-        raise ValueError(f"{path}: expected each column once, got two; {listed(twice)} twice")
+        shown = dict(zip(header, shown_columns(header), strict=True))
+        names = ", ".join(shown[name] for name in twice)
+        raise ValueError(f"{path}: expected each column once, got {names} twice")
     for number, row in rows:
         _same_length(path, number, row, header)
         yield f"{path}, record {number}", dict(zip(header, row, strict=True))

@@ -7,6 +7,11 @@ from typing import Literal
 
 import numpy as np
 
+from ...corpora.readers.names import shown_labels
+
+LONGEST_LABEL = 64  # characters
+MANY_LABELS = 20  # more, of which most occur once, are text or numbers of records
+
 PUBLISHED_MODELS = (
     "BioClinical ModernBERT base", "BioClinical ModernBERT large", "ModernBERT base",
     "ModernBERT large", "Bio_ClinicalBERT", "BioBERT", "BioMed-RoBERTa", "Clinical-Longformer",
@@ -120,20 +125,56 @@ def make_data(
                 f"{len(train)}, {len(validation)} and {len(test)} examples, and each needs some"
             )
     seen = _used(train)
+    names = shown_labels(labels, tags=any(e.words for e in train))
     multilabel = isinstance(train[0].label, tuple) and not any(e.words for e in train)
     if len(seen) < (1 if multilabel else 2):
-        what = f"only {labels[seen.pop()]!r}" if seen else "none"
+        what = f"only {names[seen.pop()]!r}" if seen else "none"
         raise ValueError(
             f"{where}: expected {'a label' if multilabel else 'two labels or more'} in training, "
             f"got {what}"
         )
     if unseen := sorted(_used(validation + test) - seen):
-        names = ", ".join(labels[i] for i in unseen[:5]) + ", ..." * (len(unseen) > 5)
-        notes[f"labels that training lacks: {names}"] = len(unseen)
+        listing = ", ".join(names[i] for i in unseen[:5]) + ", ..." * (len(unseen) > 5)
+        notes[f"labels that training lacks: {listing}"] = len(unseen)
     known = {(e.text, e.text_pair, e.words) for e in train}
     if again := sum((e.text, e.text_pair, e.words) in known for e in test):
         notes["test examples that training holds too"] = again
     return Data(labels, train, validation, test, skipped, notes)
+
+
+def with_shown_labels(data: Data, where: str, allow_long_labels: bool = False) -> Data:
+    """The Data with its labels as all results show them; see `shown_labels`.
+
+    allow_long_labels: the labels stay as they are. Otherwise raises ValueError with one line for a
+    label of more than 64 characters, and for more than 20 labels that are distinct in more than
+    half of the examples (or words): both look like text instead of labels.
+    """
+    if allow_long_labels:
+        return data
+    examples = data.train + data.validation + data.test
+    tags = any(example.words for example in examples)
+    shown = shown_labels(data.labels, tags=tags)
+    remedy = (
+        "make sure that the label column holds labels, or pass --allow-long-labels, which writes "
+        "them to the results, the model and its card as they are"
+    )
+    for number, label in enumerate(data.labels, start=1):
+        if len(label) > LONGEST_LABEL:
+            raise ValueError(
+                f"{where}: expected labels of at most {LONGEST_LABEL} characters, label {number} "
+                f"of {len(data.labels)} has {len(label)}; {remedy}"
+            )
+    rows = sum(len(example.words) or 1 for example in examples)
+    if len(data.labels) > max(MANY_LABELS, rows / 2):
+        raise ValueError(
+            f"{where}: expected labels that occur again and again, got {len(data.labels)} in "
+            f"{rows} {'words' if tags else 'examples'}; {remedy}"
+        )
+    kept = dict(data.kept)
+    if hidden := sum(a != b for a, b in zip(shown, data.labels, strict=True)):
+        reason = "labels that look like text, written as position and length"
+        kept[f"{reason} (--allow-long-labels writes them as they are)"] = hidden
+    return dataclasses.replace(data, labels=shown, kept=kept)
 
 
 def _used(examples: list[Example]) -> set[int]:
