@@ -25,6 +25,7 @@ from train.corpora.source import Report
 from train.corpora.sources import find, sources
 from train.finetune import run as finetuning
 from train.finetune.config import FinetuneConfig
+from train.finetune.retrieval.data import read_judged, read_records
 from train.finetune.tasks import task_named
 from train.finetune.tasks.task import with_shown_labels
 from train.pretrain import setup
@@ -162,6 +163,19 @@ def test_no_task_shows_text(kind, tmp_path, seen):
             with seen():
                 data = with_shown_labels(task_named(task).load(path), str(path))
                 seen.text += f"{data.labels} {data.skipped} {data.kept}"
+    folder = tmp_path / "retrieval"
+    folder.mkdir()
+    for name in ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+        (folder / name).write_bytes(content)
+    for fields in (("query", "positive"), ("text",)):
+        with seen():
+            read_records(folder / "train.jsonl", *fields)
+    with seen():
+        read_judged(folder)
+    (folder / "corpus.jsonl").write_bytes(lines({"_id": "1", "text": "a"}))
+    (folder / "queries.jsonl").write_bytes(lines({"_id": "1", "text": "a"}))
+    with seen():
+        read_judged(folder)
     folder = tmp_path / "brat"
     folder.mkdir()
     for number in range(9):
@@ -186,6 +200,7 @@ def test_no_table_of_arrow_shows_text(damage, tmp_path, seen):
         source = find("huggingface")
         with seen():
             list(source.read(tmp_path / name, tmp_path, Report()))
+    assert "Failed to load" not in seen.text  # what `datasets` logs contains pyarrow's message
     for task in TASKS[:3]:
         with seen():
             task_named(task).load(tmp_path / "x.parquet")
@@ -205,7 +220,14 @@ def test_prepare_shows_no_text(tmp_path, small_tokenizer, seen):
         with seen():
             code = cli.main([*command, "--source", str(corpus), "--out", str(out)])
             assert code == (0 if kind == "text" else 2)
+        report = tmp_path / "out" / f"{kind}.jsonl"
+        command = f"decontaminate --workers 1 --words 3 --task {corpus} --corpus".split()
+        with seen():
+            cli.main([*command, str(corpus), "--out", str(report)])
         seen.check(tmp_path / "out")
+    with seen():
+        assert cli.main(["mixture", "--prepared", str(tmp_path / "out" / "text")]) == 0
+    seen.check()
 
 
 def test_pretraining_shows_no_text_of_a_note(tmp_path, seen):
@@ -257,22 +279,23 @@ class Backend:
 def test_labels_that_look_like_text_are_not_written(tmp_path, small_tokenizer, seen, monkeypatch):
     small_tokenizer.save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr(finetuning, "JaxBackend", Backend)
+    # One label is a name, but once only; others occur again.
     names = ["Follow-up visit", f"by {MARK}, aged 72", "0", f"{MARK}|", "Pain (chronic)"]
     rows = [f't {i},"{names[i % 5]}"' for i in range(60)]
-    (tmp_path / "x.csv").write_bytes(table("text,label", *rows))
+    (tmp_path / "x.csv").write_bytes(table("text,label", *rows, f"t,{MARK}"))
     config = FinetuneConfig(
         "classification", str(tmp_path / "x.csv"), str(tmp_path / "tokenizer"),
         str(tmp_path / "out"), seeds=(1,), epochs=1, save_model=False,
     )  # fmt: skip
     with seen():
         finetuning.finetune(config)
-        hidden = "label 4 (17 characters)", "label 5 (28 characters)"
+        hidden = [f"label {n} ({size} characters)" for n, size in ((4, 16), (5, 17), (6, 28))]
         assert Backend.labels == ("0", "Follow-up visit", "Pain (chronic)", *hidden)
-    assert "| label 4 (17 characters) |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| label 5 (17 characters) |" in (tmp_path / "out" / "table.md").read_text()
     seen.check(tmp_path / "out")
     allowed = dataclasses.replace(config, allow_long_labels=True, out=str(tmp_path / "open"))
     summary = finetuning.finetune(allowed)
-    assert summary["labels"] == sorted(names) == list(Backend.labels)
+    assert summary["labels"] == sorted([*names, MARK]) == list(Backend.labels)
     assert f"| {MARK}\\| |" in (tmp_path / "open" / "table.md").read_text()
 
 
@@ -309,6 +332,9 @@ def test_names_that_are_shown():
         assert "'Doe'" not in listed(["Doe", cell]) and "column 1 (3" in listed(["Doe", cell])
     phrases = ("CPR:3", "SOAP / Chart / Progress Notes", "IME-QME-Work Comp etc.", "12", "糖尿病")
     assert shown_labels(phrases) == phrases
+    assert shown_labels(("Jane Doe", "Jane"), rare=("Jane Doe", "Jane")) == (
+        "label 1 (8 characters)", "Jane",
+    )  # fmt: skip
     long_type = "x" * 49
     tags = ("B-" + long_type, "B-Drug", "I-" + long_type, "O")
     hidden = "label 1 (49 characters)"

@@ -5,7 +5,7 @@ clinical. A name is shown only if it looks like one, and otherwise as its positi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Letters of the Latin script: a sentence in another script may have no spaces.
 _IDENTIFIER = re.compile(r"[A-Za-zÀ-ɏ_][A-Za-zÀ-ɏ0-9_.-]{0,31}")
@@ -51,17 +51,25 @@ def _is_identifier(name: str) -> bool:
     )
 
 
-def shown_labels(labels: Sequence[str], *, tags: bool = False) -> tuple[str, ...]:
+def shown_labels(
+    labels: Sequence[str], *, tags: bool = False, rare: Collection[str] = ()
+) -> tuple[str, ...]:
     """Each label as results show it: an identifier or a short phrase, or position and length.
 
-    tags: the labels are tags, such as B-TYPE, whose type is judged.
+    tags: the labels are tags, such as B-TYPE, whose type is judged. rare: labels that are shown
+    only if they are one word, since a phrase that does not occur again may be a person's name.
     """
     parts = [(name[:2], name[2:]) if tags and name[1:2] == "-" else ("", name) for name in labels]
     numbers: dict[str, int] = {}
     for _, name in parts:
         numbers.setdefault(name, len(numbers) + 1)
     return tuple(
-        prefix + (name if _is_phrase(name) else f"label {numbers[name]} ({len(name)} characters)")
+        prefix
+        + (
+            name
+            if _is_phrase(name) and not (name in rare and len(name.split()) > 1)
+            else f"label {numbers[name]} ({len(name)} characters)"
+        )
         for prefix, name in parts
     )
 

@@ -199,7 +199,7 @@ def _stream(part: pathlib.Path) -> Iterator[dict]:
         import datasets
     except ImportError:
         raise ValueError("--corpus huggingface needs `datasets`: pip install datasets") from None
-    # Its log repeats what pyarrow says, which contains text, before the error is raised.
+    # Before it raises an error, it logs what pyarrow says, which may contain text.
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         if part.exists():

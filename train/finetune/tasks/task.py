@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -124,8 +125,8 @@ def make_data(
                 f"{where}: the {name} split is empty; train, validation and test hold "
                 f"{len(train)}, {len(validation)} and {len(test)} examples, and each needs some"
             )
-    seen = _used(train)
-    names = shown_labels(labels, tags=any(e.words for e in train))
+    seen = set(_uses(train))
+    names = _shown(labels, train + validation + test)
     multilabel = isinstance(train[0].label, tuple) and not any(e.words for e in train)
     if len(seen) < (1 if multilabel else 2):
         what = f"only {names[seen.pop()]!r}" if seen else "none"
@@ -133,7 +134,7 @@ def make_data(
             f"{where}: expected {'a label' if multilabel else 'two labels or more'} in training, "
             f"got {what}"
         )
-    if unseen := sorted(_used(validation + test) - seen):
+    if unseen := sorted(set(_uses(validation + test)) - seen):
         listing = ", ".join(names[i] for i in unseen[:5]) + ", ..." * (len(unseen) > 5)
         notes[f"labels that training lacks: {listing}"] = len(unseen)
     known = {(e.text, e.text_pair, e.words) for e in train}
@@ -152,8 +153,7 @@ def with_shown_labels(data: Data, where: str, allow_long_labels: bool = False) -
     if allow_long_labels:
         return data
     examples = data.train + data.validation + data.test
-    tags = any(example.words for example in examples)
-    shown = shown_labels(data.labels, tags=tags)
+    shown = _shown(data.labels, examples)
     remedy = (
         "make sure that the label column holds labels, or pass --allow-long-labels, which writes "
         "them to the results, the model and its card as they are"
@@ -164,11 +164,12 @@ def with_shown_labels(data: Data, where: str, allow_long_labels: bool = False) -
                 f"{where}: expected labels of at most {LONGEST_LABEL} characters, label {number} "
                 f"of {len(data.labels)} has {len(label)}; {remedy}"
             )
+    unit = "words" if any(example.words for example in examples) else "examples"
     rows = sum(len(example.words) or 1 for example in examples)
     if len(data.labels) > max(MANY_LABELS, rows / 2):
         raise ValueError(
             f"{where}: expected labels that occur again and again, got {len(data.labels)} in "
-            f"{rows} {'words' if tags else 'examples'}; {remedy}"
+            f"{rows} {unit}; {remedy}"
         )
     kept = dict(data.kept)
     if hidden := sum(a != b for a, b in zip(shown, data.labels, strict=True)):
@@ -177,14 +178,20 @@ def with_shown_labels(data: Data, where: str, allow_long_labels: bool = False) -
     return dataclasses.replace(data, labels=shown, kept=kept)
 
 
-def _used(examples: list[Example]) -> set[int]:
-    """The labels that occur."""
-    used: set[int] = set()
+def _shown(labels: Sequence[str], examples: Sequence[Example]) -> tuple[str, ...]:
+    uses = _uses(examples)
+    once = {label for i, label in enumerate(labels) if uses[i] <= 1}
+    return shown_labels(labels, tags=any(example.words for example in examples), rare=once)
+
+
+def _uses(examples: Sequence[Example]) -> Counter[int]:
+    """How often each label occurs, without those that do not."""
+    uses: Counter[int] = Counter()
     for example in examples:
         if isinstance(example.label, int):
-            used.add(example.label)
+            uses[example.label] += 1
         elif example.words:
-            used.update(example.label)
+            uses.update(example.label)
         else:
-            used.update(i for i, one in enumerate(example.label) if one)
-    return used
+            uses.update(i for i, one in enumerate(example.label) if one)
+    return uses
