@@ -273,9 +273,9 @@ class TestMds:
         ("changes", "expect"),
         [
             ({"encoding": "pkl"}, "expected a column input_ids of ndarray:uint16.*got .*pkl"),
-            ({"encoding": "ndarray:float32"}, "got input_ids ndarray:float32"),
-            ({"encoding": "ndarray:uint16:512"}, "got input_ids ndarray:uint16:512"),
-            ({"column_names": ["tokens"]}, "got tokens ndarray:uint16"),
+            ({"encoding": "ndarray:float32"}, "got 'input_ids' ndarray:float32"),
+            ({"encoding": "ndarray:uint16:512"}, "got 'input_ids' ndarray:uint16:512"),
+            ({"column_names": ["tokens"]}, "got 'tokens' ndarray:uint16"),
             ({"version": 1}, "expected format mds, version 2, got mds, version 1"),
             ({"format": "json"}, "got json, version 2"),
             ({"raw_data": {"basename": "no.mds", "bytes": 3}}, "no.mds: expected this shard"),

@@ -20,7 +20,7 @@ import pytest
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.tokenizer import AutoTokenizer
 from train import cli
-from train.corpora.readers.names import listed, shown_columns, shown_labels
+from train.common.names import listed, shown_columns, shown_labels
 from train.corpora.source import Report
 from train.corpora.sources import find, sources
 from train.finetune import run as finetuning
@@ -30,6 +30,7 @@ from train.finetune.tasks import task_named
 from train.finetune.tasks.task import with_shown_labels
 from train.pretrain import setup
 from train.pretrain.config import Phase, TrainConfig
+from train.tokens.store import open_store
 
 MARK = "Zzyqname Qvornak"
 NOTE = f"{MARK}, aged 72, was seen with a fever of 39 degrees."
@@ -204,6 +205,16 @@ def test_no_table_of_arrow_shows_text(damage, tmp_path, seen):
     for task in TASKS[:3]:
         with seen():
             task_named(task).load(tmp_path / "x.parquet")
+    seen.check()
+
+
+def test_no_folder_of_tokens_shows_its_columns(tmp_path, seen):
+    columns = {"column_names": [MARK, "id"], "column_encodings": [NOTE, "pkl"]}
+    shard = {"version": 2, "format": "mds", "raw_data": {"basename": "x"}, **columns}
+    (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
+    with seen():
+        open_store(tmp_path)
+    assert f"got column 1 (16 characters) label 1 ({len(NOTE)} characters), 'id' pkl" in seen.text
     seen.check()
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ..common.names import shown_columns, shown_labels
+
 COLUMN = "input_ids"
 ENCODINGS = {"ndarray:uint16": np.dtype("<u2"), "ndarray:uint32": np.dtype("<u4")}
 # Bytes that store a length, and the lengths that need them; our lengths are int32.
@@ -74,9 +76,10 @@ class _Shard:
         names, encodings = record["column_names"], record["column_encodings"]
         found = dict(zip(names, encodings, strict=True))
         if found.get(COLUMN) not in ENCODINGS:
+            given = zip(shown_columns(names), shown_labels(encodings), strict=True)
             raise ValueError(
                 f"{folder / 'index.json'}: expected a column {COLUMN} of {' or '.join(ENCODINGS)}, "
-                f"got {', '.join(f'{n} {e}' for n, e in found.items())}"
+                f"got {', '.join(f'{n} {e}' for n, e in given)}"
             )
         self.dtype = ENCODINGS[found[COLUMN]]
         self.sizes: list[int | None] = record["column_sizes"]  # bytes; None varies

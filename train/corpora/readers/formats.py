@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from ...common.names import listed
 from ..source import Example, Reader, Report, name_of
-from .names import listed
 from .text import find_column, parse_object, read_lines, read_rows
 
 EMPTY = "empty text"

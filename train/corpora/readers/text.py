@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...common.names import listed
 from ..source import files_below, name_of
-from .names import listed
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
 # The usual names of the text column, in order of preference; case is ignored.

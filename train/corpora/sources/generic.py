@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..readers.names import listed
+from ...common.names import listed
 from ..readers.text import (
     SUFFIXES,
     TEXT_COLUMNS,

@@ -27,7 +27,7 @@ import numpy as np
 from pyarrow.lib import ArrowException
 from pyarrow.parquet import ParquetFile
 
-from ...corpora.readers.names import listed, shown_columns
+from ...common.names import listed, shown_columns
 from ...corpora.readers.text import (
     TEXT_COLUMNS,
     find_column,

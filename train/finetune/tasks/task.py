@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ...corpora.readers.names import shown_labels
+from ...common.names import shown_labels
 
 LONGEST_LABEL = 64  # characters
 MANY_LABELS = 20  # more, of which most occur once, are text or numbers of records
