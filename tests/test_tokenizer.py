@@ -1,5 +1,6 @@
 """What modernbert_jax adds to transformers' tokenizers, and the training of a byte-level BPE."""
 
+import collections
 import hashlib
 import json
 import os
@@ -9,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 
 from modernbert_jax import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.files import copy_tokenizer
@@ -23,6 +26,7 @@ from modernbert_jax.tokenizer import (
     max_tokens,
     vocab_size,
 )
+from train.corpora.build import bpe
 from train.corpora.build.bpe import fewest_documents, train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -422,6 +426,19 @@ def test_a_name_in_few_notes_is_no_token(notes, least):
     plain = {token.removeprefix("\u0120") for token in learned if not token.startswith("[")}
     assert {p for p in plain if len(p) > 1 and p.isalpha() and p.isascii()} <= parts
     assert fewest_documents(notes) == least
+
+
+PARTS = "a B é e\u0301 's 're ' 1 2 - . \u00a0 日 🙂 \u3000 \x0b \n \t".split(" ") + [" "] * 6
+
+
+@hypothesis.given(st.lists(st.sampled_from(PARTS), max_size=30))
+def test_words_are_those_of_the_pre_tokenizer(parts):
+    """They are found part by part, and counted as in the text as a whole."""
+    text, nfc = "".join(parts), tokenizers.normalizers.NFC()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = collections.Counter(bpe._frequent_words([text, text], nfc, byte_level))
+    whole = byte_level.pre_tokenize_str(nfc.normalize_str(text)) * 2
+    assert found == collections.Counter(word for word, _ in whole)
 
 
 @needs_real

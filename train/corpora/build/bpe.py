@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import repeat
@@ -34,6 +35,8 @@ SPECIAL_TOKENS = (
 SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 # A word that occurs in fewer documents, such as a patient's name, is left out of the training.
 FEWEST_DOCUMENTS = 10
+# Where the byte-level pre-tokenizer begins a word, whatever is before and after it.
+_APART = re.compile(r"(?<=[!-~])(?= [!-~])")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -83,9 +86,17 @@ def _frequent_words(
 ) -> Iterator[str]:
     """Yields each pre-tokenized word of enough documents, as often as it occurs."""
     count, occurrences, documents = 0, Counter[str](), Counter[str]()
+    known: dict[str, list[str]] = {}  # the words of short parts of texts, which recur
     for text in texts:
-        words = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
-        in_text = Counter(word for word, _ in words)
+        in_text = Counter[str]()
+        for part, number in Counter(_APART.split(normalizer.normalize_str(text))).items():
+            words = known.get(part)
+            if words is None:
+                words = [word for word, _ in pre_tokenizer.pre_tokenize_str(part)]
+                if len(part) <= 32:
+                    known[part] = words
+            for word in words:
+                in_text[word] += number
         occurrences.update(in_text)
         documents.update(in_text.keys())
         count += 1
