@@ -60,7 +60,7 @@ def folders(tmp_path_factory):
     ]
     corpus += [f"filler number {i} of the corpus" for i in range(20)]
     (root / "corpus.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in corpus))
-    train_bpe(iter([*task, *corpus]), 350).save_pretrained(root / "tokenizer")
+    train_bpe(iter([*task, *corpus] * 10), 350).save_pretrained(root / "tokenizer")
     prepare(
         str(root / "corpus.jsonl"), str(root / "tokenizer"), str(root / "out"), sequence_length=128,
         eval_fraction=0.3, workers=1,
