@@ -8,6 +8,7 @@ import os
 import pathlib
 import struct
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from modernbert_jax import ModernBertConfig
+from modernbert_jax.packing import IGNORE_INDEX
 from tests.test_pretrain import small
 from train.common.metrics import MetricsWriter, read_metrics
 from train.common.sharding import MeshShape, make_mesh
@@ -300,3 +302,24 @@ def test_hyperparameters_are_refused_by_name(tmp_path, name, value):
         changes = {"optimizer": Optimizer(**changes)}
     with pytest.raises(ValueError, match=f"{field}: expected"):
         small(pathlib.Path("c"), tmp_path, **changes).validate()
+
+
+def test_a_batch_without_masked_tokens(trainer):
+    """Documents of special tokens only: nothing to predict, and nothing becomes NaN."""
+    ids = np.zeros((1, 8, 128), np.int32)
+    ids[:, :, :2] = 1, 2
+    batch = {
+        "input_ids": ids,
+        "segment_ids": (ids > 0).astype(np.int32),
+        "predict_positions": np.zeros((1, 8, 4), np.int32),
+        "labels": np.full((1, 8, 4), IGNORE_INDEX, np.int32),
+    }
+    for weighting in ("tokens", "sequences"):
+        config = dataclasses.replace(
+            trainer.config, loss_weighting=weighting, gradient_accumulation_steps=1
+        )
+        one = Trainer(config, trainer.model_config, trainer.mesh)
+        arrays = one.to_devices(batch)
+        state, metrics = one.train_step(one.fresh(), arrays, np.float32(1e-3), np.float32(1e-3))
+        assert float(metrics["loss"]) == float(metrics["accuracy"]) == 0
+        assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves((state, metrics)))

@@ -75,7 +75,7 @@ def test_a_damaged_file_of_a_checkpoint(trainer, two_steps, tmp_path, seed):  # 
 FLAGS = (
     "--phases.0.tokens", "30000", "--phases.0.warmup-tokens", "0", "--sequence-length", "128",
     "--global-batch-size", "8", "--model.vocab-size", "512", "--model.hidden-size", "64",
-    "--model.intermediate-size", "96", "--model.num-hidden-layers", "2", "--mesh.data", "1",
+    "--model.intermediate-size", "96", "--mesh.data", "1",
     "--checkpoint-every", "1", "--keep-checkpoints", "99", "--eval-every", "99",
     "--eval-sequences", "8",
 )  # fmt: skip
@@ -99,7 +99,9 @@ def test_a_disk_that_fills_up(corpus, megabytes):
         done = run()
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 2 and len(errors) == 1, done.stderr
-        assert "No space left" in errors[0] and "Traceback" not in done.stderr
+        assert "No space left" in errors[0]
+        # Orbax's threads may still call into an event loop that it closed; Python ignores that.
+        assert done.stderr.count("Traceback") == done.stderr.count("Exception ignored in")
         kept = committed(folder / "w")
         for checkpoint in kept:
             load_orbax(checkpoint, optimizer=True)

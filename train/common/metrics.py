@@ -7,7 +7,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -46,7 +46,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes one line; `kind` is train or eval."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        with naming(self._local / "metrics.jsonl"):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         numbers = {
             f"{kind}/{k}": v
             for k, v in values.items()
@@ -80,7 +81,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes all files."""
         try:
-            self._file.close()
+            with naming(self._local / "metrics.jsonl"):
+                self._file.close()
             self.publish()
         finally:
             self._board.end(lambda board: board.close())
@@ -88,6 +90,18 @@ class MetricsWriter:
                 self._wandb.end(lambda run: run.finish())
             if self._temporary is not None:
                 self._temporary.cleanup()
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Raises an OSError of the block, which may name no file, as one that names this file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror or error}); free disk space, then the "
+            "same command resumes from the last checkpoint"
+        ) from None
 
 
 class _Extra:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.weights import weight_of
 
-from .metrics import read_lines
+from .metrics import naming, read_lines
 
 
 def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -173,7 +173,7 @@ class Goodput:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def _append(self, text: str) -> None:
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(text)
 
 

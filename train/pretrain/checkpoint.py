@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class Checkpoints:
         self.workdir, self.trainer, self.keep, self.log = workdir, trainer, keep, log
         self._last = -1  # the newest step that is saved or being saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        logging.getLogger("absl").addFilter(_is_news)
         self._saving: Future[None] | None = None
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
@@ -200,6 +202,11 @@ class Checkpoints:
             if found.get(name) != mark:
                 raise Damaged(f"{name} is not what was written")
         return state, data["position"]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax logs of errors which it raises as well, once per thread."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @jax.jit
