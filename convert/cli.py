@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command.run()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        from modernbert_jax.untrusted import printable
+
+        print(f"error: {printable(' '.join(str(error).split()), 2000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; DST is unchanged", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.untrusted import printable
 from modernbert_jax.weights import DECODER, EMBEDDING, WEIGHTS, find_weight, weight_of
 
 from .flexbert import flex_config
@@ -54,7 +55,7 @@ def _rename(keys: Mapping[str, Any], rename: Callable[[str], str], what: str) ->
     unknown = [key for key in keys if not rename(key)]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(f"unknown keys for {what}: {', '.join(unknown[:3])}{more}")
+        raise ValueError(f"unknown keys for {what}: {printable(', '.join(unknown[:3]))}{more}")
     return {rename(key): value for key, value in keys.items()}
 
 

@@ -17,7 +17,7 @@ from modernbert_jax.auto import class_of
 from modernbert_jax.checkpoint import hf, hub, orbax
 from modernbert_jax.checkpoint.files import CONFIG_FILE, TOKENIZER_FILES, read_config
 from modernbert_jax.checkpoint.params import widest_dtype, with_dtype
-from modernbert_jax.config import refuse_pointer
+from modernbert_jax.untrusted import printable, read_json, shown
 from modernbert_jax.weights import DECODER, EMBEDDING
 
 from . import composer, flexbert, moments, torch_file
@@ -130,6 +130,8 @@ def _read_bin(folder: Path, tied: bool) -> Mapping[str, np.ndarray]:
         ):
             raise ValueError(f"{path}: expected a state_dict, names to tensors")
         for key, array in shard.items():
+            if key != printable(key):
+                raise ValueError(f"{path}: expected short, printable names, got {shown(key)}")
             if key in tensors:
                 raise ValueError(f"{path}: {key} is set twice, also in another shard")
             tensors[key] = array
@@ -180,20 +182,10 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {printable(error, 1000)}") from error
     except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         # The parts of the file have types that neither Composer nor transformers writes.
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file. Raises ValueError that names the file."""
-    refuse_pointer(path)
-    with _naming(path):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object, got {type(data).__name__}")
-        return data
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {printable(error)})") from error
 
 
 def _size(paths: Iterable[Path]) -> int:

@@ -6,7 +6,8 @@ Source: AnswerDotAI/ModernBERT (bert_layers/configuration_bert.py, convert_to_hf
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from modernbert_jax.config import FULL, SLIDING, ModernBertConfig
+from modernbert_jax.config import FULL, SLIDING, ModernBertConfig, check_size
+from modernbert_jax.untrusted import shown
 
 # Options of FlexBERT for which Hugging Face's architecture has one value: the name, the values that
 # mean it, and the default of FlexBertConfig.
@@ -85,6 +86,8 @@ def hf_config(
     Raises ValueError that names an option for which Hugging Face's architecture has no equivalent.
     """
     _refuse_other_architectures(flex)
+    for name in _SIZES:
+        check_size(name, flex[name])
     head_dim = flex["hidden_size"] // flex["num_attention_heads"]
     for name in ("rotary_emb_dim", "local_attn_rotary_emb_dim"):
         if flex.get(name) not in (None, head_dim):
@@ -178,7 +181,7 @@ def flex_config(config: ModernBertConfig) -> dict[str, Any]:
 
 
 def _refuse(name: str, expected: str, got: Any) -> NoReturn:
-    raise ValueError(f"FlexBERT's {name}: HF's ModernBERT has only {expected}, got {got!r}")
+    raise ValueError(f"FlexBERT's {name}: HF's ModernBERT has only {expected}, got {shown(got)}")
 
 
 def _refuse_other_architectures(flex: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ names that Composer adds (clocks, random states, enumerations) become inert `Stu
 
 import ctypes
 import io
+import math
 import mmap
 import pickle
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from modernbert_jax.config import refuse_pointer
+from modernbert_jax.untrusted import printable, refuse_pointer, shown
 
 OLDEST_TORCH = (2, 6)  # Before 2.6, weights_only=True could be tricked into running code.
 
@@ -96,11 +97,11 @@ def read(path: Path) -> Any:
     refuse_pointer(path)
     stubs = [(Stub, name) for name in STUBS] + [(make, name) for name, make in CONTAINERS.items()]
     try:
-        _check(path)
+        values = _check(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs):
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return _arrays(loaded, torch)
+        return _Arrays(torch, values, path.stat().st_size).of(loaded)
     except Refused as error:
         raise ValueError(f"{path} {error}") from error
     except OSError:
@@ -108,7 +109,7 @@ def read(path: Path) -> Any:
     except Exception as error:  # A crafted or broken file can raise anything.
         # torch wraps the cause in advice to set weights_only=False, which would run the file.
         cause = str(error.__context__ or error).strip() or repr(error)
-        cause = cause.splitlines()[0].partition(" Please use")[0]
+        cause = printable(cause.splitlines()[0].partition(" Please use")[0])
         raise ValueError(f"{path} is damaged: {cause}") from error
 
 
@@ -154,8 +155,11 @@ def require_torch(action: str) -> Any:
 # Reading.
 
 
-def _check(path: Path) -> None:
-    """Raises Refused unless torch can safely read what the file claims to hold."""
+def _check(path: Path) -> int:
+    """Raises Refused unless torch can safely read what the file claims to hold.
+
+    Returns the size of its pickle, in which each value takes a byte or more.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             raise Refused(
@@ -182,10 +186,14 @@ def _check(path: Path) -> None:
     except zipfile.BadZipFile as error:
         raise Refused(f"is a truncated or damaged zip file ({error})") from error
     _Checker(data, sizes).load()
+    return len(data)
 
 
-class _Checker(pickle.Unpickler):
-    """Walks through a pickle in which every name is a placeholder, and checks names and sizes."""
+class _Checker(pickle._Unpickler):  # type: ignore[name-defined]
+    """Walks through a pickle in which every name is a placeholder, and checks names and sizes.
+
+    In Python, because the memo of the unpickler in C is a table as large as any index in the file.
+    """
 
     def __init__(self, data: bytes, sizes: Mapping[str, int]):
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -195,7 +203,7 @@ class _Checker(pickle.Unpickler):
         name = f"{module}.{name}".replace("__builtin__.", "builtins.")
         if name not in ADMITTED:
             raise Refused(
-                f"names {name!r}, which is not on the list of names that tensors and plain "
+                f"names {shown(name)}, which is not on the list of names that tensors and plain "
                 "containers need: refused, nothing of it was run"
             )
         return type("Placeholder", (_Placeholder,), {"name": name})
@@ -207,10 +215,10 @@ class _Checker(pickle.Unpickler):
             ):
                 size = self._sizes.get(f"data/{key}")
                 if size is None:
-                    raise Refused(f"is damaged: it has no entry 'data/{key}'")
+                    raise Refused(f"is damaged: it has no entry {shown(f'data/{key}')}")
                 if size != count * width:
                     expected = f"expected {count * width} bytes, got {size}"
-                    raise Refused(f"is damaged: storage {key} {expected}")
+                    raise Refused(f"is damaged: storage {printable(key)} {expected}")
             case _:
                 raise Refused("names an external object that is not a storage")
 
@@ -225,20 +233,41 @@ class _Placeholder(Stub):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key in self.keys:
-            raise Refused(f"sets the key {key!r} twice")
+            raise Refused(f"sets the key {shown(key)} twice")
         self.keys.add(key)
 
 
-def _arrays(obj: Any, torch: Any) -> Any:
-    """Replaces tensors by arrays over the same memory, and subclasses of dict and tuple."""
-    if isinstance(obj, torch.Tensor):
-        return _array(obj, torch)
-    if isinstance(obj, dict):
-        return {_arrays(key, torch): _arrays(value, torch) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        values = [_arrays(value, torch) for value in obj]
-        return values if isinstance(obj, list) else tuple(values)
-    return obj
+class _Arrays:
+    """Replaces tensors by arrays over the same memory, and subclasses of dict and tuple.
+
+    A few bytes of a pickle can name one list, or one storage, any number of times; a tensor with
+    stride 0 has any shape. values, size: the bytes of the pickle and of the file, which bound what
+    is made of them.
+    """
+
+    def __init__(self, torch: Any, values: int, size: int):
+        self._torch, self._values = torch, values + 10_000
+        self._bytes = 4 * size + 2**20
+
+    def of(self, obj: Any) -> Any:
+        self._values -= 1
+        if self._values < 0:
+            raise Refused("is refused: its lists name each other too often")
+        if isinstance(obj, self._torch.Tensor):
+            size = math.prod(obj.shape) * obj.element_size()
+            self._bytes -= size
+            if size > obj.untyped_storage().nbytes() or self._bytes < 0:
+                raise Refused(
+                    f"is refused: a tensor of shape {printable(tuple(obj.shape))} repeats the same "
+                    "memory; save it with .clone()"
+                )
+            return _array(obj, self._torch)
+        if isinstance(obj, dict):
+            return {self.of(key): self.of(value) for key, value in obj.items()}
+        if isinstance(obj, list | tuple):
+            values = [self.of(value) for value in obj]
+            return values if isinstance(obj, list) else tuple(values)
+        return obj
 
 
 def _array(tensor: Any, torch: Any) -> np.ndarray:

@@ -4,8 +4,11 @@ A card states only what is known: the configuration, and the facts that the call
 contains MARK; a README.md without MARK was written by a person and is not overwritten.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from modernbert_jax.untrusted import printable
 
 CARD_FILE = "README.md"
 MARK = "<!-- Made by modernbert_jax. Delete this line to keep your changes: then it is yours. -->"
@@ -70,7 +73,8 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     facts = _checked(facts or {})
-    name = (config.get("architectures") or ["ModernBertModel"])[0]
+    names = config.get("architectures")
+    name = _foreign(names[0]) if isinstance(names, list) and names else "ModernBertModel"
     suffix = next((s for s in _TASKS if name.endswith(s)), "Model")
     task, head = _TASKS[suffix]
     ours = config.get("model_type") == "modernbert"
@@ -92,7 +96,7 @@ def model_card(
         if rows:
             parts += [f"## {title}", _table(rows)]
     limits = list(facts.get("limits", ()))
-    if longest := config.get("max_position_embeddings"):
+    if longest := _count(config, "max_position_embeddings"):
         limits.append(f"Truncate texts beyond {longest:,} tokens, or read them in windows.")
     limits.append("Weights can reveal parts of the text that they were trained on.")
     parts += ["## Limits", _bullets(map(_text, limits))]
@@ -125,17 +129,18 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 
 
 def _about(config: Mapping[str, Any], name: str, head: str, parameters: int) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = _foreign(config.get("dtype") or config.get("torch_dtype") or "float32")
     lines = [
-        f"`{name}`: an encoder {head}; layers: {config.get('num_hidden_layers')}, width: "
-        f"{config.get('hidden_size')}, parameters: {parameters:,} in {dtype}."
+        f"`{name}`: an encoder {head}; layers: {_count(config, 'num_hidden_layers')}, width: "
+        f"{_count(config, 'hidden_size')}, parameters: {parameters:,} in {dtype}."
     ]
-    if longest := config.get("max_position_embeddings"):
+    if longest := _count(config, "max_position_embeddings"):
         lines.append(f"Context: {longest:,} tokens.")
-    labels = list((config.get("id2label") or {}).values())
+    id2label = config.get("id2label")
+    labels = list(id2label.values()) if isinstance(id2label, Mapping) else []
     if "Classification" in name and labels:
         more = f" and {len(labels) - 30} more" if len(labels) > 30 else ""
-        lines.append(f"Labels: {', '.join(map(_text, labels[:30]))}{more}.")
+        lines.append(f"Labels: {', '.join(map(_foreign, labels[:30]))}{more}.")
     return "\n".join(lines)
 
 
@@ -162,6 +167,17 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([head, "|" + "---|" * len(columns), *body])
 
 
+def _count(config: Mapping[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    return value if type(value) is int and 0 < value < 2**63 else None
+
+
+def _foreign(value: Any) -> str:
+    """A string of somebody else's config.json as plain text in Markdown, on one line."""
+    text = _text(value) if isinstance(value, int | float) else printable(value)
+    return re.sub(r"([\\`*\[\]<>|#~&!])", r"\\\1", text)
+
+
 def _text(value: Any) -> str:
     """One line that fits into a table."""
     match value:
@@ -173,4 +189,4 @@ def _text(value: Any) -> str:
             return f"{value:.4g}"
         case list() | tuple():
             return ", ".join(map(_text, value))
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return printable(" ".join(str(value).split()), 2000).replace("|", "\\|")

@@ -8,8 +8,11 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from modernbert_jax.untrusted import MAX_MODEL_JSON, printable, read_json, shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -106,14 +109,11 @@ class ModernBertConfig:
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        if type(self.local_attention) is not int or self.local_attention < 0:
-            raise ValueError(
-                f"local_attention: expected an integer of at least 0, got {self.local_attention!r}"
-            )
+        for field in dataclasses.fields(self):
+            if field.name not in _LIMITS:
+                _check_type(field.name, field.type, getattr(self, field.name))
+        for name in _LIMITS:
+            check_size(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -134,32 +134,35 @@ class ModernBertConfig:
             )
         for kind in self.layer_types:
             if kind not in (FULL, SLIDING):
-                raise ValueError(f"layer_types: expected {FULL!r} or {SLIDING!r}, got {kind!r}")
+                raise ValueError(
+                    f"layer_types: expected {FULL!r} or {SLIDING!r}, got {shown(kind)}"
+                )
         if self.local_rope_theta is None or self.local_rope_theta <= 0:
             set_("local_rope_theta", self.global_rope_theta)
-        for name in ("global_rope_theta", "norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in (
+            "global_rope_theta", "norm_eps", "initializer_range", "initializer_cutoff_factor",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(self, name) not in ACTIVATION_NAMES:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(ACTIVATION_NAMES)}, "
-                    f"got {getattr(self, name)!r}"
+                    f"got {shown(getattr(self, name))}"
                 )
-        for name in ("output_hidden_states", "output_attentions"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         for name in _DROPOUTS:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected 0 <= rate < 1, got {getattr(self, name)!r}")
         if self.classifier_pooling not in ("cls", "mean"):
             raise ValueError(
-                f"classifier_pooling: expected 'cls' or 'mean', got {self.classifier_pooling!r}"
+                f"classifier_pooling: expected 'cls' or 'mean', got "
+                f"{shown(self.classifier_pooling)}"
             )
         for name in ("dtype", "param_dtype", "residual_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(DTYPES)}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {', '.join(DTYPES)}, got {shown(getattr(self, name))}"
                 )
         set_("id2label", label_names(self.id2label))
         if self.id2label and len(self.id2label) != self.num_labels:
@@ -265,10 +268,13 @@ class ModernBertConfig:
         of a call in transformers.
         """
         data = dict(data)
+        for name in _OBJECTS:
+            if not isinstance(data.get(name), Mapping | None):
+                raise ValueError(f"{name}: expected an object or null, got {shown(data[name])}")
         model_type = data.pop("model_type", "modernbert")
         if model_type != "modernbert":
             raise ValueError(
-                f"model_type: expected 'modernbert', got {model_type!r}; only ModernBERT can "
+                f"model_type: expected 'modernbert', got {shown(model_type)}; only ModernBERT can "
                 "be loaded (`python -m train finetune --backend torch` fine-tunes other models)"
             )
         for name, value, reason in (
@@ -277,15 +283,15 @@ class ModernBertConfig:
         ):
             if data.get(name) not in (None, value):
                 raise ValueError(
-                    f"{name}: expected {str(value).lower()} ({reason}), got {data[name]!r}"
+                    f"{name}: expected {str(value).lower()} ({reason}), got {shown(data[name])}"
                 )
         for name in ("quantization_config", "compression_config"):
             if (found := data.pop(name, None)) is not None:
                 method = found.get("quant_method") if isinstance(found, Mapping) else found
                 raise ValueError(
-                    f"{name}: expected none, got the method {method!r}: quantized weights cannot "
-                    "be loaded; use the original model, or save this one dequantized to float32, "
-                    "bfloat16 or float16"
+                    f"{name}: expected none, got the method {shown(method)}: quantized weights "
+                    "cannot be loaded; use the original model, or save this one dequantized to "
+                    "float32, bfloat16 or float16"
                 )
         fields: dict[str, Any] = {}
 
@@ -293,13 +299,16 @@ class ModernBertConfig:
             radius = data.pop("sliding_window")
             if type(radius) is not int or radius < 0:
                 raise ValueError(
-                    f"sliding_window: expected an integer of at least 0, got {radius!r}"
+                    f"sliding_window: expected an integer of at least 0, got {shown(radius)}"
                 )
             data["local_attention"] = 2 * radius
 
         n = data.pop("global_attn_every_n_layers", None)
         depth = data.get("num_hidden_layers", cls.num_hidden_layers)
         layer_types = data.pop("layer_types", None)
+        if not isinstance(layer_types, list | tuple | None):
+            raise ValueError(f"layer_types: expected a list, got {shown(layer_types)}")
+        check_size("num_hidden_layers", depth)
         fields["layer_types"] = tuple(layer_types or _every_n(depth, 3 if n is None else n))
 
         rope = data.pop("rope_parameters", None) or {}
@@ -311,12 +320,15 @@ class ModernBertConfig:
             (FULL, "global_rope_theta", 160_000.0),
             (SLIDING, "local_rope_theta", 10_000.0),
         ):
-            parameters = {**(rope.get(kind) or {}), **scaling}  # this order is transformers'
+            own = rope.get(kind) or {}
+            if not isinstance(own, Mapping):
+                raise ValueError(f"rope_parameters[{kind!r}]: expected an object, got {shown(own)}")
+            parameters = {**own, **scaling}  # this order is transformers'
             rope_type = parameters.get("rope_type", parameters.get("type", "default"))
             if rope_type != "default":
                 raise ValueError(
                     f"rope_parameters[{kind!r}]: expected rope_type 'default', the only one that "
-                    f"is supported, got {rope_type!r}"
+                    f"is supported, got {shown(rope_type)}"
                 )
             legacy_theta = data.pop(legacy, default)
             thetas[kind] = parameters.get("rope_theta", legacy_theta)
@@ -335,13 +347,16 @@ class ModernBertConfig:
             data.setdefault("num_labels", len(names))
             # transformers leaves its default names (LABEL_0) in label2id if only id2label is set.
             for name in label2id.keys() & set(names):
-                if dict(enumerate(names)).get(int(label2id[name])) != name:
+                number = str(label2id[name])
+                if not number.isdecimal() or dict(enumerate(names)).get(int(number)) != name:
                     raise ValueError(
-                        f"label2id: expected {names.index(name)} for {name!r}, as in id2label, "
-                        f"got {label2id[name]}"
+                        f"label2id: expected {names.index(name)} for {shown(name)}, as in "
+                        f"id2label, got {shown(label2id[name])}"
                     )
-        if isinstance(data.get("eos_token_id"), list):
-            data["eos_token_id"] = data["eos_token_id"][0]
+        if isinstance(eos := data.get("eos_token_id"), list):
+            if not eos:
+                raise ValueError("eos_token_id: expected an integer or null, got an empty list")
+            data["eos_token_id"] = eos[0]
         head_dim = data.pop("head_dim", None)
 
         data.pop("architectures", None)  # the checkpoint's: checkpoint.files.read_config
@@ -352,7 +367,7 @@ class ModernBertConfig:
         fields["hf_extra"] = json.dumps(data, sort_keys=True)
         config = cls(**fields)
         if head_dim is not None and head_dim != config.head_dim:
-            raise ValueError(f"head_dim: expected {config.head_dim}, got {head_dim}")
+            raise ValueError(f"head_dim: expected {config.head_dim}, got {shown(head_dim)}")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -385,12 +400,8 @@ class ModernBertConfig:
     @classmethod
     def from_json(cls, path: Any) -> "ModernBertConfig":
         """Reads a `config.json`. Raises ValueError, with the path, if it is not valid."""
-        file = pathlib.Path(path) if isinstance(path, str) else path
-        refuse_pointer(file)
+        data = read_json(pathlib.Path(path) if isinstance(path, str) else path, MAX_MODEL_JSON)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError(f"expected a JSON object, got {type(data).__name__}")
             return cls.from_dict(data)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -400,16 +411,20 @@ class ModernBertConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "num_labels",
-)
-_POINTER = b"version https://git-lfs.github.com/spec/"
+# Far beyond any model of this kind, and far below what exhausts a machine that only reads a file.
+_LIMITS = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**16),
+    "intermediate_size": (1, 2**18),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 2**12),
+    "max_position_embeddings": (1, 2**30),
+    "num_labels": (1, 2**17),
+    "local_attention": (0, 2**30),
+}
+# The keys of a config.json that hold objects.
+_OBJECTS = ("rope_parameters", "rope_scaling", "label2id")
+_KINDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}
 _DROPOUTS = (
     "embedding_dropout",
     "attention_dropout",
@@ -419,9 +434,35 @@ _DROPOUTS = (
 )
 
 
+def check_size(name: str, value: Any) -> None:
+    """Raises ValueError unless a value is a size that a model may have."""
+    least, most = _LIMITS[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least else "an integer of at least 0"
+        raise ValueError(f"{name}: expected {kind}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name}: expected at most {most:,}, got {shown(value)}")
+
+
+def _check_type(name: str, annotation: Any, value: Any) -> None:
+    """Raises ValueError unless a value fits the annotation of its field."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if typing.get_origin(annotation) is tuple or (value is None and type(None) in kinds):
+        return  # the entries of tuples are checked where they are used
+    kind = kinds[0]
+    good = isinstance(value, int | float if kind is float else kind)
+    good = good and isinstance(value, bool) == (kind is bool)
+    if kind is float:  # also refuses NaN, and an integer that is too large for a float
+        number: Any = value
+        good = good and -1e300 < number < 1e300
+    if not good:
+        also = " or null" if type(None) in kinds else ""
+        raise ValueError(f"{name}: expected {_KINDS[kind]}{also}, got {shown(value)}")
+
+
 def _every_n(num_layers: int, n: int) -> tuple[str, ...]:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"global_attn_every_n_layers: expected a positive integer, got {n!r}")
+        raise ValueError(f"global_attn_every_n_layers: expected a positive integer, got {shown(n)}")
     return tuple(SLIDING if i % n else FULL for i in range(num_layers))
 
 
@@ -430,25 +471,18 @@ def label_names(id2label: Any) -> tuple[str, ...]:
 
     Raises ValueError unless the ids are 0, 1, 2 and so on.
     """
-    if isinstance(id2label, str):
-        raise ValueError(f"id2label: expected {{id: name}}, got {id2label!r}")
+    if isinstance(id2label, str) or not isinstance(id2label, Iterable):
+        raise ValueError(f"id2label: expected {{id: name}}, got {shown(id2label)}")
+    names = tuple(id2label.values() if isinstance(id2label, Mapping) else id2label)
+    if bad := [name for name in names if isinstance(name, Mapping | list | tuple)]:
+        raise ValueError(f"id2label: expected names, got {shown(bad[0])}")
     if not isinstance(id2label, Mapping):
-        return tuple(id2label)
+        return names
     by_id = {int(i) if str(i).isdecimal() else i: name for i, name in id2label.items()}
     if set(by_id) != set(range(len(id2label))):
-        ids = ", ".join(str(i) for i in id2label)
+        ids = printable(", ".join(str(i) for i in id2label))
         raise ValueError(f"id2label: expected the ids 0 to {len(id2label) - 1}, got {ids}")
     return tuple(by_id[i] for i in range(len(by_id)))
-
-
-def refuse_pointer(path: Any) -> None:
-    """Raises ValueError if a file is a Git LFS pointer: a clone without Git LFS has those."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            raise ValueError(
-                f"{path}: expected the file, found a Git LFS pointer to it; `git lfs pull` in its "
-                "folder downloads the file"
-            )
 
 
 def init_std(config: ModernBertConfig, kind: str) -> float:

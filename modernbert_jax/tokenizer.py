@@ -6,25 +6,20 @@ stays fast. A tokenizer's folder is data: no code in it is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from modernbert_jax.config import refuse_pointer
+from modernbert_jax.tokenizer_files import FILES, TOKENIZER_FILE, check_files
+from modernbert_jax.untrusted import panics_as_errors, printable
 
 if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER_FILE = "tokenizer.json"
-FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 # ModernBERT's names, used if no file names the special tokens.
 SPECIAL_TOKENS = {
     f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")
@@ -65,14 +60,17 @@ class AutoTokenizer:
             folder = _download(os.fspath(path_or_repo), revision=revision, **hub)
         if not (folder / TOKENIZER_FILE).is_file():
             raise FileNotFoundError(f"{path_or_repo}: expected {TOKENIZER_FILE}, found none")
-        for name in FILES:
-            if (folder / name).is_file():
-                refuse_pointer(folder / name)
+        check_files(folder)
         try:
-            # transformers ignores the files' clean_up_tokenization_spaces for a BPE, but warns.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                os.fspath(folder), clean_up_tokenization_spaces=False
-            )
+            with panics_as_errors():
+                # transformers ignores the files' clean_up_tokenization_spaces for a BPE, but warns.
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    os.fspath(folder), clean_up_tokenization_spaces=False
+                )
+                # A file that loads may still panic at the first text.
+                with contextlib.suppress(Exception):
+                    tokenizer.backend_tokenizer.encode("A text, 1.")
+                    tokenizer.backend_tokenizer.encode("A text, 1.", "Two")
         except Exception as error:  # the backend raises a bare Exception
             raise ValueError(
                 f"{path_or_repo}: expected tokenizer files that transformers can read, got "
@@ -195,4 +193,4 @@ def _set_prefix_space(tokenizer: PreTrainedTokenizerFast, value: bool) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return printable(str(error).strip().split("\n")[0])

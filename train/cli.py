@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "") -> int:
     except SystemExit as end:  # of tyro, after --help or after its own message
         return end.code if isinstance(end.code, int) else 0
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from modernbert_jax.untrusted import printable
+
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

@@ -3,14 +3,14 @@
 Paths are pathlib's, or etils' epath for buckets (gs://...).
 """
 
-import json
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from modernbert_jax.config import ModernBertConfig, refuse_pointer
+from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.tokenizer import FILES as TOKENIZER_FILES
+from modernbert_jax.untrusted import MAX_MODEL_JSON, printable, read_json, refuse_pointer
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -72,13 +72,13 @@ def read_config(folder: Any) -> tuple[ModernBertConfig, str | None]:
             f"{folder}: expected {CONFIG_FILE}, found none{hint if inner else ''}"
         )
     config = ModernBertConfig.from_json(path)
-    names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    names = read_json(path, MAX_MODEL_JSON).get("architectures")
     return config, str(names[0]) if isinstance(names, list) and names else None
 
 
 def states_dtype(folder: Any) -> bool:
     """Whether config.json states a dtype, as `dtype` or `torch_dtype`."""
-    data = json.loads((absolute_path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    data = read_json(absolute_path(folder) / CONFIG_FILE, MAX_MODEL_JSON)
     return bool(data.get("dtype") or data.get("torch_dtype"))
 
 
@@ -89,8 +89,8 @@ def refuse_adapter(folder: Any) -> None:
         return
     refuse_pointer(path)
     try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
+        base = printable(read_json(path, MAX_MODEL_JSON)["base_model_name_or_path"])
+    except (ValueError, KeyError):
         base = "its base model"
     raise ValueError(
         f"{folder}: expected a model, found a PEFT adapter ({ADAPTER_FILE}); merge it into {base} "

@@ -17,8 +17,17 @@ import safetensors.numpy
 
 from modernbert_jax.card import CARD_FILE, MARK, model_card
 from modernbert_jax.checkpoint.files import CONFIG_FILE, copy_tokenizer, write_text
-from modernbert_jax.checkpoint.params import check_dtypes, check_keys, param_shapes
-from modernbert_jax.config import ModernBertConfig, refuse_pointer
+from modernbert_jax.checkpoint.params import check_dtypes, check_keys, check_sizes, param_shapes
+from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.untrusted import (
+    MAX_MODEL_JSON,
+    panics_as_errors,
+    parse_json,
+    printable,
+    read_json,
+    refuse_pointer,
+    shown,
+)
 from modernbert_jax.weights import DECODER, EMBEDDING, from_hf, to_hf
 
 WEIGHTS_FILE = "model.safetensors"
@@ -34,6 +43,7 @@ def hf_to_params(
     missing keys, wrong shapes, and dtypes other than float32, bfloat16 and float16.
     """
     check_dtypes(tensors)
+    check_sizes(config, tensors)
     shapes = {k: tuple(v.shape) for k, v in param_shapes(cls, config).items()}
     check_keys("weights", set(tensors) - tied_copy(config, tensors), shapes)
     return {key: from_hf(key, tensors[key], shape) for key, shape in shapes.items()}
@@ -89,8 +99,8 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     dtypes: {key: name of the dtype}. tied: the index may name a decoder.weight that no shard holds,
     because it is the embedding. Raises FileNotFoundError if there are no weights, ValueError for a
-    truncated file, an index that points outside the folder, and keys that the index and the shards
-    do not agree on.
+    truncated file, a header too large for ModernBERT, an index that points outside the folder, and
+    keys that the index and the shards do not agree on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], tied: bool = False):
@@ -105,22 +115,24 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
                 f"{folder}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither; "
                 "`python -m convert from-hf` reads pytorch_model.bin"
             )
-        # Each read opens its file anew: an open file would keep everything read in memory.
         self._path_of: dict[str, pathlib.Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._offsets: dict[str, int] = {}
         self.dtypes: dict[str, str] = {}
         for name in files:
             try:
-                with safetensors.safe_open(folder / name, "np") as handle:
-                    dtypes = {k: _dtype(handle.get_slice(k).get_dtype()) for k in handle.keys()}
+                start, header = _header(folder / name)
+                with panics_as_errors(), safetensors.safe_open(folder / name, "np"):
+                    pass  # it checks shapes and offsets against the file
             except FileNotFoundError:
                 raise FileNotFoundError(
                     f"{folder / name}: listed in the index, not found"
                 ) from None
             except Exception as error:  # safetensors raises its own type for a damaged file
                 refuse_pointer(folder / name)
-                message = f"{folder / name}: not a complete safetensors file: {error}"
-                raise ValueError(message) from None
-            for key in dtypes:
+                message = f"not a complete safetensors file: {printable(error)}"
+                raise ValueError(f"{folder / name}: {message}") from None
+            for key, entry in header.items():
                 if index is not None and index.get(key) != name:
                     raise ValueError(
                         f"{folder / name}: {key}: the index expects it in {index.get(key)}, "
@@ -129,14 +141,21 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
                 if key in self._path_of:
                     raise ValueError(f"{folder / name}: {key} is set twice")
                 self._path_of[key] = folder / name
-            self.dtypes |= dtypes
+                self._shapes[key] = tuple(entry["shape"])
+                self._offsets[key] = start + entry["data_offsets"][0]
+                self.dtypes[key] = _dtype(entry["dtype"])
         absent = {DECODER} if tied and EMBEDDING in self._path_of else set()
         if missing := sorted(set(index or ()) - set(self._path_of) - absent):
             raise ValueError(f"{folder / INDEX_FILE}: no shard has {', '.join(missing[:5])}")
 
     def __getitem__(self, key: str) -> np.ndarray:
-        with safetensors.safe_open(self._path_of[key], "np") as handle:
-            return handle.get_tensor(key)
+        shape, dtype = self._shapes[key], np.dtype(self.dtypes[key])
+        path, offset = self._path_of[key], self._offsets[key]
+        array = np.fromfile(path, dtype, math.prod(shape), offset=offset)
+        return array.reshape(shape)  # also refuses a file that was cut since it was opened
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._path_of  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._path_of)
@@ -146,8 +165,22 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading the tensor."""
-        with safetensors.safe_open(self._path_of[key], "np") as handle:
-            return tuple(handle.get_slice(key).get_shape())
+        return self._shapes[key]
+
+
+def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the tensors of a safetensors file start, and {key: its entry}."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_MODEL_JSON:
+            raise ValueError(f"expected a header of at most {MAX_MODEL_JSON:,} bytes, got {size:,}")
+        header = parse_json(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError(f"expected a header with tensors, got {shown(header)}")
+    header.pop("__metadata__", None)
+    if bad := next((key for key in header if key != printable(key)), None):
+        raise ValueError(f"expected short names of printable characters, got {shown(bad)}")
+    return 8 + size, header
 
 
 def _dtype(name: str) -> str:
@@ -158,15 +191,16 @@ def _dtype(name: str) -> str:
 
 def read_index(path: pathlib.Path) -> dict[str, str]:
     """Reads {key: file name} from an index. Raises ValueError for names outside the folder."""
-    refuse_pointer(path)
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(k): str(v) for k, v in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: expected JSON with a weight_map, got {error!r}") from None
+    weight_map = read_json(path, MAX_MODEL_JSON).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path}: expected JSON with a weight_map, got {shown(weight_map)}")
+    names = {str(k): str(v) for k, v in weight_map.items()}
     for name in set(names.values()):
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-            raise ValueError(f"{path}: expected plain file names, got {name!r}")
+        plain = name == os.path.basename(name) == printable(name)
+        if not plain or name in ("", ".", "..") or "\\" in name:
+            raise ValueError(f"{path}: expected plain file names, got {shown(name)}")
+    if bad := next((key for key in names if key != printable(key)), None):
+        raise ValueError(f"{path}: expected short, printable names of tensors, got {shown(bad)}")
     return names
 
 
@@ -228,7 +262,7 @@ def write_card(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> None:
     Raises FileNotFoundError if the folder holds no model, ValueError as `card.model_card` does.
     """
     folder = pathlib.Path(folder)
-    data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    data = read_json(folder / CONFIG_FILE, MAX_MODEL_JSON)
     tensors = SafetensorsFolder(folder)
     parameters = sum(math.prod(tensors.shape(key)) for key in tensors)
     _put_card(folder / CARD_FILE, model_card(data, parameters, card))

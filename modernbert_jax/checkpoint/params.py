@@ -11,7 +11,7 @@ from flax import nnx
 
 from modernbert_jax.checkpoint.files import states_dtype
 from modernbert_jax.config import DTYPES, ModernBertConfig
-from modernbert_jax.weights import check_axes
+from modernbert_jax.weights import EMBEDDING, check_axes
 
 
 def flatten(module: nnx.Module) -> dict[str, Any]:
@@ -53,6 +53,30 @@ def check_keys(what: str, found: Collection[str], expected: Collection[str]) -> 
             parts.append(f"{name} keys: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     if parts:
         raise ValueError(f"{what} do not fit the configuration; {'; '.join(parts)}")
+
+
+def check_sizes(config: ModernBertConfig, arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the sizes in config.json are those of a checkpoint's arrays.
+
+    Called before anything is built: building a module takes time for each layer, and a head that
+    the file lacks takes memory, both as config.json states them.
+    """
+    shape_of = getattr(arrays, "shape", None) or (lambda key: tuple(arrays[key].shape))
+    found = set()
+    for key in arrays:
+        prefix, layers, rest = key.removeprefix("model.").partition("layers.")
+        if layers and not prefix:
+            found.add(rest.partition(".")[0])
+    # An absent layer is listed by check_keys; the names of thousands would be made only for that.
+    if config.num_hidden_layers > len(found) + 100:
+        raise ValueError(
+            f"weights do not fit the configuration; num_hidden_layers: expected {len(found)}, as "
+            f"in the weights, got {config.num_hidden_layers}"
+        )
+    expected = (config.vocab_size, config.hidden_size)
+    for key in (EMBEDDING, EMBEDDING.removeprefix("model.")):
+        if key in arrays and (shape := tuple(shape_of(key))) != expected:
+            raise ValueError(f"{key}: expected shape {expected}, got {shape}")
 
 
 def dtypes_of(arrays: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import (
     check_dtypes,
     check_keys,
+    check_sizes,
     dtypes_of,
     flatten,
     module_of,
@@ -176,6 +177,7 @@ def _load(
     source: str,
 ) -> Any:
     """Builds `cls(config)` from Hugging Face tensors (a SafetensorsFolder) or our parameters."""
+    check_sizes(config, tensors)
     shapes = {path: tuple(leaf.shape) for path, leaf in param_shapes(cls, config).items()}
     # Keys start with "model." in a checkpoint or class with a head, and do not in a bare encoder.
     bare_class = all(not k.startswith("model.") for k in shapes)

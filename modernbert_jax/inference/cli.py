@@ -10,6 +10,7 @@ from typing import Any
 
 from modernbert_jax.inference.embedder import Embedder
 from modernbert_jax.inference.pipelines import pipeline
+from modernbert_jax.untrusted import printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return {"export": _export, "benchmark": _benchmark, "answer": _answer}[args.command](args)
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)
         return 2
 
 

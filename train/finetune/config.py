@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Literal
 
 
@@ -42,17 +43,25 @@ class FinetuneConfig:
 
     def validate(self) -> None:
         """Raises ValueError with one line for values that cannot be combined."""
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "max_length",
-                     "devices"):  # fmt: skip
+        for name in ("max_length", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for point in self.points():
+            point._validate_point()
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay: expected above 0 to 1, got {self.layer_decay}")
         if self.backend == "torch" and any(p.layer_decay != 1 for p in self.points()):
             raise ValueError("layer_decay: expected 1 with --backend torch")
-        self.points()
+
+    def _validate_point(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_rates(self.learning_rate, self.weight_decay)
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected above 0 to 1, got {self.layer_decay}")
 
     def points(self) -> list["FinetuneConfig"]:
         """The combinations of the grid, each a configuration without a grid."""
@@ -75,3 +84,11 @@ class FinetuneConfig:
         return [
             dataclasses.replace(self, grid=(), **dict(point)) for point in itertools.product(*axes)
         ]
+
+
+def check_rates(learning_rate: float, weight_decay: float) -> None:
+    """Raises ValueError for a rate that training cannot use: negative, infinite or NaN."""
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate: expected above 0, got {learning_rate}")
+    if not 0 <= weight_decay < 1:
+        raise ValueError(f"weight_decay: expected at least 0 and below 1, got {weight_decay}")

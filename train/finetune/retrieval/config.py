@@ -1,7 +1,10 @@
 """The settings of `python -m train finetune --task retrieval`."""
 
 import dataclasses
+import math
 from typing import Literal
+
+from ..config import check_rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,5 +34,8 @@ class RetrievalConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError("batch_size: expected at least 2 pairs, got 1, which has no negatives")
-        if self.temperature <= 0:
+        check_rates(self.learning_rate, self.weight_decay)
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected above 0, got {self.temperature}")
