@@ -192,7 +192,8 @@ class TestWhatIsMade:
         store = open_store(tmp_path / "out")["train"]
         got = store.read(np.arange(len(store.lengths)))
         assert [chunk.tolist() for chunk in got] == want
-        assert len(want) > 3 and store.lengths.max() == LENGTH + 1
+        # Longer by one token, or three for a chunk that begins within a character.
+        assert len(want) > 3 and {LENGTH + 1, LENGTH + 3} <= set(store.lengths.tolist())
         assert manifest(tmp_path / "out", "tokens")["space_before_chunks"] is True
         with pytest.raises(ValueError, match="space_before_chunks True, now it is False"):
             run(source, tokenizer, tmp_path / "out", **options | {"space_before_chunks": False})
