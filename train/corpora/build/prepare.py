@@ -61,7 +61,7 @@ def prepare(
         text_column: text column for text, jsonl, csv, huggingface; empty: text, notes, note, ...
         add_prefix_space: put a space before each document, as the reference does.
         space_before_chunks: encode the first token of each chunk again as a space and its text, as
-            the reference's script convert_dataset_to_mds does; a chunk may then be a token or two
+            the reference's script convert_dataset_to_mds does; a chunk may then be a few tokens
             longer than sequence_length, and training cuts it.
         workers: number of processes; 0 starts one for each core.
         beam: options of an Apache Beam pipeline that builds the text instead, such as
@@ -102,7 +102,8 @@ def _prepare_all(root: str, out: str, options: dict[str, Any]) -> str:
     if missing:
         lines.append(f"not found in {root}: {missing}")
     if failed:
-        raise ValueError("\n".join([*lines, f"{len(failed)} corpora failed:", *failed]))
+        print("\n".join(lines))  # an error has one line
+        raise ValueError(f"{len(failed)} of {len(found)} corpora failed: {'; '.join(failed)}")
     return "\n".join(lines)
 
 
