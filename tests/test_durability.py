@@ -19,6 +19,7 @@ from modernbert_jax import ModernBertConfig
 from modernbert_jax.packing import IGNORE_INDEX
 from tests.test_pretrain import small
 from train.common.metrics import MetricsWriter, read_metrics
+from train.common.records import read_object
 from train.common.sharding import MeshShape, make_mesh
 from train.common.watch import Goodput
 from train.corpora.synthetic import write_corpus
@@ -26,7 +27,6 @@ from train.pretrain import run as loop
 from train.pretrain.checkpoint import Checkpoints, Diverged, check_evaluation
 from train.pretrain.config import Optimizer, Phase
 from train.pretrain.data import Position
-from train.pretrain.setup import _read_record
 from train.pretrain.step import Trainer
 from train.tokens.store import open_store
 
@@ -264,7 +264,7 @@ class TestFilesOfAWorkdir:
     def test_run_json(self, tmp_path, text):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=r"run\.json: expected .* JSON object.*delete it"):
-            _read_record(tmp_path / "run.json")
+            read_object(tmp_path / "run.json")
 
     @pytest.mark.parametrize("text", ["", "[]", "{", '{"layout": "array_record 2"}', "\xff"])
     def test_a_manifest(self, tmp_path, text):

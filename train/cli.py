@@ -98,6 +98,8 @@ def plan(args: list[str], prog: str) -> int:
             # A new process: jax reads these variables when it is first imported.
             command_line = [sys.executable, "-m", str(__package__), "plan", *args]
             return subprocess.run(command_line, env=os.environ | settings).returncode
+    from modernbert_jax.checkpoint.files import write_text
+
     from .plan.report import table
     from .plan.run import plan
 
@@ -111,7 +113,7 @@ def plan(args: list[str], prog: str) -> int:
     found = {"config": config, "command": " ".join([prog, *args])} | found
     print(table(found))
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
     return 0 if found["fits"] else 1
 
 

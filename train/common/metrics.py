@@ -7,7 +7,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -18,6 +18,8 @@ from tensorboardX.proto.event_pb2 import (  # made when it is imported
 from tensorboardX.summary import scalar
 
 from modernbert_jax.checkpoint.files import write_bytes, write_text
+
+from .records import naming, read_lines
 
 
 class MetricsWriter:
@@ -92,18 +94,6 @@ class MetricsWriter:
                 self._temporary.cleanup()
 
 
-@contextlib.contextmanager
-def naming(path: Any) -> Iterator[None]:
-    """Raises an OSError of the block, which may name no file, as one that names this file."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.strerror or error}); free disk space, then the "
-            "same command resumes from the last checkpoint"
-        ) from None
-
-
 class _Extra:
     """A place for metrics that the run can do without; value: what writes there."""
 
@@ -151,22 +141,6 @@ def _wandb_run(project: str, workdir: Any) -> Any:
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl; one that is damaged or cut short is left out."""
     return read_lines(workdir / "metrics.jsonl", "kind", "step")
-
-
-def read_lines(path: Any, *keys: str) -> list[dict[str, Any]]:
-    """Returns the objects of a file of JSON lines that have these keys; [] without the file.
-
-    Other lines are left out: a crash cuts the last one short, a disk may damage any.
-    """
-    lines = []
-    for text in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and all(key in line for key in keys):
-            lines.append(line)
-    return lines
 
 
 def plot(workdir: Any, baselines: dict[str, float]) -> Any:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.weights import weight_of
 
-from .metrics import naming, read_lines
+from .records import naming, read_lines
 
 
 def norms_by_kind(tree: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -24,6 +24,7 @@ from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.hf import write_card
 from modernbert_jax.tokenizer import max_tokens
 
+from ..common.records import read_object
 from .card import finetuning_facts
 from .config import FinetuneConfig
 from .encode import encode
@@ -117,7 +118,7 @@ class Experiment:
         settings = {k: v for k, v in settings.items() if k not in _FREE}
         result_file = folder / "result.json"
         if result_file.exists():
-            found = json.loads(result_file.read_text())
+            found = read_object(result_file, "settings")
             if found["settings"] == json.loads(json.dumps(settings)):
                 return found
             raise ValueError(
@@ -193,7 +194,7 @@ class Experiment:
         """Writes OUT/model if no run had a better validation score."""
         with self.lock:
             record = self.out / "model" / "score.json"
-            if record.exists() and json.loads(record.read_text())["validation"] >= score:
+            if read_object(record, "validation").get("validation", -math.inf) >= score:
                 return
             model.save(weights, self.out / "model")
             run = folder.relative_to(self.out).as_posix()
@@ -202,10 +203,10 @@ class Experiment:
     def write_card(self, summary: dict[str, Any]) -> None:
         """Writes the model card of OUT/model, which reports all seeds, if there is a model."""
         record = self.out / "model" / "score.json"
-        run = json.loads(record.read_text()).get("run") if record.exists() else None
+        run = read_object(record).get("run")
         if not run:
             return
-        saved = json.loads((self.out / run / "result.json").read_text())
+        saved = read_object(self.out / run / "result.json")
         counts = {split: len(examples) for split, examples in self.splits.items()}
         facts = finetuning_facts(self.config, self.task, counts, summary, saved)
         write_card(self.out / "model", facts)

@@ -23,6 +23,7 @@ from modernbert_jax.tokenizer import AutoTokenizer, absent_ids, vocab_size
 
 from ..common.hosts import is_first, log
 from ..common.optimizer import StableAdamWState
+from ..common.records import read_object
 from ..common.sharding import place
 from ..common.workdir import committed, is_remote, start_folder
 from .config import TrainConfig
@@ -76,7 +77,7 @@ def _open_workdir(config: TrainConfig) -> Any:
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     record = workdir / "run.json"
     if record.exists():
-        found = _read_record(record)
+        found = read_object(record, remedy="delete it and pass the flags that the run had")
         for name in sorted((set(wanted) | set(found)) - _FREE):
             if wanted.get(name) != found.get(name):
                 raise ValueError(
@@ -92,19 +93,6 @@ def _open_workdir(config: TrainConfig) -> Any:
     if is_first():
         write_text(record, json.dumps(wanted, indent=2) + "\n")
     return workdir
-
-
-def _read_record(record: Any) -> dict[str, Any]:
-    try:
-        found = json.loads(record.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{record}: expected the run's configuration as a JSON object, found something else; "
-            "the file is damaged: delete it and pass the flags that the run had"
-        )
-    return found
 
 
 def _difference(found: Any, wanted: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -21,9 +20,11 @@ from array_record.python import (
 )
 from tqdm import tqdm
 
+from ..common.records import read_object
 from .mds import MdsShards
 
 SPLITS = ("train", "eval")
+_AGAIN = "copy it again, or delete the folder and prepare the corpus again"
 LAYOUT = "array_record 2"  # the version of a token folder; folders of another version are refused
 _COUNTED = 5_000_000  # tokens that `counts` reads, about
 
@@ -127,13 +128,7 @@ def manifest_of(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the manifest of a token folder or of an output of `prepare`; {} for anything else."""
     for name in ("manifest.json", "tokens/manifest.json"):
         if (file := pathlib.Path(path) / name).is_file():
-            try:
-                manifest = json.loads(file.read_bytes())
-            except ValueError:
-                manifest = None
-            if not isinstance(manifest, dict):
-                raise _damaged(file, "a JSON object")
-            return manifest
+            return read_object(file, remedy=_AGAIN)
     return {}
 
 
@@ -276,6 +271,5 @@ def _open_split(folder: pathlib.Path, manifest: dict[str, Any], split: str) -> T
 
 def _damaged(path: pathlib.Path, expected: str) -> ValueError:
     return ValueError(
-        f"{path}: expected {expected}; the file is missing, cut off or damaged: copy it again, or "
-        "delete the folder and prepare the corpus again"
+        f"{path}: expected {expected}; the file is missing, cut off or damaged: {_AGAIN}"
     )

@@ -15,6 +15,8 @@ from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 )
 
+from modernbert_jax.checkpoint.files import write_text
+
 from .store import LAYOUT
 
 SHARD_BYTES = 1 << 30  # of ids, after which the next shard begins
@@ -50,7 +52,7 @@ def write_manifest(
     """
     manifest = {"layout": LAYOUT, "documents": documents, "tokenizer": tokenizer}
     manifest |= {"dtype": dtype.name, **splits, **(more or {})}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 class SplitWriter:

@@ -25,6 +25,7 @@ from typing import Any
 import modernbert_jax
 from modernbert_jax.tokenizer import AutoTokenizer, backend_json, fingerprint, vocab_size
 
+from ...common.records import read_object
 from ...tokens.store import SPLITS
 from ..source import Source
 from ..sources import find, sources
@@ -136,7 +137,7 @@ def _prepare_one(
         "sequence_length": sequence_length,
         "text_sha256": text["sha256"],
     }
-    tokens = _manifest(folder / "tokens")
+    tokens = read_object(folder / "tokens" / "manifest.json")
     if tokens:
         _same(folder / "tokens", tokens, facts)
     else:
@@ -207,7 +208,7 @@ def prepare_text(
     text, work, local = out / "text", out / "work", pathlib.Path(root)
     facts = {"source": source.name, "eval_fraction": eval_fraction, "version": VERSION}
     facts["options"] = read_options(source)
-    manifest = _manifest(text)
+    manifest = read_object(text / "manifest.json")
     times = {}
     if local.exists():  # a download may be deleted once its text is made
         files = source.files_read(local)
@@ -247,7 +248,7 @@ def prepare_text(
 
 def read_texts(out: pathlib.Path, split: str) -> Iterator[str]:
     """The documents of a split of OUT/text, in order."""
-    for shard in _manifest(out / "text")["shards"]:
+    for shard in read_object(out / "text" / "manifest.json", "shards")["shards"]:
         if shard["split"] == split:
             for _, text in read_shard(out / "text" / shard["name"]):
                 yield text
@@ -295,11 +296,6 @@ def _counts_of_beam(text: pathlib.Path, folder: pathlib.Path, source: Source) ->
         "documents": counts["documents"],
         **{split: lengths.get(split, 0) for split in SPLITS},
     }
-
-
-def _manifest(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _same(folder: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from array_record.python import (
 )
 
 from ...common.parallel import run_all
+from ...common.records import read_object
 from ..source import Example, Report, Source
 from .dedupe import KEY, key_of
 from .revisions import Newest
@@ -51,11 +52,8 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What was read; {} until the job is complete."""
-        try:
-            facts = json.loads((self.folder / "job.json").read_text())
-        except FileNotFoundError:
-            return {}
-        return facts if facts["fingerprint"] == self.fingerprint else {}
+        facts = read_object(self.folder / "job.json", "fingerprint")
+        return facts if facts.get("fingerprint") == self.fingerprint else {}
 
 
 def plan_jobs(

@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from modernbert_jax.checkpoint.files import write_text
+
 from ...common.parallel import run_all
+from ...common.records import read_object
 from ..source import LARGEST_ID, Revisions
 
 
@@ -102,7 +105,7 @@ def _write(
     digest = hashlib.sha256(newest.data)
     digest.update(versions.tobytes())
     facts = {"sha256": digest.hexdigest(), "parts": [os.fspath(part) for part in ordered]}
-    (folder / "newest.json").write_text(json.dumps(facts))
+    write_text(folder / "newest.json", json.dumps(facts))
 
 
 class Newest:
@@ -113,7 +116,7 @@ class Newest:
 
     def __init__(self, revisions: Revisions, folder: pathlib.Path):
         self.revisions, self.folder = revisions, folder
-        facts = json.loads((folder / "newest.json").read_text())
+        facts = read_object(folder / "newest.json", "sha256", "parts")
         self.fingerprint: str = facts["sha256"]
         self.numbers = {part: number for number, part in enumerate(facts["parts"], start=1)}
         self.newest = np.load(folder / "newest.npy", mmap_mode="r")

@@ -25,6 +25,7 @@ from array_record.python import (
 )
 
 from ...common.parallel import run_all
+from ...common.records import read_object
 from ...tokens.store import SPLITS
 from ...tokens.writer import SplitWriter, cut, write_manifest
 
@@ -70,11 +71,8 @@ class TokenJob:
 
     def facts(self) -> dict[str, Any]:
         """What SplitWriter.close returned, with documents and seconds; {} until it is complete."""
-        try:
-            facts = json.loads((self.folder / "facts.json").read_text())
-        except FileNotFoundError:
-            return {}
-        complete = facts["fingerprint"] == self.fingerprint and all(
+        facts = read_object(self.folder / "facts.json", "fingerprint", "shards")
+        complete = facts.get("fingerprint") == self.fingerprint and all(
             (self.folder / shard["name"]).is_file() for shard in facts["shards"]
         )
         return facts if complete else {}
@@ -118,7 +116,7 @@ def tokenize(
     write_manifest(complete, documents, tokenizer, recipe.dtype, splits, more)
     shutil.rmtree(folder, ignore_errors=True)
     complete.rename(folder)
-    return json.loads((folder / "manifest.json").read_text())
+    return read_object(folder / "manifest.json")
 
 
 def tokenize_shard(recipe: Recipe, job: TokenJob) -> None:

@@ -1,9 +1,9 @@
 """python -m train corpora: lists the corpora and which of them are available locally."""
 
-import json
 import pathlib
 import textwrap
 
+from ...common.records import read_object
 from ..source import Source
 from ..sources import sources
 from .mixture import aligned
@@ -47,5 +47,5 @@ def _prepared(out: pathlib.Path) -> list[str]:
     path = out / "tokens" / "manifest.json"
     if not path.is_file():
         return ["-", "-"]
-    facts = json.loads(path.read_text())
+    facts = read_object(path, "documents", "train", "eval")
     return _size(facts["documents"], sum(facts[split]["tokens"] for split in ("train", "eval")))

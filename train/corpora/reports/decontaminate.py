@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 
 from ...common.parallel import run_all
+from ...common.records import read_object
 from ...tokens.store import is_store, open_store
 from ..build.tokenize import read_shard
 from ..readers.text import find_files, read_documents, read_file
@@ -165,12 +166,12 @@ def _parts(
 ) -> list[Part]:
     reports = (folder / f"{number:06d}.jsonl" for number in range(10**9))
     for text in (corpus, corpus / "text", corpus.parent / "text"):
-        facts = _manifest(text)
+        facts = read_object(text / "manifest.json")
         # Text next to a token folder is used if the tokens were made from it.
         if "shards" in facts and (
             text.parent != corpus.parent
             or text == corpus
-            or facts["sha256"] == _manifest(corpus).get("text_sha256")
+            or facts["sha256"] == read_object(corpus / "manifest.json").get("text_sha256")
         ):
             return [Part(text / shard["name"], next(reports)) for shard in facts["shards"]]
     if is_store(corpus):
@@ -183,11 +184,6 @@ def _parts(
         ]
     files = find_files(corpus, text_column or None)
     return [Part(file.path, next(reports), name=file.name) for file in files]
-
-
-def _manifest(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _decoder(tokenizer: str) -> str:

@@ -7,11 +7,13 @@ card, as a plan.
 
 import dataclasses
 import io
-import json
 import math
 import pathlib
 from collections.abc import Sequence
 
+from modernbert_jax.checkpoint.files import write_bytes
+
+from ...common.records import read_object
 from ..sources import sources
 
 
@@ -65,7 +67,7 @@ def mixture(
         raise ValueError(f"prepared: expected each source once, got {', '.join(names)}")
     parts = _with_epochs(parts, epochs, repeat)
     if png:
-        pathlib.Path(png).write_bytes(picture(parts))
+        write_bytes(pathlib.Path(png), picture(parts))
     lines = [table(parts)]
     if prepared:
         lines += [flags(parts, phase) for phase in (0, 1) if budget(parts, phase)]
@@ -84,7 +86,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _prepared(folder: pathlib.Path) -> Part:
-    facts = json.loads((folder / "tokens" / "manifest.json").read_text())
+    facts = read_object(folder / "tokens" / "manifest.json", "source", "kind", "documents", "train")
     name = facts["source"] if facts["kind"] != "generic" else folder.name
     tokens = facts["train"]["tokens"]
     return Part(name, facts["kind"], facts["documents"], tokens, (), str(folder))
