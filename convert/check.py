@@ -18,6 +18,7 @@ from flax import nnx
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, __version__, heads, pool
 from modernbert_jax.checkpoint import hf, hub, orbax
 from modernbert_jax.checkpoint.params import module_of
+from modernbert_jax.tokenizer_files import check_files
 from modernbert_jax.weights import to_hf
 
 from . import files
@@ -237,6 +238,7 @@ def _golden(folder: Path) -> dict[str, Any]:
     """Compares the published values of GOLDEN_ID with this library; needs no torch."""
     from tokenizers import Tokenizer
 
+    check_files(folder)
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(GOLDEN_TEXT).ids
     model = ModernBertForMaskedLM.from_pretrained(folder, dtype="float32")
 

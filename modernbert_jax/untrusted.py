@@ -8,7 +8,9 @@ from typing import Any
 
 MAX_JSON = 64 * 1024**2  # bytes; the largest tokenizer.json in wide use has 33 MB
 MAX_DEPTH = 32  # of a JSON file; tokenizer.json has about 8
-MAX_MODEL_JSON = 16 * 1024**2  # bytes of config.json, an index or a safetensors header
+MAX_VALUES = 2_000_000  # commas in a JSON file; that tokenizer has 1.4 million
+MAX_MODEL_JSON = 16 * 1024**2  # bytes of config.json or an index; names of 100,000 labels fit
+MAX_HEADER = 4 * 1024**2  # bytes of a safetensors header; 1,000 layers fit
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -35,8 +37,13 @@ def shown(value: Any, limit: int = 80) -> str:
     return printable(repr(value), limit)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON. Raises ValueError for what JSON forbids, a key set twice, and deep nesting."""
+def parse_json(text: bytes) -> Any:
+    """Parses JSON. Raises ValueError for what JSON forbids, a key set twice, and a bomb.
+
+    A list takes 3 bytes of a file and 64 of memory, so values are counted before they are made.
+    """
+    if (values := text.count(b",")) > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES:,} values, got about {values:,}")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)

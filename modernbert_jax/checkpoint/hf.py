@@ -20,6 +20,7 @@ from modernbert_jax.checkpoint.files import CONFIG_FILE, copy_tokenizer, write_t
 from modernbert_jax.checkpoint.params import check_dtypes, check_keys, check_sizes, param_shapes
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.untrusted import (
+    MAX_HEADER,
     MAX_MODEL_JSON,
     panics_as_errors,
     parse_json,
@@ -172,8 +173,8 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """Returns where the tensors of a safetensors file start, and {key: its entry}."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > MAX_MODEL_JSON:
-            raise ValueError(f"expected a header of at most {MAX_MODEL_JSON:,} bytes, got {size:,}")
+        if size > MAX_HEADER:
+            raise ValueError(f"expected a header of at most {MAX_HEADER:,} bytes, got {size:,}")
         header = parse_json(file.read(size))
     if not isinstance(header, dict):
         raise ValueError(f"expected a header with tensors, got {shown(header)}")

@@ -32,6 +32,7 @@ from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.inference.trust import objection, remember, unknown_calls, weights_digest
 from modernbert_jax.packing import batch_rows, fill_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.untrusted import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -193,7 +194,7 @@ def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokeni
     """
     path, name = pathlib.Path(folder) / CONFIG_FILE, type(model).__name__
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+        found = read_json(path).get("architectures")
         if found != [name]:
             raise FileExistsError(f"{folder}: expected a new folder or a {name}, found {found}")
     model.save_pretrained(folder, tokenizer=tokenizer)

@@ -23,7 +23,7 @@ from modernbert_jax.checkpoint.hf import SafetensorsFolder, hf_to_params, params
 from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.inference.embedder import Embedder
 from modernbert_jax.tokenizer import AutoTokenizer, from_backend
-from modernbert_jax.untrusted import MAX_MODEL_JSON, printable
+from modernbert_jax.untrusted import MAX_HEADER, MAX_MODEL_JSON, MAX_VALUES, printable
 from train.finetune.config import FinetuneConfig
 from train.finetune.retrieval.config import RetrievalConfig
 
@@ -102,7 +102,7 @@ def mutated(draw, data):
     [
         ({"num_hidden_layers": 10**5}, "num_hidden_layers: expected at most 1,000, got 100000"),
         ({"num_hidden_layers": 2**70}, "num_hidden_layers: expected at most 1,000, got"),
-        ({"num_hidden_layers": 900, "layer_types": None}, "num_hidden_layers: expected 2, as in"),
+        ({"num_hidden_layers": 15, "layer_types": None}, "num_hidden_layers: expected 2, as in"),
         ({"vocab_size": 2**40}, "vocab_size: expected at most"),
         ({"vocab_size": 2**24}, "tok_embeddings.weight: expected shape .16777216, 8., got .300, 8"),
         ({"hidden_size": 2**62}, "hidden_size: expected at most"),
@@ -143,6 +143,7 @@ def test_a_config_is_judged_before_anything_is_built(folder, changes, message):
         ('{"vocab_size": ' + "9" * 5000 + "}", "4300 digits"),
         ('"\x1b"', "Invalid control character"),
         (" " * (MAX_MODEL_JSON + 1), "expected at most 16,777,216 bytes"),
+        ("[" + "[]," * (MAX_VALUES + 1), "expected at most 2,000,000 values, got about 2,000,001"),
         ("", "Expecting value"),
     ],
 )
@@ -203,8 +204,8 @@ def test_a_header_is_bounded_and_read_once(folder, monkeypatch):
     tensors = SafetensorsFolder(folder)
     assert len([tensors[key] for key in tensors]) > 10
     assert len(reads) == 1
-    tensors_file(folder / "model.safetensors", b" " * (MAX_MODEL_JSON + 1))
-    assert "expected a header of at most 16,777,216 bytes" in refused(SafetensorsFolder, folder)
+    tensors_file(folder / "model.safetensors", b" " * (MAX_HEADER + 1))
+    assert "expected a header of at most 4,194,304 bytes" in refused(SafetensorsFolder, folder)
 
 
 @pytest.mark.parametrize("name", ["\x1b[31mred", "a\nb", "x" * 5000, "\u202e"])
