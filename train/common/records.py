@@ -15,7 +15,7 @@ def read_object(path: Any, *keys: str, remedy: str = _DELETE) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
         found = None
