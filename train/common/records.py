@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,20 @@ def read_object(path: Any, *keys: str, remedy: str = _DELETE) -> dict[str, Any]:
             f"something else: the file is damaged; {remedy}"
         )
     return found
+
+
+def write_object(path: Any, value: dict[str, Any], indent: int | None = None) -> None:
+    """Writes a JSON object to a local file, atomically.
+
+    As `modernbert_jax.checkpoint.files.write_text`, which the workers of `prepare` do not import:
+    it would load jax.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_lines(path: Any, *keys: str) -> list[dict[str, Any]]:

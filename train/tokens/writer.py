@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,7 @@ from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 )
 
-from modernbert_jax.checkpoint.files import write_text
-
+from ..common.records import write_object
 from .store import LAYOUT
 
 SHARD_BYTES = 1 << 30  # of ids, after which the next shard begins
@@ -52,7 +50,7 @@ def write_manifest(
     """
     manifest = {"layout": LAYOUT, "documents": documents, "tokenizer": tokenizer}
     manifest |= {"dtype": dtype.name, **splits, **(more or {})}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_object(folder / "manifest.json", manifest, indent=2)
 
 
 class SplitWriter:

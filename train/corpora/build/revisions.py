@@ -8,7 +8,6 @@ the number of files and the length of the texts.
 
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -16,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from modernbert_jax.checkpoint.files import write_text
-
 from ...common.parallel import run_all
-from ...common.records import read_object
+from ...common.records import read_object, write_object
 from ..source import LARGEST_ID, Revisions
 
 
@@ -105,7 +102,7 @@ def _write(
     digest = hashlib.sha256(newest.data)
     digest.update(versions.tobytes())
     facts = {"sha256": digest.hexdigest(), "parts": [os.fspath(part) for part in ordered]}
-    write_text(folder / "newest.json", json.dumps(facts))
+    write_object(folder / "newest.json", facts)
 
 
 class Newest:
