@@ -77,12 +77,13 @@ def run(attention, q, k, v, d_out, bounds):
     return both(q, k, v, d_out, bounds.lo_BL, bounds.hi_BL)
 
 
-def compare(got, expected, dtype):
+def compare(got, expected, dtype, least=1.0):
+    """least: the scale of the errors of a result that is smaller."""
     for name, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert x.dtype == dtype, name
         x = np.asarray(x, np.float64)
         assert np.isfinite(x).all(), name
-        difference = np.abs(x - y).max() / max(np.abs(y).max(), 1.0)
+        difference = np.abs(x - y).max() / max(np.abs(y).max(), least)
         assert difference < TOLERANCE[np.dtype(dtype).name], f"{name} differs by {difference:.2g}"
 
 
@@ -91,7 +92,10 @@ def contract(attention, length, heads, window, dtype, head_dim=64, rows=slice(No
     bounds = make_bounds(jnp.asarray(segment_ids), window)
     arguments = inputs(len(segment_ids), length, heads, head_dim, dtype)
     got = run(attention, *arguments, bounds)
-    compare(got, oracle(*arguments, segment_ids, window), dtype)
+    # A token that sees only itself has dq = dk = 0, the difference of two numbers of the size of
+    # scale (d_out . v) k, and their rounding errors remain.
+    least = 4.0 if window == 0 else 1.0
+    compare(got, oracle(*arguments, segment_ids, window), dtype, least)
     padding = segment_ids == 0
     for x in got:
         assert not np.asarray(x, np.float32)[padding].any(), "padding must give exactly 0"
