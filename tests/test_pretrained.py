@@ -120,7 +120,6 @@ def test_transformers_shards_are_read(tmp_path):
 class TestPrefixes:
     """Bare encoders into heads and the reverse, as transformers does."""
 
-    @pytest.mark.optimized  # otherwise a compiled initializer differs in its last bit
     def test_bare_encoder_into_a_head(self, tmp_path):
         encoder = mj.ModernBertModel(CONFIG, rngs=nnx.Rngs(3))
         encoder.save_pretrained(tmp_path)
@@ -130,7 +129,10 @@ class TestPrefixes:
             model = mj.ModernBertForMaskedLM.from_pretrained(tmp_path, seed=4)
         same(model.model, encoder)
         fresh = mj.ModernBertForMaskedLM(CONFIG, rngs=nnx.Rngs(4))
-        np.testing.assert_array_equal(model.head.dense.weight[...], fresh.head.dense.weight[...])
+        # Compiled as a whole or one operation at a time: the last bit may differ.
+        np.testing.assert_allclose(
+            model.head.dense.weight[...], fresh.head.dense.weight[...], rtol=1e-6
+        )
 
     def test_head_into_a_bare_encoder(self, golden):
         model = mj.ModernBertForMaskedLM.from_pretrained(golden)
