@@ -156,7 +156,7 @@ class TestExplosion:
         write_corpus(tmp_path / "c", 100, seed=1)
         phase = Phase("one", tokens=1_024, learning_rate=1e30)
         config = small(tmp_path / "c", tmp_path / "w", phases=(phase,), eval_every=9)
-        for _ in range(2):  # the same command again does not take up what exploded
+        for _ in range(2):  # the same command does not resume from what exploded
             with pytest.raises(Diverged, match="last good checkpoint: the start. Lower the lea"):
                 loop.run(config)
         assert not (tmp_path / "w" / "export").exists()

@@ -274,7 +274,7 @@ class Backend:
     def start(self, config, seed):
         return self
 
-    def step(self, micro_batches, learning_rate):
+    def step(self, batches, learning_rate):
         return 1.0
 
     def predict(self, batch):

@@ -280,7 +280,7 @@ def read_rows(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]
     """Yields (number, fields) of a table: 0 for the header; blank lines are not rows.
 
     Quotes around a field are removed, and doubled quotes within it become one. Between tabs they
-    are text, as the format has it, unless all quotes in the file are those of CSV, which Excel and
+    are text, as in the format, unless all quotes in the file are those of CSV, which Excel and
     pandas write. Raises ValueError for a file that is not text, a damaged .gz, and a quote that is
     not closed at the end of a field.
     """
