@@ -15,57 +15,42 @@ import pytest
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from modernbert_jax import ModernBertConfig
 from modernbert_jax.packing import IGNORE_INDEX
+from tests.test_checkpoint import MODEL, at, keeper, started, state_at
 from tests.test_pretrain import small
 from train.common.metrics import MetricsWriter, read_metrics
 from train.common.records import read_object
-from train.common.sharding import MeshShape, make_mesh
 from train.common.watch import Goodput
 from train.corpora.synthetic import write_corpus
 from train.pretrain import run as loop
-from train.pretrain.checkpoint import Checkpoints, Diverged, check_evaluation
+from train.pretrain.checkpoint import Diverged, check_evaluation
 from train.pretrain.config import Optimizer, Phase
-from train.pretrain.data import Position
 from train.pretrain.step import Trainer
 from train.tokens.store import open_store
 
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    config = small(tmp_path_factory.mktemp("none"), tmp_path_factory.mktemp("w"))
-    model = ModernBertConfig.tiny(
-        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1
-    )
-    return Trainer(config, model, make_mesh(MeshShape(data=1)))
+ONE_DEVICE = (1, 1, 1)
 
 
 class Workdir:
-    """A working directory with checkpoints of the given steps; step n has total_tokens 100 n."""
+    """A working directory with checkpoints of the given steps; step n is at row 100 n."""
 
-    def __init__(self, path, trainer, *steps, keep=2):
-        self.path, self.trainer, self.lines = path, trainer, []
-        self.checkpoints = Checkpoints(path, trainer, keep, self.lines.append)
+    def __init__(self, path, *steps, keep=2):
+        self.path, self.lines = path, []
+        self.checkpoints = keeper(path, self.lines, ONE_DEVICE, keep=keep)
         for step in steps:
             self.save(step)
 
-    def state(self, step):
-        state = self.trainer.fresh()
-        return state._replace(optimizer=state.optimizer._replace(step=jnp.int32(step)))
-
     def save(self, step, change=lambda state: state):
-        position = dataclasses.asdict(Position(total_tokens=100 * step))
-        self.checkpoints.save(change(self.state(step)), position)
+        self.checkpoints.save(change(state_at(self.checkpoints, step)), at(100 * step))
         self.checkpoints.wait()
 
     def names(self):
         return sorted(path.name for path in (self.path / "checkpoints").iterdir())
 
     def restored(self):
-        """(step, total_tokens) as a new start finds them."""
-        fresh = Checkpoints(self.path, self.trainer, 2, self.lines.append)
-        found = fresh.restore()
-        return found and (int(found[0].optimizer.step), found[1]["total_tokens"])
+        """(step, row) as a new start finds them."""
+        found = keeper(self.path, self.lines, ONE_DEVICE).restore()
+        return found and (int(found[0].optimizer.step), found[1]["row"])
 
 
 def reseal(folder, change):
@@ -98,23 +83,23 @@ DAMAGE = {
 
 class TestNeighbors:
     @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, trainer, tmp_path, damage):
-        workdir = Workdir(tmp_path, trainer, 1, 2)
+    def test_a_damaged_checkpoint_gives_way_to_the_one_before(self, tmp_path, damage):
+        workdir = Workdir(tmp_path, 1, 2)
         damage(tmp_path / "checkpoints" / "00000002")
         assert workdir.restored() == (1, 100)
         (line,) = workdir.lines
         assert "00000002: damaged (" in line and "using the checkpoint before it" in line
         assert workdir.names() == ["00000001", "00000002.damaged"]
 
-    def test_a_second_one_of_the_same_step(self, trainer, tmp_path):
-        workdir = Workdir(tmp_path, trainer, 1, 2)
+    def test_a_second_one_of_the_same_step(self, tmp_path):
+        workdir = Workdir(tmp_path, 1, 2)
         (tmp_path / "checkpoints" / "00000002.damaged").mkdir()
         a_digit(tmp_path / "checkpoints" / "00000002")
         assert workdir.restored() == (1, 100)
         assert workdir.names() == ["00000001", "00000002.damaged", "00000002.damaged-2"]
 
-    def test_other_names_among_the_checkpoints(self, trainer, tmp_path):
-        workdir = Workdir(tmp_path, trainer, 1, 2)
+    def test_other_names_among_the_checkpoints(self, tmp_path):
+        workdir = Workdir(tmp_path, 1, 2)
         for name in ("²", "notes", "-0000003", "٣٣٣٣٣٣٣٣"):
             (tmp_path / "checkpoints" / name).mkdir()
             (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
@@ -141,8 +126,8 @@ def infinite_moment(state):
 
 class TestExplosion:
     @pytest.mark.parametrize("change", [weight_of_nan, huge_weight, infinite_moment])
-    def test_is_never_saved_and_removes_nothing(self, trainer, tmp_path, change):
-        workdir = Workdir(tmp_path, trainer, 1, keep=1)
+    def test_is_never_saved_and_removes_nothing(self, tmp_path, change):
+        workdir = Workdir(tmp_path, 1, keep=1)
         with pytest.raises(
             Diverged, match=r"step 2: the root mean square of (params|nu) .*not sav"
         ):
@@ -219,8 +204,8 @@ class TestFullDisk:
         ],
         ids=lambda x: str(x)[:24],
     )
-    def test_the_message_says_what_happened(self, trainer, tmp_path, error, advice):
-        workdir = Workdir(tmp_path, trainer)
+    def test_the_message_says_what_happened(self, tmp_path, error, advice):
+        workdir = Workdir(tmp_path)
         with pytest.raises(OSError, match="the same command resumes from the start") as caught:
             workdir.checkpoints._fail(error)
         assert ("free disk space" in str(caught.value)) == advice
@@ -304,7 +289,7 @@ def test_hyperparameters_are_refused_by_name(tmp_path, name, value):
         small(pathlib.Path("c"), tmp_path, **changes).validate()
 
 
-def test_a_batch_without_masked_tokens(trainer):
+def test_a_batch_without_masked_tokens():
     """Documents of special tokens only: nothing to predict, and nothing becomes NaN."""
     ids = np.zeros((1, 8, 128), np.int32)
     ids[:, :, :2] = 1, 2
@@ -314,10 +299,9 @@ def test_a_batch_without_masked_tokens(trainer):
         "predict_positions": np.zeros((1, 8, 4), np.int32),
         "labels": np.full((1, 8, 4), IGNORE_INDEX, np.int32),
     }
+    trainer = started(ONE_DEVICE, MODEL)[0]
     for weighting in ("tokens", "sequences"):
-        config = dataclasses.replace(
-            trainer.config, loss_weighting=weighting, gradient_accumulation_steps=1
-        )
+        config = dataclasses.replace(trainer.config, loss_weighting=weighting, global_batch_size=8)
         one = Trainer(config, trainer.model_config, trainer.mesh)
         arrays = one.to_devices(batch)
         state, metrics = one.train_step(one.fresh(), arrays, np.float32(1e-3), np.float32(1e-3))

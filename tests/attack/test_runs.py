@@ -14,7 +14,7 @@ import tempfile
 import pytest
 
 from modernbert_jax.checkpoint.orbax import load_orbax
-from tests.test_durability import Workdir, trainer  # noqa: F401  (a fixture)
+from tests.test_durability import Workdir
 from tests.test_hosts import Job
 from train.common.workdir import committed
 from train.corpora.synthetic import write_corpus
@@ -36,9 +36,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_steps(trainer, tmp_path_factory):  # noqa: F811
+def two_steps(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("checkpoints")
-    Workdir(workdir, trainer, 1, 2)
+    Workdir(workdir, 1, 2)
     return workdir
 
 
@@ -60,7 +60,7 @@ def damage(path, how, draw):
 
 
 @pytest.mark.parametrize("seed", seeds(60))
-def test_a_damaged_file_of_a_checkpoint(trainer, two_steps, tmp_path, seed):  # noqa: F811
+def test_a_damaged_file_of_a_checkpoint(two_steps, tmp_path, seed):
     """The newest checkpoint is used, or the one before it: never a mixture, never an error."""
     draw = random.Random(seed)
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
@@ -69,7 +69,7 @@ def test_a_damaged_file_of_a_checkpoint(trainer, two_steps, tmp_path, seed):  # 
     kind = kinds[seed % len(kinds)]
     path = draw.choice([p for p in files if (p.suffix, p.parent.name, len(p.name) > 20) == kind])
     damage(path, draw.choice(["deleted", "emptied", "cut", "longer", "a bit", "bits"]), draw)
-    assert Workdir(tmp_path, trainer).restored() in ((1, 100), (2, 200))
+    assert Workdir(tmp_path).restored() in ((1, 100), (2, 200))
 
 
 FLAGS = (
