@@ -66,8 +66,8 @@ def reseal(folder, change):
 def a_digit(folder):
     path = folder / "config.json"
     text = path.read_text()
-    assert '"hidden_size": 32' in text
-    path.write_text(text.replace('"hidden_size": 32', '"hidden_size": 33'))
+    assert '"vocab_size": 64' in text
+    path.write_text(text.replace('"vocab_size": 64', '"vocab_size": 65'))
 
 
 DAMAGE = {

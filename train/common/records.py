@@ -1,4 +1,7 @@
-"""Files that this project writes and reads back: damaged ones are named, never half believed."""
+"""Files that this project writes and reads back: damaged ones are named, never half believed.
+
+It imports neither the library nor jax, which the workers of `prepare` would wait for.
+"""
 
 import contextlib
 import json
@@ -31,8 +34,7 @@ def read_object(path: Any, *keys: str, remedy: str = _DELETE) -> dict[str, Any]:
 def write_object(path: Any, value: dict[str, Any], indent: int | None = None) -> None:
     """Writes a JSON object to a local file, atomically.
 
-    As `modernbert_jax.checkpoint.files.write_text`, which the workers of `prepare` do not import:
-    it would load jax.
+    As `modernbert_jax.checkpoint.files.write_text` does.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
