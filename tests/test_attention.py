@@ -165,7 +165,7 @@ def test_any_layout(chunked, data):
         patch.setattr(xla, "_DENSE_LENGTH", 1)
         patch.setattr(xla, "_CHUNK_Q", 8)
         patch.setattr(xla, "_CHUNK_K", 16)
-        patch.setattr(xla, "_plan", lambda q, bounds: ("chunks", 8))
+        patch.setattr(xla, "_plan", lambda q, k, bounds: ("chunks", 8))
         ids = np.asarray(row, np.int32)
         q, k, v, d_out = arrays_of(1, length, 2, 8, "float32")
         bounds = make_bounds(ids, window)
@@ -198,7 +198,7 @@ class TestTileBounds:
         q, k, v, d_out = arrays_of(1, length, 1, 8, "float32")
         spoilt = v.at[:, 1024:].set(jnp.nan)
         bounds = make_bounds(ids)
-        assert xla._plan(q, bounds)[0] == "chunks"
+        assert xla._plan(q, k, bounds)[0] == "chunks"
         out = xla.attention(q, k, spoilt, bounds, scale=0.3)
         assert np.isfinite(np.asarray(out[:, :512])).all()
         assert np.isnan(np.asarray(out[:, 512:])).all()
@@ -318,6 +318,77 @@ class TestSharded:
         bounds = make_bounds(np.ones((6, 16), np.int32))
         with pytest.raises(ValueError, match="rows: expected a multiple of 8, got 6"):
             op.sharded(mesh, rows="data")(x, x, x, bounds, scale=1.0)
+
+
+CONTEXT_LAYOUTS = [
+    packed(160, (1, 160)),
+    packed(160, (1, 30), (2, 60), (3, 1), (4, 49), (5, 20)),  # across the edges of the parts
+    packed(160, (0, 30), (1, 50), (2, 40), (0, 40)),  # a part may hold nothing but padding
+]
+
+
+class TestContextParallel:
+    """Each device holds a part of the tokens: against the formulas on complete rows."""
+
+    @staticmethod
+    def run(ids, window, parts, name="xla"):
+        mesh = jax.make_mesh((parts,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,),
+                             devices=jax.devices()[:parts])  # fmt: skip
+        bounds = make_bounds(ids, window)
+        plain = functools.partial(op.attention, implementation=name)
+        f = functools.partial(op.context_parallel(plain, "sequence"), scale=0.37)
+        part = PartitionSpec(None, "sequence")
+
+        @jax.jit
+        def both(q, k, v, d_out):
+            split = jax.shard_map(
+                f, mesh=mesh, in_specs=(part, part, part, PartitionSpec()), out_specs=part,
+                check_vma=False,
+            )  # fmt: skip
+            out, pull = jax.vjp(lambda q, k, v: split(q, k, v, bounds), q, k, v)
+            return (out, *pull(d_out))
+
+        arrays = arrays_of(*ids.shape, 2, 8, "float32")
+        return both, arrays, exact(*arrays, ids, window, 0.37)
+
+    @pytest.mark.parametrize("name, parts", [("xla", 2), ("reference", 4), ("xla", 8)])
+    @pytest.mark.parametrize("window", [0, 1, 16, 30, None])
+    def test_equals_complete_rows(self, name, parts, window):
+        """With a window of 30, eight parts of 20 tokens gather the row."""
+        both, arrays, want = self.run(np.concatenate(CONTEXT_LAYOUTS), window, parts, name)
+        for one, reference in zip(both(*arrays), want, strict=True):
+            np.testing.assert_allclose(one, reference, atol=1e-5)
+
+    def test_rows_longer_than_the_tiles(self):
+        ids = packed(1200, (1, 500), (0, 20), (2, 280), (3, 400))
+        both, arrays, want = self.run(ids, None, 2)
+        for one, reference in zip(both(*arrays), want, strict=True):
+            np.testing.assert_allclose(one, reference, atol=1e-5)
+
+    def test_what_is_communicated(self):
+        """Only halos in a local layer; in a global one keys, values and their gradients."""
+        ids = CONTEXT_LAYOUTS[0]
+        both, arrays, _ = self.run(ids, 16, 2)
+        local = both.lower(*arrays).as_text()
+        assert "collective_permute" in local and "all_gather" not in local
+        both, arrays, _ = self.run(ids, None, 2)
+        wide = both.lower(*arrays).as_text()
+        assert "collective_permute" not in wide
+        assert "all_gather" in wide and "reduce_scatter" in wide and "all_reduce" not in wide
+
+    def test_parts_that_make_up_no_row(self):
+        ids = CONTEXT_LAYOUTS[0]
+        both, (q, k, v, d_out), _ = self.run(ids[:, :150], 16, 2)
+        with pytest.raises(ValueError, match="expected 1/2 of rows of 150 tokens .*got 80"):
+            both(*arrays_of(1, 160, 2, 8, "float32"))
+
+    def test_a_kernel_that_needs_complete_rows_refuses(self):
+        bounds = op.Bounds(*np.zeros((4, 2, 64), np.int32)[:2], None, False, *np.zeros((2, 2, 128)))
+        q = jax.ShapeDtypeStruct((2, 64, 12, 64), jnp.bfloat16)
+        device = types.SimpleNamespace(
+            platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
+        )
+        assert "mesh.sequence" in op.refusal("pallas_hopper", q, bounds, device)
 
 
 def test_segment_ids_must_rise():

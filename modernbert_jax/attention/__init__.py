@@ -5,6 +5,7 @@
 """
 
 from modernbert_jax.attention.bounds import Bounds, make_bounds, make_segment_ids
+from modernbert_jax.attention.context import context_parallel
 from modernbert_jax.attention.dispatch import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
     MEASURED as MEASURED,
@@ -23,6 +24,7 @@ __all__ = [
     "Choice",
     "attention",
     "choose",
+    "context_parallel",
     "make_bounds",
     "make_segment_ids",
     "refusal",

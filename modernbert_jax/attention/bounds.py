@@ -13,16 +13,26 @@ import numpy as np
 class Bounds:
     """Query i sees the keys lo_BL[i] <= j < hi_BL[i], and none if both are equal (padding).
 
-    The relation is symmetric: key j is seen by the queries in its own interval. `window` is the
-    radius that the interval already includes (None for a global layer); it is static, so that an
-    implementation can choose its tiles by it. `whole` is static too and promises that every row is
-    one segment without padding.
+    The relation is symmetric: key j is seen by the queries in its own interval. Only where the
+    queries are a part of the row (L < M, see `context`) do the keys have intervals of their own,
+    key_lo_BM and key_hi_BM, in indices of queries. `window` is the radius that the interval already
+    includes (None for a global layer); it is static, so that an implementation can choose its tiles
+    by it. `whole` is static too and promises that every row is one segment without padding.
     """
 
     lo_BL: jax.Array
     hi_BL: jax.Array
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     whole: bool = dataclasses.field(default=False, metadata={"static": True})
+    key_lo_BM: jax.Array | None = None
+    key_hi_BM: jax.Array | None = None
+
+    @property
+    def of_keys(self) -> "Bounds":
+        """The same relation seen from the keys: the interval of queries that see each key."""
+        if self.key_lo_BM is None or self.key_hi_BM is None:
+            return self
+        return Bounds(self.key_lo_BM, self.key_hi_BM, self.window)
 
     def as_mask(self, key_length: int | None = None) -> jax.Array:
         """Returns the dense mask_BLM; for tests, plots and the reference only."""

@@ -51,6 +51,8 @@ def refusal(name: str, q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
         return f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {name!r}"
     if name in ("reference", "xla"):
         return None
+    if bounds.key_lo_BM is not None:
+        return f"{name}: expected the queries of complete rows, got a part of them (mesh.sequence)"
     if name == "cudnn":
         return cudnn.supports(q_BLHK, bounds, device)
     try:
@@ -94,15 +96,17 @@ def attention(
 ) -> jax.Array:
     """Computes softmax(scale * q k^T) v over the keys within `bounds`: out_BLHK in q's dtype.
 
-    L equals M. Accumulates in float32; the output of a query without keys is 0. implementation: one
-    of IMPLEMENTATIONS; None chooses one (`choose` returns the reason). Raises ValueError for shapes
-    or dtypes that do not match, for an unknown name, and with the reason for an implementation that
-    cannot run here.
+    L equals M, unless `bounds` has the bounds of the keys as well. Accumulates in float32; the
+    output of a query without keys is 0. implementation: one of IMPLEMENTATIONS; None chooses one
+    (`choose` returns the reason). Raises ValueError for shapes or dtypes that do not match, for an
+    unknown name, and with the reason for an implementation that cannot run here.
     """
-    if not q_BLHK.shape == k_BMHK.shape == v_BMHK.shape or q_BLHK.ndim != 4:
+    B, L, H, K = q_BLHK.shape if q_BLHK.ndim == 4 else (0, 0, 0, 0)
+    M = L if bounds.key_lo_BM is None else bounds.key_lo_BM.shape[1]
+    if q_BLHK.ndim != 4 or not k_BMHK.shape == v_BMHK.shape == (B, M, H, K):
         raise ValueError(
-            "attention: expected q, k and v of one shape [B, L, H, K], got "
-            f"{q_BLHK.shape}, {k_BMHK.shape}, {v_BMHK.shape}"
+            f"attention: expected q [B, L, H, K] and k and v [B, {'L' if M == L else M}, H, K], "
+            f"got {q_BLHK.shape}, {k_BMHK.shape}, {v_BMHK.shape}"
         )
     if not q_BLHK.dtype == k_BMHK.dtype == v_BMHK.dtype:
         raise ValueError(
@@ -166,17 +170,16 @@ def sharded(
         by_rows = PartitionSpec(rows, None)
         by_both = PartitionSpec(rows, None, heads, None)
 
-        def local(q, k, v, lo, hi):
-            part = dataclasses.replace(bounds, lo_BL=lo, hi_BL=hi)
+        def local(q, k, v, part):
             return _resolve(implementation, q, part, device)(q, k, v, part, scale=scale)
 
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(by_both, by_both, by_both, by_rows, by_rows),
+            in_specs=(by_both, by_both, by_both, by_rows),
             out_specs=by_both,
             check_vma=False,
-        )(q_BLHK, k_BMHK, v_BMHK, bounds.lo_BL, bounds.hi_BL)
+        )(q_BLHK, k_BMHK, v_BMHK, bounds)
 
     return run
 

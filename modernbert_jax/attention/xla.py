@@ -23,7 +23,7 @@ def forward(
     q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bounds: Bounds, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BLHK, lse_BHL); see vjp.Forward."""
-    kind, block = _plan(q_BLHK, bounds)
+    kind, block = _plan(q_BLHK, k_BMHK, bounds)
     if kind == "chunks":
         return _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
     q, k, v, mask = _blocks(kind, block, bounds, q_BLHK, k_BMHK, v_BMHK)
@@ -45,12 +45,12 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv); see vjp.Backward."""
     delta_BLH = jnp.sum(out_BLHK.astype(jnp.float32) * d_out_BLHK.astype(jnp.float32), axis=-1)
-    kind, block = _plan(q_BLHK, bounds)
+    kind, block = _plan(q_BLHK, k_BMHK, bounds)
     if kind == "chunks":
         return _chunks_backward(
             q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_BLHK, scale
         )
-    B, L, H, _ = q_BLHK.shape
+    B, L, M = *q_BLHK.shape[:2], k_BMHK.shape[1]
     q, k, v, mask = _blocks(kind, block, bounds, q_BLHK, k_BMHK, v_BMHK)
     per_query = jnp.stack([jnp.swapaxes(lse_BHL, 1, 2), delta_BLH], axis=-1)
     d_out, per_query = (_split(x, block) for x in (d_out_BLHK, per_query))
@@ -58,21 +58,21 @@ def backward(
     dq, dk, dv = _dense_backward(q, k, v, mask, lse, delta, d_out, scale)
     if kind == "bands":
         dk, dv = (_fold_neighbors(x, B, block) for x in (dk, dv))
-    dq, dk, dv = (_join(x, B, L) for x in (dq, dk, dv))
+    dq, dk, dv = _join(dq, B, L), _join(dk, B, M), _join(dv, B, M)
     return dq.astype(q_BLHK.dtype), dk.astype(k_BMHK.dtype), dv.astype(v_BMHK.dtype)
 
 
 attention: Attention = with_vjp(forward, backward)
 
 
-def _plan(q_BLHK, bounds: Bounds) -> tuple[str, int]:
+def _plan(q_BLHK, k_BMHK, bounds: Bounds) -> tuple[str, int]:
     """Chooses ("dense", L), ("bands", block) or ("chunks", size) from static values."""
-    length = q_BLHK.shape[1]
-    if bounds.window is not None:
+    length, keys = q_BLHK.shape[1], k_BMHK.shape[1]
+    if bounds.window is not None and length == keys:
         block = max(bounds.window, 16)
         if length > 3 * block:
             return "bands", block
-    return ("dense", length) if length <= _DENSE_LENGTH else ("chunks", _CHUNK_Q)
+    return ("dense", length) if max(length, keys) <= _DENSE_LENGTH else ("chunks", _CHUNK_Q)
 
 
 # One block of queries against one block of keys: [N, q, H, K], [N, m, H, K], mask [N, q, m].
@@ -121,13 +121,13 @@ def _join(x, B: int, L: int):
 def _blocks(kind: str, block: int, bounds: Bounds, q_BLHK, k_BMHK, v_BMHK):
     """Returns (q, k, v, mask) in blocks: the whole row ("dense") or bands with their neighbors."""
     lo, hi = _split(bounds.lo_BL, block), _split(bounds.hi_BL, block)
-    q, k, v = (_split(x, block) for x in (q_BLHK, k_BMHK, v_BMHK))
+    q, k, v = _split(q_BLHK, block), k_BMHK, v_BMHK
     # q.shape[0], not len(q): the batch may be a symbolic dimension of jax.export.
     first = jnp.zeros((q.shape[0],), jnp.int32)
     if kind == "bands":
         B, L = q_BLHK.shape[:2]
         n = -(-L // block)
-        k, v = (_neighbors(x, B) for x in (k, v))
+        k, v = (_neighbors(_split(x, block), B) for x in (k, v))
         first = jnp.tile((jnp.arange(n, dtype=jnp.int32) - 1) * block, B)
     j = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None, :] + first[:, None, None]
     return q, k, v, (lo[..., None] <= j) & (j < hi[..., None])
@@ -215,17 +215,17 @@ def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
 
 
 def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_BLHK, scale):
-    """Computes dq in a loop over queries, and dk and dv in the same loop with swapped roles.
-
-    The mask is symmetric, so the interval of a key's own index says which queries see it.
-    """
-    B, L, H, K = q_BLHK.shape
+    """Computes dq in a loop over queries, and dk and dv in the same loop with swapped roles."""
+    (B, L, H, K), M = q_BLHK.shape, k_BMHK.shape[1]
+    of_keys = bounds.of_keys
     first_BT, last_BT = tile_bounds(bounds, _CHUNK_Q, _CHUNK_K)
+    key_first_BT, key_last_BT = tile_bounds(of_keys, _CHUNK_Q, _CHUNK_K)
     lse_BLH = jnp.swapaxes(lse_BHL, 1, 2)
     lse_BLH = jnp.where(jnp.isneginf(lse_BLH), 0.0, lse_BLH)
     arrays = (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK, lse_BLH, delta_BLH, bounds.lo_BL, bounds.hi_BL)
     multiple = max(_CHUNK_Q, _CHUNK_K)
     q, k, v, d_out, lse, delta, lo, hi = (_pad_to(x, multiple) for x in arrays)
+    key_lo, key_hi = (_pad_to(x, multiple) for x in (of_keys.lo_BL, of_keys.hi_BL))
     across = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
 
     def queries(row, t):
@@ -247,7 +247,7 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
 
     def keys(row, t):
         part = functools.partial(_slice, row=row, start=t * _CHUNK_Q, size=_CHUNK_Q)
-        k_t, v_t, lo_t, hi_t = part(k), part(v), part(lo), part(hi)
+        k_t, v_t, lo_t, hi_t = part(k), part(v), part(key_lo), part(key_hi)
 
         def visit(c, carry):
             dk, dv = carry
@@ -262,9 +262,10 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
             return dk + einsum("nhmq,nqhd->nhmd", ds.astype(q.dtype), q_c), dv
 
         zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
-        dk, dv = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, (zero, zero))
+        first, last = key_first_BT[row, t], key_last_BT[row, t]
+        dk, dv = jax.lax.fori_loop(first, last, visit, (zero, zero))
         return across(dk).astype(k_BMHK.dtype), across(dv).astype(v_BMHK.dtype)
 
     dq = _each_chunk(queries, B, L, _CHUNK_Q)
-    dk, dv = _each_chunk(keys, B, L, _CHUNK_Q)
+    dk, dv = _each_chunk(keys, B, M, _CHUNK_Q)
     return dq, dk, dv
