@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from modernbert_jax import attention as op
 from modernbert_jax.attention import __main__ as self_check, make_bounds, xla
 from modernbert_jax.attention.bounds import tile_bounds
+from modernbert_jax.attention.vjp import LSE, OUT, with_vjp
 
 IMPLEMENTATIONS = ["reference", "xla"]
 # Of the largest value: float32 rounds its sums, bfloat16 its inputs, probabilities and outputs.
@@ -389,6 +390,36 @@ class TestContextParallel:
             platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0"
         )
         assert "mesh.sequence" in op.refusal("pallas_hopper", q, bounds, device)
+
+
+def test_a_policy_saves_the_results_of_the_forward_by_name():
+    """The forward runs once if a policy saves both of its results, and again if it saves one."""
+    bounds = make_bounds(np.ones((1, 8), np.int32))
+
+    def forward(q, k, v, bounds, scale):
+        h = jnp.tanh(q + k + v)
+        return h, h[..., 0]
+
+    def backward(q, k, v, out, lse, bounds, d_out, scale):
+        return (d_out * out * lse[..., None],) * 3
+
+    def forwards(policy):
+        run = functools.partial(with_vjp(forward, backward), bounds=bounds, scale=1.0)
+        run = jax.shard_map(
+            run,
+            mesh=jax.make_mesh((1,), ("data",)),
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        layer = jax.checkpoint(lambda x: run(x, 2 * x, 3 * x), policy=policy)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sin(layer(x)).sum()))
+        return gradient.lower(jnp.ones((1, 8, 2, 4))).as_text().count("stablehlo.tanh")
+
+    policies = jax.checkpoint_policies
+    assert forwards(policies.save_only_these_names(OUT, LSE)) == 1
+    assert forwards(policies.save_only_these_names(OUT)) == 2
+    assert forwards(policies.nothing_saveable) == 2
 
 
 def test_segment_ids_must_rise():

@@ -4,8 +4,12 @@ import functools
 from typing import Any, Protocol
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from modernbert_jax.attention.bounds import Bounds
+
+# What a policy of jax.checkpoint calls the two results of the forward kernel.
+OUT, LSE = "attention_out", "attention_lse"
 
 
 class Forward(Protocol):
@@ -44,7 +48,8 @@ class Attention(Protocol):
 def with_vjp(forward: Forward, backward: Backward) -> Attention:
     """Builds attention(q, k, v, bounds, *, scale) from a forward and a backward kernel.
 
-    The residuals are q, k, v, out, the log-sum-exp and the bounds.
+    The residuals are q, k, v, out, the log-sum-exp and the bounds. A policy of jax.checkpoint that
+    saves the names "attention_out" and "attention_lse" does not run the forward kernel again.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,6 +58,7 @@ def with_vjp(forward: Forward, backward: Backward) -> Attention:
 
     def save(q, k, v, bounds, scale):
         out, lse = forward(q, k, v, bounds, scale)
+        out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
         return out, (q, k, v, out, lse, bounds)
 
     def pull(scale, saved, d_out):
