@@ -7,6 +7,7 @@ mode and compile them for their hardware.
 import functools
 import json
 import pathlib
+import re
 import types
 
 import hypothesis
@@ -149,16 +150,21 @@ class TestContract:
             check(name, LAYOUTS["one"], None, tamper=tamper)
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["dense-or-bands", "chunks"])
+def as_on_an_accelerator(patch):
+    """Makes the global path of `xla` run several chunks at once on this CPU, too."""
+    patch.setattr(jax.lax, "platform_dependent", lambda *, cpu, default: default())
+
+
+@pytest.mark.parametrize("chunked", ["", "one", "several"], ids=lambda x: x or "dense-or-bands")
 @hypothesis.settings(max_examples=12)
 @hypothesis.given(data=st.data())
 def test_any_layout(chunked, data):
-    """Property: any segments, any window; the chunked path with small chunks."""
-    length = 48
+    """Property: any segments, any window; the chunked path with small chunks, one or 3 at once."""
+    length = 40
     lengths = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1))
     row = np.concatenate([np.full(n, (i + 1) * real) for i, (real, n) in enumerate(lengths)])
     row = np.resize(np.pad(row, (0, max(0, length - len(row))))[:length], (1, length))
-    window = data.draw(st.sampled_from([None, 1, 5, 15, 47]))
+    window = data.draw(st.sampled_from([None, 1, 5, 15, 39]))
     if not chunked:
         check("xla", row, window)
         return
@@ -167,6 +173,9 @@ def test_any_layout(chunked, data):
         patch.setattr(xla, "_CHUNK_Q", 8)
         patch.setattr(xla, "_CHUNK_K", 16)
         patch.setattr(xla, "_plan", lambda q, k, bounds: ("chunks", 8))
+        if chunked == "several":
+            as_on_an_accelerator(patch)
+            patch.setattr(xla, "_SCORES", 3 * 2 * 8 * 16)  # 5 chunks: the last group has 2 of its 3
         ids = np.asarray(row, np.int32)
         q, k, v, d_out = arrays_of(1, length, 2, 8, "float32")
         bounds = make_bounds(ids, window)
@@ -203,6 +212,36 @@ class TestTileBounds:
         out = xla.attention(q, k, spoilt, bounds, scale=0.3)
         assert np.isfinite(np.asarray(out[:, :512])).all()
         assert np.isnan(np.asarray(out[:, 512:])).all()
+
+
+class TestChunksAtOnce:
+    def test_steps(self, monkeypatch):
+        """8 rows of 8192 are 256 chunks of queries: 256 steps on a CPU, 13 elsewhere."""
+        q = jax.ShapeDtypeStruct((8, 8192, 12, 64), jnp.bfloat16)
+        edge = jax.ShapeDtypeStruct((8, 8192), jnp.int32)
+
+        def steps():
+            f = lambda q, lo, hi: xla.forward(q, q, q, op.Bounds(lo, hi), 0.125)  # noqa: E731
+            return re.findall(r"length=(\d+)", str(jax.make_jaxpr(f)(q, edge, edge)))
+
+        assert "256" in steps()
+        as_on_an_accelerator(monkeypatch)
+        assert steps() == ["13"]
+
+    def test_a_symbolic_batch(self, monkeypatch):
+        as_on_an_accelerator(monkeypatch)
+        length, head_dim = 1100, 8
+        (B,) = jax.export.symbolic_shape("B")
+        shapes = [jax.ShapeDtypeStruct((B, length, 1, head_dim), jnp.float32)] * 3
+        shapes += [jax.ShapeDtypeStruct((B, length), jnp.int32)] * 2
+        exported = jax.export.export(
+            jax.jit(lambda q, k, v, lo, hi: xla.attention(q, k, v, op.Bounds(lo, hi), scale=0.3))
+        )(*shapes)
+        q, k, v, _ = arrays_of(2, length, 1, head_dim, "float32")
+        bounds = make_bounds(packed(length, (1, 700), (2, 400), rows=2))
+        got = exported.call(q, k, v, bounds.lo_BL, bounds.hi_BL)
+        want = op.attention(q, k, v, bounds, scale=0.3, implementation="reference")
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_what_is_saved_for_the_backward_pass():

@@ -2,7 +2,9 @@
 
 Short rows are one dense block. Local layers meet blocks of one window with both neighbours. Global
 layers go chunk by chunk with an online softmax over the chunks of keys that the bounds of the row
-admit; the backward pass computes the scores again from the log-sum-exp.
+admit; the backward pass computes the scores again from the log-sum-exp. A CPU takes one chunk of
+queries at a time; every other device takes several at once, because it waits for the start of each
+small operation.
 """
 
 import functools
@@ -16,6 +18,7 @@ from modernbert_jax.precision import einsum
 
 _DENSE_LENGTH = 512  # up to here all scores of a row are kept at once
 _CHUNK_Q, _CHUNK_K = 256, 512  # queries and keys of one step of the global path
+_SCORES = 2**25  # scores that a step of the global path computes at once, but on a CPU
 _FLOOR = -1e30  # finite: a row without a key stays free of NaN
 
 
@@ -163,11 +166,33 @@ def _slice(x_BL, row, start, size: int):
     return jax.lax.dynamic_slice(x_BL, (row, start, *(0,) * (x_BL.ndim - 2)), sizes)
 
 
-def _each_chunk(body, B: int, length: int, chunk: int):
+def _each_chunk(body, B: int, length: int, heads: int):
     """Runs body(row, number) for every chunk of every row; joins results to [B, length, ...]."""
-    n = -(-length // chunk)
-    results = jax.lax.map(lambda i: body(i // n, i % n), jnp.arange(B * n, dtype=jnp.int32))
-    return jax.tree.map(lambda x: _join(x[:, 0], B, length), results)
+    n = -(-length // _CHUNK_Q)
+
+    def run(group: int):
+        """Runs `group` chunks at once; they loop until the last of them has seen all its keys."""
+        steps = -(-B * n // group)
+        item = jnp.minimum(jnp.arange(steps * group, dtype=jnp.int32), B * n - 1)
+        body_of = lambda i: body(i // n, i % n)  # noqa: E731
+        if group == 1:
+            results = jax.lax.map(body_of, item)
+        else:
+            results = jax.lax.map(jax.vmap(body_of), item.reshape(steps, group))
+            results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: B * n], results)
+        return jax.tree.map(lambda x: _join(x[:, 0], B, length), results)
+
+    return jax.lax.platform_dependent(
+        cpu=lambda: run(1), default=lambda: run(_group_size(B, n, heads))
+    )
+
+
+def _group_size(B: int, n: int, heads: int) -> int:
+    """Returns how many chunks run at once: neighbors, which have about as many keys to visit."""
+    most = max(1, _SCORES // (heads * _CHUNK_Q * _CHUNK_K))
+    if not isinstance(B, int):  # jax.export without a batch size: a divisor of each row's chunks
+        return max(d for d in range(1, n + 1) if n % d == 0 and d <= most)
+    return -(-B * n // -(-B * n // most))
 
 
 def _mask(lo, hi, start):
@@ -210,7 +235,7 @@ def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
         return jnp.swapaxes(out, 1, 2).astype(q_BLHK.dtype), jnp.swapaxes(lse, 1, 2)
 
-    out_BLHK, lse_BLH = _each_chunk(one, B, L, _CHUNK_Q)
+    out_BLHK, lse_BLH = _each_chunk(one, B, L, H)
     return out_BLHK, jnp.swapaxes(lse_BLH, 1, 2)
 
 
@@ -266,6 +291,6 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
         dk, dv = jax.lax.fori_loop(first, last, visit, (zero, zero))
         return across(dk).astype(k_BMHK.dtype), across(dv).astype(v_BMHK.dtype)
 
-    dq = _each_chunk(queries, B, L, _CHUNK_Q)
-    dk, dv = _each_chunk(keys, B, M, _CHUNK_Q)
+    dq = _each_chunk(queries, B, L, H)
+    dk, dv = _each_chunk(keys, B, M, H)
     return dq, dk, dv
