@@ -214,6 +214,30 @@ class TestBatchSizeWarmup:
             assert at == [size, sizes[k + 1]]
 
 
+@pytest.mark.parametrize(
+    "name, unit, size",
+    [("bioclinical_base", 64, 576), ("bioclinical_base", 256, 512), ("bio_large", 64, 640),
+     ("bio_large", 1024, 1024), ("modernbert_base_pretrain", 256, 4608),
+     ("modernbert_large_pretrain", 64 * 88, 64 * 88)],
+)  # fmt: skip
+def test_rounded_batches(name, unit, size):
+    """The nearest multiple; rates by the square root; what follows is still a valid recipe."""
+    config = configs.load(name)
+    found, line = config.rounded(unit)
+    assert found.global_batch_size == size
+    ratio = size / config.global_batch_size
+    for old, new in zip(config.phases, found.phases, strict=True):
+        assert new.learning_rate == pytest.approx(old.learning_rate * ratio**0.5, rel=1e-12)
+        assert new.tokens == old.tokens
+        assert (new.batch_size_warmup_start > 0) == (old.batch_size_warmup_start > 0)
+    assert found.optimizer.max_learning_rate == pytest.approx(
+        config.optimizer.max_learning_rate * ratio**0.5
+    )
+    found.validate()
+    assert f"{size} sequences per step instead of {config.global_batch_size}" in line
+    assert f"{size * config.sequence_length:,} tokens" in line and f"x {ratio**0.5:.4f}" in line
+
+
 def test_large_applies_changes_last():
     base = configs.load("bioclinical_base")
     made = large(base, seed=3)

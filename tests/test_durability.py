@@ -28,7 +28,7 @@ from train.pretrain.config import Optimizer, Phase
 from train.pretrain.step import Trainer
 from train.tokens.store import open_store
 
-ONE_DEVICE = (1, 1, 1)
+ONE_DEVICE = (1, 1, 1, 1)
 
 
 class Workdir:

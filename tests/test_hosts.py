@@ -59,7 +59,7 @@ class Job:
     """
 
     def __init__(
-        self, corpus, workdir, count=2, mesh=(2, 2, 2), changes=({}, {}), folders=(ROOT, ROOT)
+        self, corpus, workdir, count=2, mesh=(2, 2, 1, 2), changes=({}, {}), folders=(ROOT, ROOT)
     ):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -197,7 +197,7 @@ def test_goes_on_with_other_hosts_and_another_mesh(alone, corpus, tmp_path):
     job.processes[0].send_signal(signal.SIGTERM)
     job.end()
     assert job.codes() == [0, 0]
-    again = Job(corpus, tmp_path, count=1, mesh=(8, 1, 1))
+    again = Job(corpus, tmp_path, count=1, mesh=(8, 1, 1, 1))
     output = again.end()
     assert again.codes() == [0], output
     assert "mesh: data was 2, is 8" in output[0]

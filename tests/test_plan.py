@@ -85,10 +85,10 @@ def test_search_finds_the_largest(most):
 
 def test_default_meshes():
     shape = lambda width, n: dataclasses.astuple(search.default_mesh(width, range(n)))  # noqa: E731
-    assert shape(768, 16) == (-1, 16, 1)
-    assert shape(1024, 1024) == (-1, 16, 1)
-    assert shape(768, 8) == (-1, 8, 1)
-    assert shape(768, 10) == (-1, 2, 1)  # 768 = 2^8 x 3
+    assert shape(768, 16) == (-1, 16, 1, 1)
+    assert shape(1024, 1024) == (-1, 16, 1, 1)
+    assert shape(768, 8) == (-1, 8, 1, 1)
+    assert shape(768, 10) == (-1, 2, 1, 1)  # 768 = 2^8 x 3
 
 
 # Costs
@@ -212,7 +212,7 @@ def cpu_plan(monkeypatch):
 def test_a_config_that_fits(cpu_plan):
     found = cpu_plan(1e9)
     assert found["fits"] and "suggestions" not in found
-    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert found["gradient_accumulation_steps"] == 1
     assert (found["per_device_batch_size"], found["batch_padding"]) == (3, 0)
     assert found["used_bytes"] == pytest.approx(sum(found["memory_bytes"].values()))
@@ -308,7 +308,7 @@ def test_plans_for_an_absent_tpu(tmp_path):
     assert "fits" in done.stdout and "hours" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["device"], found["chips"]) == ("TPU v5 lite", 4)
-    assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 4, "sequence": 1, "tensor": 1}
     assert found["batch_padding"] == pytest.approx(1 - 10 / 12)
     assert found["collectives"]["all-gather"]["bytes"] > 0
     assert found["loops_with_unknown_trip_count"] == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,8 @@ A, ROWS, LENGTH, PLACES = 2, 5, 96, 24
 
 
 def mesh_of(shape: str):
-    data, fsdp, tensor = (int(n) for n in shape.split("x"))
-    return make_mesh(MeshShape(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+    sizes = [int(n) for n in shape.split("x")]
+    return make_mesh(MeshShape(*sizes), jax.devices()[: math.prod(sizes)])
 
 
 def batch_of(step: int, slots: int) -> dict[str, np.ndarray]:
@@ -84,14 +85,14 @@ def trained(shape: str, weighting: str = "tokens"):
 @pytest.mark.parametrize(
     "shape",
     [
-        "2x2x2",
-        "1x8x1",
-        pytest.param("8x1x1", marks=pytest.mark.slow),
-        pytest.param("4x1x2", marks=pytest.mark.slow),
+        "2x2x1x2",
+        "1x8x1x1",
+        pytest.param("8x1x1x1", marks=pytest.mark.slow),
+        pytest.param("4x1x1x2", marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_equal_one_device(shape):
-    want, params = trained("1x1x1")
+    want, params = trained("1x1x1x1")
     got, ours = trained(shape)
     assert want[0] - want[-1] > 0.5  # it learns
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -100,7 +101,7 @@ def test_twenty_steps_equal_one_device(shape):
 
 
 def test_weights_and_moments_are_split():
-    trainer = Trainer(RECIPE, MODEL, mesh_of("2x2x2"))
+    trainer = Trainer(RECIPE, MODEL, mesh_of("2x2x1x2"))
     state = trainer.fresh()
     for tree in (state.params, state.optimizer.mu, state.optimizer.nu):
         shard = tree["model.layers.1.mlp.Wi.weight"].addressable_shards[0].data
@@ -111,7 +112,7 @@ def test_weights_and_moments_are_split():
 
 def test_the_reference_weighting_by_its_formula():
     """Micro-batch means weighted by sequences, as Composer does, against NumPy on plain losses."""
-    mesh = mesh_of("1x1x1")
+    mesh = mesh_of("1x1x1x1")
     batch = batch_of(0, ROWS)
     batch["labels"][1, :, 6:] = IGNORE_INDEX  # so that the two weightings differ
     batch["segment_ids"][0, 0, 50:] = 0
@@ -137,7 +138,7 @@ def test_the_reference_weighting_by_its_formula():
 class TestLossAndLookUp:
     """Both have their own collectives and derivatives: against the plain formulas."""
 
-    @pytest.mark.parametrize("shape", ["2x2x2", "1x1x4"])
+    @pytest.mark.parametrize("shape", ["2x2x1x2", "1x1x1x4"])
     def test_cross_entropy(self, shape):
         rng = np.random.default_rng(0)
         hidden = rng.normal(size=(4, 7, 16)).astype(np.float32)
@@ -163,7 +164,7 @@ class TestLossAndLookUp:
         ids = rng.integers(0, 32, (4, 9)).astype(np.int32)
         ids[0, :3] = 7  # the padding token
         d = rng.normal(size=(4, 9, 16)).astype(np.float32)
-        out, pull = jax.vjp(lambda w: look_up(mesh_of("2x2x2"), 7, w, ids), jnp.asarray(weight))
+        out, pull = jax.vjp(lambda w: look_up(mesh_of("2x2x1x2"), 7, w, ids), jnp.asarray(weight))
         np.testing.assert_array_equal(out, weight[ids])
         want = np.zeros_like(weight)
         np.add.at(want, ids, d)
@@ -177,7 +178,7 @@ class TestRules:
         everything |= {"classifier_bias": True, "tie_word_embeddings": False}
         for changes in ({}, everything):
             shapes = param_shapes(ModernBertForMaskedLM, MODEL.replace(**changes))
-            found = param_shardings(shapes, mesh_of("2x2x2"))
+            found = param_shardings(shapes, mesh_of("2x2x1x2"))
             assert set(found) == set(shapes)
         assert found["model.layers.0.attn.Wqkv.bias"].spec == P(None, "tensor", None)
         assert found["model.layers.2.mlp_norm.weight"].spec == P()
@@ -208,18 +209,20 @@ class TestRules:
         with pytest.raises(
             ValueError, match=r"attn\.W.*4 to be a multiple of mesh axis tensor = 8.*4"
         ):
-            param_shardings(shapes, mesh_of("1x1x8"))
+            param_shardings(shapes, mesh_of("1x1x1x8"))
 
     def test_mesh(self):
-        assert dict(make_mesh(MeshShape(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-        assert make_mesh(MeshShape(1, 2, 1)).devices.size == 2
-        for shape in (MeshShape(3, 3, 1), MeshShape(-1, 16, 1), MeshShape(0, 1, 1)):
+        assert dict(make_mesh(MeshShape(-1, 2, 2, 1)).shape) == {
+            "data": 2, "fsdp": 2, "sequence": 2, "tensor": 1,
+        }  # fmt: skip
+        assert make_mesh(MeshShape(1, 2)).devices.size == 2
+        for shape in (MeshShape(3, 3), MeshShape(-1, 16), MeshShape(0), MeshShape(4, 1, 4)):
             with pytest.raises(ValueError, match="to equal the 8 devices"):
                 make_mesh(shape)
 
 
 def test_rows_of_a_process():
-    mesh = mesh_of("2x2x2")
+    mesh = mesh_of("2x2x1x2")
     assert padded_batch_size(5, mesh) == 8 and padded_batch_size(8, mesh) == 8
     np.testing.assert_array_equal(local_slots(8, mesh), np.arange(8))
     array = np.arange(2 * 8 * 3).reshape(2, 8, 3)

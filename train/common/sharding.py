@@ -1,8 +1,9 @@
 """How arrays are placed on devices: weights by their axis letters, batches by sequence.
 
-The mesh has three axes. The sequences of a batch are split over `data` and `fsdp`; parameters and
-moments over `fsdp`, and gathered over it once per step; heads, MLP and vocabulary over `tensor`. A
-single device is a mesh of 1 x 1 x 1, so that there is one code path.
+The mesh has four axes. The sequences of a batch are split over `data` and `fsdp`, and the tokens of
+each sequence over `sequence`; parameters and moments over `fsdp`, and gathered over it once per
+step; heads, MLP and vocabulary over `tensor`. A single device is a mesh of 1 x 1 x 1 x 1, so that
+there is one code path.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from modernbert_jax.weights import weight_of
 
-AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = DATA, FSDP, SEQUENCE, TENSOR = "data", "fsdp", "sequence", "tensor"
 BATCH = (DATA, FSDP)  # the mesh axes that split the sequences of a batch
 
 _TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split over fsdp
@@ -28,9 +29,11 @@ _TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split o
 class MeshShape:
     """Number of devices along each axis of the mesh."""
 
-    data: int = -1  # Copies of the model; -1 uses the devices that fsdp and tensor leave.
+    data: int = -1  # Copies of the model; -1 uses the devices that the other axes leave.
     fsdp: int = 1
     """Number of ways parameters and moments are split; sequences are split over data and fsdp."""
+    sequence: int = 1
+    """Number of ways the tokens of each sequence are split (context parallelism)."""
     tensor: int = 1  # Number of ways attention heads, MLP and vocabulary are split.
 
 
@@ -43,16 +46,19 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
     shape = shape or MeshShape()
     devices = list(jax.devices() if devices is None else devices)
     n = len(devices)
-    fsdp, tensor = shape.fsdp, shape.tensor
-    data = n // max(fsdp * tensor, 1) if shape.data == -1 else shape.data
-    if 0 < data * fsdp * tensor < n and len({d.process_index for d in devices}) == 1:
-        devices = devices[: data * fsdp * tensor]
+    others = (shape.fsdp, shape.sequence, shape.tensor)
+    data = n // max(math.prod(others), 1) if shape.data == -1 else shape.data
+    sizes = (data, *others)
+    if 0 < math.prod(sizes) < n and len({d.process_index for d in devices}) == 1:
+        devices = devices[: math.prod(sizes)]
         n = len(devices)
-    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != n:
+    if min(sizes) < 1 or math.prod(sizes) != n:
         raise ValueError(
-            f"mesh: expected data x fsdp x tensor to equal the {n} devices, got "
-            f"{shape.data} x {fsdp} x {tensor}; --mesh.data -1 uses the devices that remain"
+            f"mesh: expected {' x '.join(AXES)} to equal the {n} devices, got "
+            f"{' x '.join(map(str, (shape.data, *others)))}; --mesh.data -1 uses the devices that "
+            "remain"
         )
+    types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices > 1:
         if data % slices:
@@ -60,12 +66,10 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
                 f"mesh: expected data to be a multiple of the {slices} slices, got {data}"
             )
         grid = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, fsdp, tensor), (slices, 1, 1), devices
+            (data // slices, *others), (slices, 1, 1, 1), devices
         )
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(
-        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+        return Mesh(grid, AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def describe(mesh: Mesh) -> str:

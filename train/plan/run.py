@@ -68,6 +68,10 @@ def plan(
         mesh_shape = search.default_mesh(config.model.hidden_size, devices)
         config = dataclasses.replace(config, mesh=mesh_shape)
     mesh = make_mesh(config.mesh, devices)
+    if config.round_batch:
+        config, change = config.rounded(batch_shards(mesh) * (gradient_accumulation_steps or 1))
+        log(change)
+        config.validate()
     phase = max(config.phases, key=lambda phase: phase.mlm_probability)
     splits = search.batch_splits(config.global_batch_size, batch_shards(mesh))
     results: dict[search.BatchSplit, Compiled] = {}

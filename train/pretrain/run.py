@@ -28,7 +28,7 @@ from ..common.hosts import (
     first_then_others,
     log,
 )
-from ..common.sharding import describe, make_mesh
+from ..common.sharding import batch_shards, describe, make_mesh
 from ..tokens.store import TokenStore, joined
 from .checkpoint import Checkpoints, Diverged, check_evaluation
 from .config import TrainConfig
@@ -56,6 +56,10 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
     versions = {"versions": [jax.__version__, flax.__version__], "code": code_digest()}
     agree(flags | versions)
     mesh = make_mesh(config.mesh)
+    if config.round_batch:
+        config, change = config.rounded(batch_shards(mesh) * config.gradient_accumulation_steps)
+        log(change)
+        config.validate()
     workdir, tokenizer, corpora = first_then_others("prepare", lambda: prepare(config))
     check_shared(workdir)
     stores = [(n, s["train"], s["eval"]) for part in corpora for n, s in part.items()]

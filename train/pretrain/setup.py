@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # and, apart from rounding and the random numbers of dropout, no loss.
 _FREE = {
     "workdir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "fill_mask",
-    "mesh", "hosts", "gradient_accumulation_steps", "scan_layers", "remat", "loss_chunk",
-    "attention", "stall_minutes", "profile_step", "profile_steps", "wandb",
+    "mesh", "round_batch", "hosts", "gradient_accumulation_steps", "scan_layers", "remat",
+    "loss_chunk", "attention", "stall_minutes", "profile_step", "profile_steps", "wandb",
 }  # fmt: skip
 
 
@@ -85,6 +85,8 @@ def _open_workdir(config: TrainConfig) -> Any:
                     f"{_difference(found.get(name), wanted.get(name))}; choose another --workdir, "
                     "or pass the old value to resume"
                 )
+        if isinstance(found.get("mesh"), dict):
+            found["mesh"].setdefault("sequence", 1)  # the record of an older run
         for name in ("mesh", "gradient_accumulation_steps"):
             if wanted[name] != found.get(name):
                 log(f"{name}: {_difference(found.get(name), wanted[name])}")
