@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig
+from train import configs
 from train.common.flops import PEAK, Device
 from train.common.sharding import MeshShape, make_mesh
 from train.plan import compile as compiling, hlo, search, topologies
@@ -89,6 +90,27 @@ def test_default_meshes():
     assert shape(1024, 1024) == (-1, 16, 1, 1)
     assert shape(768, 8) == (-1, 8, 1, 1)
     assert shape(768, 10) == (-1, 2, 1, 1)  # 768 = 2^8 x 3
+
+
+@pytest.mark.parametrize(
+    "recipe, devices, tensor, want",
+    [
+        ("bioclinical_base", 256, 1, ["--mesh.sequence 4: 0.0%"]),
+        ("bioclinical_base", 256, 2, ["--mesh.sequence 2: 0.0%"]),
+        ("bioclinical_base", 1024, 1, ["--mesh.sequence 16: 0.0%"]),
+        ("bioclinical_large", 256, 1, ["--mesh.sequence 16: 1.3%", "--mesh.sequence 16 ... 624"]),
+        ("bioclinical_large", 1024, 1, ["--mesh.sequence 8: 3.7%", "--mesh.sequence 8 ... 640"]),
+        ("bioclinical_large", 1024, 8, ["... 640"]),  # without rounding, no number of parts helps
+    ],
+)
+def test_ways_to_fill_a_large_pod(recipe, devices, tensor, want):
+    mesh = {"data": devices // 16 // tensor, "fsdp": 16, "sequence": 1, "tensor": tensor}
+    found = search.fuller(configs.load(recipe), mesh)
+    rounding = "--round-batch: 0.0%, with {} sequences per step"
+    assert found == [
+        text if "..." not in text else text[: text.index("...")] + rounding.format(text[-3:])
+        for text in want
+    ]
 
 
 # Costs
@@ -314,8 +336,19 @@ def test_plans_for_an_absent_tpu(tmp_path):
     assert found["loops_with_unknown_trip_count"] == 0
 
 
+@pytest.mark.slow
+def test_plans_for_two_slices(tmp_path):
+    """Data over both slices, the other axes within one."""
+    small = "--sequence-length 128 --global-batch-size 16 --phases.0.tokens 1000000".split()
+    done = run_plan("--topology", "2xv5e:2x2", "--json", str(tmp_path / "plan.json"), *small)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["devices"], found["chips"]) == (8, 8)
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+
+
 def test_bad_topologies_are_one_line():
-    for topology in ("v5e", "v5e:5x4"):
+    for topology in ("v5e", "v5e:5x4", "2xv5e"):
         done = run_plan("--topology", topology)
         assert done.returncode == 2
         (line,) = done.stderr.strip().splitlines()

@@ -59,7 +59,7 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
             "remain"
         )
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = count_slices(devices)
     if slices > 1:
         if data % slices:
             raise ValueError(
@@ -70,6 +70,11 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
         )
         return Mesh(grid, AXES, axis_types=types)
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """Returns the number of TPU slices that the devices belong to."""
+    return len({getattr(d, "slice_index", 0) for d in devices})
 
 
 def describe(mesh: Mesh) -> str:

@@ -11,22 +11,25 @@ smallest. If that does not fit, smaller micro-batches are tried.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from ..common.sharding import MeshShape
+from ..common.sharding import MeshShape, count_slices
 from ..pretrain.config import TrainConfig
 
 ENOUGH_TOKENS = 65_536  # per device and micro-batch
 MAX_FSDP = 16
+MAX_EMPTY = 0.03  # the share of a step's sequences that may be empty without a suggestion
 
 
 def default_mesh(hidden_size: int, devices: Sequence[Any]) -> MeshShape:
-    """fsdp over the largest number up to 16 that divides hidden size and devices; data the rest."""
-    ways = range(1, min(MAX_FSDP, len(devices)) + 1)
-    return MeshShape(fsdp=max(n for n in ways if len(devices) % n == hidden_size % n == 0))
+    """fsdp over the largest number up to 16 that divides hidden size and devices of a slice; data
+    the rest."""
+    size = len(devices) // count_slices(devices)
+    ways = range(1, min(MAX_FSDP, size) + 1)
+    return MeshShape(fsdp=max(n for n in ways if size % n == hidden_size % n == 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,31 @@ def largest(splits: Sequence[BatchSplit], fits: Callable[[BatchSplit], bool]) ->
         middle = (low + high) // 2
         low, high = (middle, high) if fits(at[middle]) else (low, middle)
     return at[low] if low >= 0 else None
+
+
+def fuller(config: TrainConfig, mesh: Mapping[str, int]) -> list[str]:
+    """Flags that leave less of a step empty, with what they leave. mesh: sizes by axis.
+
+    The first is the smallest number of parts of a sequence that leaves at most MAX_EMPTY, or the
+    least; tensor and sequence together stay within 16 ways.
+    """
+    devices = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+    parts = [
+        n
+        for n in range(1, 16 // mesh["tensor"] + 1)
+        if devices % (n * mesh["fsdp"]) == config.sequence_length % n == 0
+        and config.sequence_length // n >= config.model.window
+    ]
+    batch_size = config.global_batch_size
+    empty = {n: least_padded(batch_splits(batch_size, devices // n)).padding for n in parts}
+    best = min(parts, key=lambda n: (max(empty[n], MAX_EMPTY), empty[n] > MAX_EMPTY, n))
+    flags = "" if best == mesh["sequence"] else f"--mesh.sequence {best}"
+    found = [f"{flags}: {empty[best]:.1%}"] if flags else []
+    if empty[best]:
+        size = config.rounded(devices // best)[0].global_batch_size
+        flags = f"{flags} --round-batch".strip()
+        found.append(f"{flags}: 0.0%, with {size} sequences per step")
+    return found
 
 
 def suggestions(config: TrainConfig, mesh: Mesh, split: BatchSplit) -> list[str]:

@@ -5,6 +5,7 @@ jax is imported inside the functions, because `environment` must be applied befo
 """
 
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ def ptxas_folder(cuda_compiler: Path) -> Path:
 
 
 def devices(topology: str) -> list[Any]:
-    """Returns the devices of a slice, such as v5e:4x4, v5p:8x8x16, tpu7x:2x2x1 or h100:1x1x8.
+    """Returns the devices of a topology, such as v5e:4x4, v5p:8x8x16, tpu7x:2x2x1 or h100:1x1x8.
 
-    GPUs are counted as slices x hosts x GPUs per host. Raises ValueError for a topology that the
+    2xv5e:16x16 is two TPU slices that a data center's network joins. GPUs are counted as slices x
+    hosts x GPUs per host. Raises ValueError for a topology that the
     compiler does not know and if `environment` is not set.
     """
     from jax.experimental import topologies
@@ -75,14 +77,16 @@ def devices(topology: str) -> list[Any]:
                 target_config=H100.read_text(),
                 topology=topology.partition(":")[2],
             ).devices
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        count, one = re.fullmatch(r"(?:(\d+)x)?(\D.*)", topology).groups()  # type: ignore[union-attr]
+        several = {"num_slices": int(count)} if count else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=one, **several).devices
     except Exception as error:  # jax has no common class for these
         raise ValueError(f"{expected} ({str(error).splitlines()[0]})") from error
 
 
 def chips(devices: list[Any]) -> int:
     """Number of chips: a chip of TPU v4 or TPU7x counts as two devices."""
-    return len({tuple(getattr(d, "coords", (d.id,))) for d in devices})
+    return len({(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))) for d in devices})
 
 
 def _append(paths: str, folder: Path) -> str:
