@@ -15,15 +15,8 @@ from modernbert_jax.attention import attention as default_attention, make_segmen
 from modernbert_jax.attention.bounds import host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import ModernBertConfig, init_std
-from modernbert_jax.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    Linear,
-    Op,
-    dropout,
-    fold,
-    truncated_normal,
-)
+from modernbert_jax.dropout import dropout, fold
+from modernbert_jax.layers import ACTIVATIONS, LayerNorm, Linear, Op, truncated_normal
 from modernbert_jax.model import (
     Array,
     BaseModelOutput,

@@ -19,6 +19,7 @@ from flax import nnx
 
 from modernbert_jax.attention import Bounds, reference
 from modernbert_jax.config import ModernBertConfig, init_std
+from modernbert_jax.dropout import dropout, fold
 from modernbert_jax.precision import matmul_precision
 
 Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
@@ -52,19 +53,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity if `key` is None or the rate is 0."""
-    if key is None or not rate:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
-    """Derives the key of one use of dropout; None (no dropout) stays None."""
-    return None if key is None else jax.random.fold_in(key, number)
 
 
 def truncated_normal(

@@ -18,7 +18,8 @@ from modernbert_jax.attention import (
 from modernbert_jax.attention.bounds import has_holes, host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
-from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op, fold, rope_tables
+from modernbert_jax.dropout import fold
+from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op, rope_tables
 
 Array = jax.Array | np.ndarray
 Remat = bool | Callable[..., bool]  # True, or a policy of jax.checkpoint_policies
@@ -148,7 +149,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         [B, L], for packed sequences; 0 is padding, and equal neighbors are one document that
         attends only to itself. position_ids: [B, L] or [1, L], in tokens; by default they restart
         at 0 in each segment. inputs_embeds: [B, L, D], instead of input_ids: embeddings before the
-        norm. dropout_key: a jax.random key; None disables dropout.
+        norm. dropout_key: a jax.random key, or keys [B], one per sequence; None disables dropout.
         attention: the attention function, such as `functools.partial(attention,
         implementation="reference")` or a sharded one. scan_layers: compile one body for each
         repeated group of layers, which compiles faster. remat: recompute each layer in the backward
@@ -186,6 +187,11 @@ class ModernBertModel(Pretrained, nnx.Module):
                 f"input_ids: expected at most {longest:,} tokens, got {length:,}; truncate them "
                 "(truncation=True), use pipeline('token-classification'), which slides a window, "
                 f"or raise the limit (from_pretrained(..., max_position_embeddings={length}))"
+            )
+        if dropout_key is not None and dropout_key.shape not in ((), shape[:1]):
+            raise ValueError(
+                f"dropout_key: expected one key or {shape[0]}, one per sequence, got an array of "
+                f"shape {dropout_key.shape}"
             )
         whole = attention_mask is None and segment_ids is None
         segment_ids_BL = make_segment_ids(shape, attention_mask, segment_ids)

@@ -207,20 +207,19 @@ class TestDropout:
         assert np.abs(hidden(model, 1) - hidden(model, 2)).max() > 1e-4
         np.testing.assert_array_equal(hidden(plain, 1), hidden(plain, None))
 
-    def test_rate_and_scale(self):
-        from modernbert_jax.layers import dropout
-
-        x = np.asarray(dropout(jnp.ones((200, 200)), 0.1, jax.random.key(0)))
-        assert abs((x == 0).mean() - 0.1) < 0.01
-        assert abs(x.mean() - 1) < 0.01
-        np.testing.assert_allclose(x[x > 0], 1 / 0.9, rtol=1e-6)
-
-    def test_layers_and_sites_draw_differently(self):
-        """With equal weights in two layers, dropout after attention still differs between them."""
-        from modernbert_jax.layers import fold
-
-        keys = [fold(fold(jax.random.key(0), layer), site) for layer in (1, 2) for site in (0, 1)]
-        assert len({tuple(np.asarray(jax.random.key_data(k))) for k in keys}) == 4
+    def test_a_key_per_sequence(self):
+        """Each sequence depends on its own key alone; another number of keys is refused."""
+        model = mj.ModernBertModel(
+            CONFIG.replace(num_hidden_layers=2, attention_dropout=0.1, mlp_dropout=0.2),
+            rngs=nnx.Rngs(0),
+        )
+        ids = np.repeat(ids_of(1, 12), 3, axis=0)
+        keys = jax.random.split(jax.random.key(0), 2)[np.array([0, 1, 0])]
+        out = np.asarray(run(model, ids, dropout_key=keys).last_hidden_state)
+        np.testing.assert_array_equal(out[0], out[2])
+        assert np.abs(out[0] - out[1]).max() > 1e-4
+        with pytest.raises(ValueError, match="dropout_key: expected one key or 3, one per seq"):
+            model(ids, dropout_key=keys[:2])
 
 
 class TestPooling:

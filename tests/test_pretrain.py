@@ -26,7 +26,7 @@ from train.common.metrics import MetricsWriter, read_metrics
 from train.common.sharding import MeshShape, make_mesh
 from train.corpora.build.prepare import prepare
 from train.corpora.synthetic import write_corpus
-from train.pretrain import run as loop
+from train.pretrain import run as loop, setup
 from train.pretrain.checkpoint import Diverged
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import build_row, eval_batches
@@ -157,7 +157,7 @@ import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import json, pathlib
 from test_pretrain import small
-from train.pretrain import run as loop
+from train.pretrain import run as loop, setup
 loop.run(small(pathlib.Path({corpus!r}), pathlib.Path({workdir!r})))
 """
 
@@ -329,6 +329,16 @@ class TestBadInput:
         phases = (dataclasses.replace(config.phases[0], mlm_probability=0.2), config.phases[1])
         with pytest.raises(ValueError, match="phases 0 mlm_probability was 0.3, is 0.2"):
             loop.run(dataclasses.replace(config, phases=phases))
+
+    def test_workdir_of_a_version_with_other_random_numbers(self, tmp_path, capsys):
+        """A run that began with the option --prng resumes, and the log says what changes."""
+        config = TrainConfig(workdir=str(tmp_path))
+        old = json.loads(json.dumps(dataclasses.asdict(config))) | {"prng": "rbg"}
+        (tmp_path / "run.json").write_text(json.dumps(old))
+        setup._open_workdir(config)
+        assert "prng: the run began with rbg, an option that is gone" in capsys.readouterr().out
+        setup._open_workdir(config)  # said once
+        assert "prng" not in capsys.readouterr().out
 
     def test_unknown_config_and_verb(self, capsys):
         assert cli.main(["pretrain", "--config", "nothing"]) == 2

@@ -100,6 +100,17 @@ def test_twenty_steps_equal_one_device(shape):
         np.testing.assert_allclose(ours[path], value, atol=1e-3 * RATE * STEPS, err_msg=path)
 
 
+def test_dropout_does_not_depend_on_the_number_of_micro_batches():
+    """The same ten sequences as two micro-batches of five, and as one of ten."""
+    batch, rate, losses = batch_of(0, ROWS), np.float32(RATE), []
+    for steps in (2, 1):
+        config = dataclasses.replace(RECIPE, gradient_accumulation_steps=steps)
+        trainer = Trainer(config, MODEL, mesh_of("1x1x1"))
+        arrays = {k: v.reshape(steps, -1, v.shape[-1]) for k, v in batch.items()}
+        losses.append(float(trainer.train_step(trainer.fresh(), arrays, rate, rate)[1]["loss"]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
 def test_weights_and_moments_are_split():
     trainer = Trainer(RECIPE, MODEL, mesh_of("2x2x1x2"))
     state = trainer.fresh()

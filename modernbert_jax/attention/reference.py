@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.dropout import dropout
 
 
 def attention(
@@ -21,9 +22,7 @@ def attention(
     The only implementation with dropout of the probabilities (Hugging Face's attention_dropout).
     """
     p_BHLM = probabilities(q_BLHK, k_BMHK, bounds, scale=scale)
-    if dropout_rate and dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, p_BHLM.shape)
-        p_BHLM = jnp.where(keep, p_BHLM / (1.0 - dropout_rate), 0.0)
+    p_BHLM = dropout(p_BHLM, dropout_rate, dropout_key)
     v_BMHK = v_BMHK.astype(p_BHLM.dtype)
     out = jnp.einsum("BHLM,BMHK->BLHK", p_BHLM, v_BMHK, precision=jax.lax.Precision.HIGHEST)
     return out.astype(q_BLHK.dtype)

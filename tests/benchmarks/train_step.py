@@ -268,9 +268,7 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
     reference = reference_model(model_config)
     tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
     params = hf_to_params(ModernBertForMaskedLM, model_config, tensors)
-    config = TrainConfig(
-        model=model_config, remat=args.remat, scan_layers=args.scan_layers, prng=args.prng
-    )
+    config = TrainConfig(model=model_config, remat=args.remat, scan_layers=args.scan_layers)
     ours = Ours(config, params)
     theirs = None if torch_device is None else Torch(reference, torch_device, dtype)
     results = []
@@ -341,7 +339,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="a timing, at least")
     parser.add_argument("--remat", default="none", choices=("none", "layers", "all_but_dots"))
     parser.add_argument("--scan-layers", action="store_true")
-    parser.add_argument("--prng", default="threefry2x32", choices=("threefry2x32", "rbg"))
     args = parser.parse_args()
     args.seconds = args.seconds or (1.0 if args.quick else 5.0)
     sizes = args.sizes or (["tiny"] if args.quick else ["base", "large"])

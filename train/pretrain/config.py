@@ -127,8 +127,6 @@ class TrainConfig:
     Composer."""
     mesh: MeshShape = MeshShape()  # Number of devices along each axis of the mesh.
     hosts: Hosts = Hosts()  # How the processes of a multi-host run find each other.
-    prng: Literal["threefry2x32", "rbg"] = "threefry2x32"
-    """Random number generator for dropout; rbg is faster on TPUs."""
     attention: str = ""
     """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
     scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.

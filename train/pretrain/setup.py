@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # What may change when a run is resumed: where it runs and how a step is split changes no example
-# and, apart from rounding and the random numbers of dropout, no loss.
+# and, apart from rounding, no loss.
 _FREE = {
     "workdir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "fill_mask",
     "mesh", "round_batch", "hosts", "gradient_accumulation_steps", "scan_layers", "remat",
@@ -78,6 +78,11 @@ def _open_workdir(config: TrainConfig) -> Any:
     record = workdir / "run.json"
     if record.exists():
         found = read_object(record, remedy="delete it and pass the flags that the run had")
+        if prng := found.pop("prng", None):
+            log(
+                f"prng: the run began with {prng}, an option that is gone; dropout draws other "
+                "random numbers from here on"
+            )
         for name in sorted((set(wanted) | set(found)) - _FREE):
             if wanted.get(name) != found.get(name):
                 raise ValueError(

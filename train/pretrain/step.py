@@ -130,16 +130,19 @@ class Trainer:
     def _gradients(self, state: TrainState, batch: Batch):
         """Returns (loss, correct predictions, gradients), summed over micro-batches in float32.
 
-        Dropout keys are folded from (seed, step, micro-batch).
+        Each sequence has a dropout key of its own, folded from (seed, step, its number in the
+        step), so that dropout depends neither on the mesh nor on the number of micro-batches.
         """
         weight_A = _loss_weights(self.config.loss_weighting, batch)
-        key = jax.random.key(self.config.seed, impl=self.config.prng)
+        key = jax.random.key(self.config.seed, impl="threefry2x32")
         key = jax.random.fold_in(key, state.optimizer.step)
         inputs = {k: batch[k] for k in _INPUTS}
         params = gather(state.params, self.mesh, self.model_config.dtype)
 
         def weighted_loss(params, micro, index):
-            loss, correct = self._forward(params, micro, jax.random.fold_in(key, index))
+            number_B = index * self.config.micro_batch_size + jnp.arange(len(micro["labels"]))
+            key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
+            loss, correct = self._forward(params, micro, key_B)
             return loss * weight_A[index], correct
 
         gradient = jax.value_and_grad(weighted_loss, has_aux=True)
