@@ -274,19 +274,25 @@ class TestChoice:
             assert op.default_device().platform == "cpu"
         assert op.default_device() == jax.devices()[0]
 
-    def test_gpu_without_a_measurement_takes_the_proven_one_and_says_what_could_run(self):
-        device = self.device("gpu", "NVIDIA H100", compute_capability="9.0")
+    @pytest.mark.parametrize(
+        "capability, name",
+        [("9.0", "pallas_hopper"), ("8.9", "pallas_triton"), ("8.0", "pallas_triton"),
+         ("8.6", "xla"), ("12.0", "xla")],
+    )  # fmt: skip
+    def test_an_absent_gpu_gets_what_a_run_there_would_check_first(self, capability, name):
+        device = self.device("gpu", "NVIDIA", compute_capability=capability)
         choice = op.choose(self.q, self.bounds, device)
-        assert choice.name == "xla" and "pallas_hopper" in choice.reason
+        assert choice.name == name and not choice.unchecked
+        assert name == "xla" or "assumed for sm" in choice.reason
 
     def test_measured_wins(self, monkeypatch):
         device = self.device("gpu", "NVIDIA H100", compute_capability="9.0")
         monkeypatch.setitem(op.PROVEN, ("pallas_hopper", "sm90"), op.MEASURED)
         assert op.choose(self.q, self.bounds, device).name == "pallas_hopper"
 
-    def test_tpu_takes_its_compiled_kernel_and_says_so(self):
+    def test_an_absent_tpu_gets_its_kernel(self):
         choice = op.choose(self.q, self.bounds, self.device("tpu", "TPU v6 lite"))
-        assert choice.name == "pallas_tpu" and "never run" in choice.reason
+        assert choice.name == "pallas_tpu" and "a run checks it first" in choice.reason
 
     def test_unknown_tpu_falls_back(self):
         assert op.choose(self.q, self.bounds, self.device("tpu", "TPU v99")).name == "xla"

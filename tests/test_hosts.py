@@ -254,6 +254,35 @@ def test_processes_that_differ_are_told_the_same_line(tmp_path):
         assert len(refused) == 3
 
 
+ATTENTION = """
+import os, pathlib, sys
+os.environ["MODERNBERT_JAX_CACHE"] = {folder!r} + "/{index}"
+sys.path.insert(0, "tests")
+from train.common.hosts import Hosts, connect
+connect(Hosts({coordinator!r}, 2, {index}))
+import jax
+from modernbert_jax import ModernBertConfig
+from modernbert_jax.attention import dispatch
+from test_first_use import BOUNDS, NAME, right, wrong
+from train.common.sharding import make_mesh
+from train.pretrain.config import TrainConfig
+from train.pretrain.setup import settle_attention
+dispatch._function = lambda name: wrong if {index} else right
+dispatch.refusal = lambda name, *a: None if name in (NAME, "xla") else "absent"
+model = ModernBertConfig.tiny()
+config = settle_attention(TrainConfig(), model, make_mesh(), pathlib.Path({folder!r}))
+q = jax.ShapeDtypeStruct((1, 64, 1, model.head_dim), model.dtype)
+print("chosen:", dispatch.choose(q, BOUNDS).reason)
+"""
+
+
+def test_a_kernel_that_is_wrong_on_one_host_is_used_on_none(tmp_path):
+    first, second = two_processes(ATTENTION, folder=str(tmp_path))
+    assert "chosen: xla: pallas_hopper failed its check: wrong on another process" in first
+    assert "chosen: xla: pallas_hopper failed its check: error" in second
+    assert (tmp_path / "attention.json").read_text() == '{"cpu": "xla"}\n'
+
+
 LATE = """
 import time
 import jax

@@ -8,13 +8,16 @@ from modernbert_jax.attention.bounds import Bounds, make_bounds, make_segment_id
 from modernbert_jax.attention.context import context_parallel
 from modernbert_jax.attention.dispatch import (
     IMPLEMENTATIONS as IMPLEMENTATIONS,
+    KERNELS as KERNELS,
     MEASURED as MEASURED,
     PROVEN as PROVEN,
     Choice,
     attention,
+    check,
     choose,
     default_device as default_device,
     generation_of as generation_of,
+    passes as passes,
     refusal,
     sharded,
 )
@@ -23,6 +26,7 @@ __all__ = [
     "Bounds",
     "Choice",
     "attention",
+    "check",
     "choose",
     "context_parallel",
     "make_bounds",

@@ -8,6 +8,7 @@ speed relative to `xla`, for packed sequences in local and global layers.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -18,55 +19,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from modernbert_jax import attention as op
+from modernbert_jax.attention.first_use import LENGTH, TOLERANCE, both_passes, case, error_of
 
 HEADS, HEAD_DIM, WINDOW = 12, 64, 64
-# Relative to the reference's largest value; allows for rounding of inputs and products.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
-def case(
-    rows: int, length: int, window: int | None, dtype: str, whole: bool = False, seed: int = 0
-) -> tuple[Any, ...]:
-    """Makes (q, k, v, d_out, bounds): rows packed with segments of about 300 tokens."""
-    rng = np.random.default_rng(seed)
-    shape = (4, rows, length, HEADS, HEAD_DIM)
-    arrays = jnp.asarray(rng.normal(size=shape).astype(np.float32)).astype(dtype)
-    ids = np.ones((rows, length), np.int32)
-    if not whole:
-        for row in range(rows):
-            cuts = np.sort(rng.choice(np.arange(1, length), max(1, length // 300), replace=False))
-            ids[row] = 1 + np.searchsorted(cuts, np.arange(length), side="right")
-            ids[row, length - length // 50 :] = 0
-    return (*arrays, op.make_bounds(jnp.asarray(ids), window, whole=whole))
-
-
-def both_passes(name: str, bounds: op.Bounds) -> Callable[..., tuple[jax.Array, ...]]:
-    """Returns the compiled function (q, k, v, d_out) -> (out, dq, dk, dv)."""
-
-    def run(q, k, v, d_out):
-        f = lambda q, k, v: op.attention(  # noqa: E731
-            q, k, v, bounds, scale=HEAD_DIM**-0.5, implementation=name
-        )
-        out, pull = jax.vjp(f, q, k, v)
-        return (out, *pull(d_out))
-
-    return jax.jit(run)
-
-
-def error_of(name: str, dtype: str, window: int | None, whole: bool) -> float:
-    """The largest error of out, dq, dk and dv, relative to the reference's largest value."""
-    *arrays, bounds = case(2, 1000, window, dtype, whole)
-    got = both_passes(name, bounds)(*arrays)
-    exact = [x.astype(jnp.float32) for x in arrays]
-    want = both_passes("reference", bounds)(*exact)
-    return max(
-        float(jnp.max(jnp.abs(g.astype(jnp.float32) - w)) / jnp.max(jnp.abs(w)))
-        for g, w in zip(got, want, strict=True)
-    )
+def named(name: str) -> Callable[..., jax.Array]:
+    """Returns the op with this implementation."""
+    return functools.partial(op.attention, implementation=name)
 
 
 def seconds_of(run: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
@@ -99,7 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     results, failed = [], False
     for window, whole in ((WINDOW, False), (None, False), (None, True)):
         layer = f"{'global' if window is None else 'local'}{', whole' if whole else ', packed'}"
-        *arrays, bounds = case(2 if on_cpu else 4, length, window, dtype, whole)
+        of = functools.partial(
+            case, window=window, dtype=dtype, heads=HEADS, head_dim=HEAD_DIM, whole=whole
+        )
+        *arrays, bounds = of(2 if on_cpu else 4, length)
         base = None
         for name in op.IMPLEMENTATIONS[1:]:
             reason = op.refusal(name, arrays[0], bounds, device)
@@ -109,14 +74,14 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             row = {"implementation": name, "layer": layer, "length": length, "dtype": dtype}
             try:
-                row["error"] = error_of(name, dtype, window, whole)
+                row["error"] = error_of(named(name), *of(2, LENGTH))
                 forward = jax.jit(
-                    lambda q, k, v, name=name, bounds=bounds: op.attention(
-                        q, k, v, bounds, scale=HEAD_DIM**-0.5, implementation=name
+                    lambda q, k, v, name=name, bounds=bounds: named(name)(
+                        q, k, v, bounds, scale=HEAD_DIM**-0.5
                     )
                 )
                 row["forward_seconds"] = seconds_of(forward, arrays[:3])
-                row["both_seconds"] = seconds_of(both_passes(name, bounds), arrays)
+                row["both_seconds"] = seconds_of(both_passes(named(name), bounds), arrays)
             except Exception as error:  # a kernel that fails is a result too
                 first = str(error).strip().split("\n")[0]
                 row["failure"] = f"{type(error).__name__}: {first}"
@@ -134,8 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{'' if good else '  exceeds the tolerance'}"
             )
             results.append(row)
-    q, *_, bounds = case(1, 1024, None, dtype)
-    print(f"implementation=None runs {op.choose(q, bounds, device).reason}")
+    print(f"implementation=None runs {op.check(device, dtype=dtype, head_dim=HEAD_DIM).reason}")
     if args.json:
         record = {
             "command": "python -m modernbert_jax.attention",

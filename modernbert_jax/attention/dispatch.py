@@ -1,17 +1,20 @@
 """Chooses the implementation of attention; the table PROVEN records what was tested where."""
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from modernbert_jax.attention import cudnn, reference, xla
+from modernbert_jax.attention import cudnn, first_use, reference, xla
 from modernbert_jax.attention.bounds import Bounds
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_hopper", "pallas_triton", "cudnn")
+KERNELS = IMPLEMENTATIONS[2:5]  # ours; on each device the first that can run is the fastest
 
 MEASURED = "measured"  # there is a result file in tests/benchmarks/results
 COMPILED = "compiled and interpreted"  # its machine code was generated and read, but not run
@@ -26,15 +29,21 @@ PROVEN: dict[tuple[str, str], str] = {
     ("pallas_tpu", "TPU7x"): COMPILED,
     ("pallas_hopper", "sm90"): COMPILED,
     ("pallas_triton", "sm90"): COMPILED,
+    ("pallas_triton", "sm89"): COMPILED,
+    ("pallas_triton", "sm80"): COMPILED,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The implementation that `implementation=None` runs, and the reason in one line."""
+    """The implementation that `implementation=None` runs, and the reason in one line.
+
+    unchecked: kernels that could run here, but not before `check` has tried them.
+    """
 
     name: str
     reason: str
+    unchecked: tuple[str, ...] = ()
 
 
 def generation_of(device: Any) -> str:
@@ -65,24 +74,96 @@ def refusal(name: str, q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
 def choose(q_BLHK: Any, bounds: Bounds, device: Any = None) -> Choice:
     """Returns what `implementation=None` runs for these shapes on `device` (default: jax's).
 
-    Prefers a kernel that was measured on this generation, then, on a TPU, a kernel that its
-    compiler accepts, then `xla`.
+    That is the first kernel that was measured on this generation of devices or has passed `check`
+    on this kind of device, else `xla`. For a device that this process does not have it is the
+    kernel that a run there will try first. Nothing is run.
     """
     device = default_device() if device is None else device
     generation = generation_of(device)
     able = [n for n in IMPLEMENTATIONS[2:] if refusal(n, q_BLHK, bounds, device) is None]
+    unchecked, failed = [], []
     for name in able:
         if PROVEN.get((name, generation)) == MEASURED:
             return Choice(name, f"{name}: measured on {generation}")
-    for name in able:
-        if device.platform == "tpu" and PROVEN.get((name, generation)) == COMPILED:
-            return Choice(
-                name,
-                f"{name}: {COMPILED} for {generation}, but never run on one; "
-                "`python -m modernbert_jax.attention` checks it",
+        if name not in KERNELS:
+            continue
+        if not _is_present(device):
+            if PROVEN.get((name, generation)) == COMPILED:
+                return Choice(
+                    name, f"{name}: assumed for {generation}, where a run checks it first"
+                )
+            continue
+        dtype, head_dim = q_BLHK.dtype.name, q_BLHK.shape[-1]
+        outcome = first_use.remembered(name, device, dtype, head_dim)
+        if outcome is None:
+            unchecked.append(name)
+        elif outcome.passed:
+            return Choice(name, f"{name}: passed its check on {device.device_kind}")
+        else:
+            failed.append(f"{name} failed its check: {outcome.reason}")
+    if unchecked:
+        failed.append(f"{', '.join(unchecked)} not checked on this {device.device_kind} yet")
+    why = "; ".join(failed) or f"the tested implementation on {generation}"
+    return Choice("xla", f"xla: {why}", tuple(unchecked))
+
+
+def check(
+    device: Any = None,
+    *,
+    dtype: str = "bfloat16",
+    head_dim: int = 64,
+    everywhere: Callable[[bool], bool] = lambda passed: passed,
+    log: Callable[[str], None] | None = None,
+) -> Choice:
+    """Checks kernels on `device` (default: jax's) until one passes, and returns what is chosen.
+
+    Takes seconds once for a kind of device, nothing after that or on a CPU; first_use.py describes
+    what is run and remembered. Warns of a kernel that fails, which is not used. Runs nothing inside
+    a trace. everywhere: returns whether a kernel, which passed here or not, passed on all processes
+    of a job; they call it in step. log: gets the choice in one line, by default the log of this
+    package.
+    """
+    device = default_device() if device is None else device
+    q = jax.ShapeDtypeStruct((1, first_use.LENGTH, 1, head_dim), jnp.dtype(dtype))
+    edge = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+    bounds = Bounds(edge, edge)  # type: ignore[arg-type]
+    tracing = isinstance(jnp.zeros(()), jax.core.Tracer)  # type: ignore[attr-defined]
+    for name in () if tracing else KERNELS:
+        if refusal(name, q, bounds, device) is None and passes(
+            name, device, dtype=dtype, head_dim=head_dim, everywhere=everywhere
+        ):
+            break
+    choice = choose(q, bounds, device)
+    (log or logging.getLogger("modernbert_jax").info)(f"attention: {choice.reason}")
+    return choice
+
+
+def passes(
+    name: str,
+    device: Any,
+    *,
+    dtype: str,
+    head_dim: int,
+    everywhere: Callable[[bool], bool] = lambda passed: passed,
+) -> bool:
+    """Returns whether a kernel is measured on `device` or passes its check there; see `check`."""
+    if PROVEN.get((name, generation_of(device))) == MEASURED:
+        return True
+    outcome = first_use.remembered(name, device, dtype, head_dim)
+    if outcome is None:
+        outcome = first_use.examine(name, _function(name), device, dtype, head_dim)
+        if not outcome.passed:
+            warnings.warn(
+                f"{name}: failed its check on {device.device_kind} ({outcome.reason}); it is not "
+                "used",
+                stacklevel=3,
             )
-    untested = f" ({', '.join(able)} can run but were not measured)" if able else ""
-    return Choice("xla", f"xla: the tested implementation on {generation}{untested}")
+    if everywhere(outcome.passed):
+        return True
+    if outcome.passed:
+        outcome = first_use.Outcome(False, "wrong on another process of this job")
+    first_use.note(name, device, dtype, head_dim, outcome)
+    return False
 
 
 def attention(
@@ -126,12 +207,20 @@ def default_device() -> Any:
     return device if isinstance(device, jax.Device) else jax.devices(device)[0]
 
 
+def _is_present(device: Any) -> bool:
+    """Whether this process or another one of its job can run on the device."""
+    try:
+        return device in jax.devices(device.platform)
+    except RuntimeError:  # no such platform
+        return False
+
+
 def _resolve(name: str | None, q_BLHK: Any, bounds: Bounds, device: Any) -> Callable[..., Any]:
     """Returns the named implementation, or the one chosen for `device`; raises if it cannot run."""
     if name is None:
         choice = choose(q_BLHK, bounds, device)
-        if "never run" in choice.reason:
-            warnings.warn(choice.reason, stacklevel=3)  # Python shows it once per call site
+        if choice.unchecked:  # Python shows it once per call site
+            warnings.warn(f"{choice.reason}; call modernbert_jax.attention.check()", stacklevel=3)
         name = choice.name
     elif (reason := refusal(name, q_BLHK, bounds, device)) is not None:
         raise ValueError(reason)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from modernbert_jax.attention import check as check_attention
 from modernbert_jax.checkpoint.files import read_config
 from modernbert_jax.checkpoint.hf import SafetensorsFolder, params_to_hf, tied_copy, write_hf
 from modernbert_jax.checkpoint.hub import resolve
@@ -115,6 +116,8 @@ class Pretrained:
                 stacklevel=2,
             )
         config = config.replace(dtype=compute, param_dtype=keep, **config_changes)
+        # Now, because a kernel's first use on a device runs it, which a trace of the model cannot.
+        check_attention(dtype=compute, head_dim=config.head_dim)
         return _load(cls, config, tensors, seed, ignore_mismatched_sizes, os.fspath(folder))
 
     def eval(self) -> Self:

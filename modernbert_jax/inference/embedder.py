@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modernbert_jax.attention import attention as default_attention, sharded
+from modernbert_jax.attention import attention as default_attention, check, sharded
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import pool
 from modernbert_jax.inference.export import (
@@ -70,6 +70,9 @@ class Embedder:
                 raise ValueError("device, mesh: expected one of them, got both")
             mesh = Mesh(np.array([self.device]), ("data",))
         attention = default_attention if mesh is None else sharded(mesh, rows="data")
+        if mesh is not None:  # may consist of other devices than the default one
+            config = self.model.config
+            check(mesh.local_devices[0], dtype=config.dtype, head_dim=config.head_dim)
         self._sequences = 1 if mesh is None else mesh.shape["data"]
         self._sharding = mesh and NamedSharding(mesh, PartitionSpec("data", None))
         self._params = flatten(self.model)

@@ -1,8 +1,8 @@
 """Which exported functions may run: those that this user wrote, by their digests.
 
 An exported function is a program. A file beside the weights proves nothing, since whoever wrote the
-program could write that file too, so the digests are kept in the user's own cache folder:
-$MODERNBERT_JAX_CACHE, by default ~/.cache/modernbert_jax.
+program could write that file too, so the digests are kept in the user's own cache folder
+(modernbert_jax.cache).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 
 import jax
 
+from modernbert_jax.cache import cache_folder
 from modernbert_jax.checkpoint.files import CONFIG_FILE, write_text
 
 # What XLA itself provides, and the kernels of this project. A call of any other target would hand
@@ -69,6 +70,4 @@ def _facts(weights: str) -> dict[str, str]:
 
 
 def _record(program: bytes) -> pathlib.Path:
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "modernbert_jax"
-    root = pathlib.Path(os.environ.get("MODERNBERT_JAX_CACHE") or default).expanduser()
-    return root / "exported" / f"{hashlib.sha256(program).hexdigest()}.json"
+    return cache_folder() / "exported" / f"{hashlib.sha256(program).hexdigest()}.json"

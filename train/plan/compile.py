@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +62,7 @@ def compile_step(
         "sequences; this takes a minute or more"
     )
     start = time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # kernels warn if they were never run on the device
-        traced = trainer.train_step.trace(*abstract_arguments(trainer, phase))
+    traced = trainer.train_step.trace(*abstract_arguments(trainer, phase))
     lowered = traced.lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile()

@@ -2,8 +2,8 @@
 
 Everything that can be refused is refused before the first step. What a run writes to its workdir:
 
-    run.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  goodput.jsonl  tensorboard/
-    curves.png  export/  result.json
+    run.json  attention.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  goodput.jsonl
+    tensorboard/  curves.png  export/  result.json
 
 Every process of a job calls it; the first one writes.
 """
@@ -36,7 +36,7 @@ from .data import Batches, Position
 from .evaluate import Evaluation
 from .export import finish
 from .session import Session, StepLog
-from .setup import masking_of, model_config_of, prepare, start_state
+from .setup import masking_of, model_config_of, prepare, settle_attention, start_state
 from .step import Trainer, TrainState
 
 
@@ -70,7 +70,9 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
             "the kind of device": sorted({d.device_kind for d in jax.local_devices()}),
         }
     )
-    trainer = Trainer(config, model_config_of(config, tokenizer), mesh)
+    model_config = model_config_of(config, tokenizer)
+    config = settle_attention(config, model_config, mesh, workdir)
+    trainer = Trainer(config, model_config, mesh)
     checkpoints = Checkpoints(workdir, trainer, config.keep_checkpoints, log)
     restored = checkpoints.restore()
     if restored:

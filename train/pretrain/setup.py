@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax.attention import IMPLEMENTATIONS, KERNELS, check, passes
 from modernbert_jax.checkpoint.files import copy_tokenizer, write_text
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.tokenizer import AutoTokenizer, absent_ids, vocab_size
 
-from ..common.hosts import is_first, log
+from ..common.hosts import agree, is_first, log, total
 from ..common.optimizer import StableAdamWState
 from ..common.records import read_object
 from ..common.sharding import place
@@ -100,6 +102,44 @@ def _open_workdir(config: TrainConfig) -> Any:
     if is_first():
         write_text(record, json.dumps(wanted, indent=2) + "\n")
     return workdir
+
+
+def settle_attention(
+    config: TrainConfig, model_config: ModernBertConfig, mesh: Mesh, workdir: Any
+) -> TrainConfig:
+    """Checks the kernels on this kind of device and returns the config with the run's choice.
+
+    All processes make the same one. WORKDIR/attention.json keeps it for each kind of device, and a
+    resumed run keeps to it; config.attention overrides both. Raises ValueError if the kernel that a
+    resumed run used has failed its check since.
+    """
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    checks: dict[str, Any] = {
+        "dtype": model_config.dtype, "head_dim": model_config.head_dim,
+        "everywhere": lambda passed: bool(total([passed])[0] == jax.process_count()),
+    }  # fmt: skip
+    record = workdir / "attention.json"
+    found = read_object(record, remedy="delete it; implementations are then chosen again")
+    before, name = found.get(device.device_kind), config.attention
+    if before not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"{record}: expected one of {', '.join(IMPLEMENTATIONS)}, got {before!r}")
+    if not name:
+        name = check(device, log=log, **checks).name
+        if before not in (None, name):
+            if before in KERNELS and not passes(before, device, **checks):
+                raise ValueError(
+                    f"attention: this run used {before} on {device.device_kind}, which fails its "
+                    f"check there now; --attention {name} continues with another implementation"
+                )
+            config = dataclasses.replace(config, attention=before)
+            log(f"attention: {before}, as before; --attention {name} would change it")
+            name = before
+    elif before not in (None, name):
+        log(f"attention: was {before}, is {name}")
+    agree({"the implementation of attention": name})
+    if is_first():
+        write_text(record, json.dumps(found | {device.device_kind: name}) + "\n")
+    return config
 
 
 def _difference(found: Any, wanted: Any) -> str:
