@@ -6,13 +6,15 @@ takes no memory, and gives the same bits on every mesh, with or without scan and
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The multipliers of the 32-bit mixer "lowbias32" (https://github.com/skeeto/hash-prospector), found
 # by search for the least bias of its avalanche, and an odd number close to 2^32 / golden ratio.
-_FIRST, _SECOND, _STRIDE = (jnp.uint32(n) for n in (0x7FEB352D, 0x846CA68B, 0x9E3779B9))
+_FIRST, _SECOND, _STRIDE = (np.uint32(n) for n in (0x7FEB352D, 0x846CA68B, 0x9E3779B9))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -49,9 +51,8 @@ _drop.defvjp(
 def _keep(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Returns which elements of an array of this shape are kept.
 
-    words: a key's words [n], or [B, n]. Two hashes of the words are mixed with the index over all
-    axes but the last, which costs little; each element then needs only one round, without its last
-    shift, which changes no high bits.
+    words: a key's words [n], or [B, n]. The index over all axes but the last is hashed with them,
+    which costs little; each element then needs only one round (`kept`).
     """
     leading = words.ndim - 1
     *rows, width = shape[leading:]
@@ -59,13 +60,34 @@ def _keep(words: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     for axis, size in enumerate(rows):
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, tuple(rows), axis)
     row = row.reshape((1,) * leading + row.shape)
-    for seed in (jnp.uint32(0), _STRIDE):
-        for i in range(words.shape[-1]):
-            seed = _mix(seed ^ words[..., i])
-        row = _mix(row ^ seed.reshape(seed.shape + (1,) * len(rows)))
-    column = jax.lax.iota(jnp.uint32, width) * _STRIDE
-    bits = _round(row[..., None] ^ column.reshape((1,) * row.ndim + (-1,)))
-    return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    ones = (1,) * len(rows)
+    row = hash_of_row(row, [seed.reshape(seed.shape + ones) for seed in seeds(words)])
+    column = jax.lax.iota(jnp.uint32, width).reshape((1,) * row.ndim + (-1,))
+    return kept(row[..., None], column, rate)
+
+
+def seeds(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns two hashes [...] of a key's words [..., n]."""
+    first, second = jnp.uint32(0), jnp.uint32(_STRIDE)
+    for i in range(words.shape[-1]):
+        first, second = _mix(first ^ words[..., i]), _mix(second ^ words[..., i])
+    return first, second
+
+
+def hash_of_row(row: jax.Array, seeds: Sequence[jax.Array]) -> jax.Array:
+    """Mixes a key's `seeds` with the number of a row of elements, uint32."""
+    for seed in seeds:
+        row = _mix(row ^ seed)
+    return row
+
+
+def kept(hash_of_row: jax.Array, column: jax.Array, rate: float) -> jax.Array:
+    """Returns whether dropout keeps an element of a row; both uint32.
+
+    The last shift of the round is left out, since it changes no high bits.
+    """
+    bits = _round(hash_of_row ^ (column * _STRIDE))
+    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _round(x: jax.Array) -> jax.Array:

@@ -242,6 +242,8 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
     ) -> jax.Array:
+        if bounds.window is not None and hasattr(attention, "layer"):  # FusedLocalLayers
+            return attention.layer(self, x_BLD, rope, bounds, fold(fold(key, 0), 2))
         h_BLD = self.attn_norm(x_BLD) if self.has_attn_norm else x_BLD
         h_BLD = self.attn(h_BLD, rope, bounds, attention, fold(key, 0))
         x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
