@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,16 @@ from modernbert_jax import ModernBertConfig
 from train import configs
 from train.common.flops import PEAK, Device
 from train.common.sharding import MeshShape, make_mesh
-from train.plan import compile as compiling, hlo, search, topologies
-from train.plan.report import phase_costs, table
+from train.plan import (
+    compile as compiling,
+    estimate,
+    hlo,
+    kernels,
+    run as running,
+    search,
+    topologies,
+)
+from train.plan.report import Documents, flops_and_bounds, report, table
 from train.plan.run import Options, plan
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.step import Trainer
@@ -72,16 +81,78 @@ def test_the_first_choice():
 
 
 @pytest.mark.parametrize("most", [0, 1, 4, 9, 36])
-def test_search_finds_the_largest(most):
+def test_the_largest_that_fits(most):
     tried = []
 
     def fits(split):
         tried.append(split.per_device_batch_size)
         return split.per_device_batch_size <= most
 
-    found = search.largest(search.batch_splits(576, 16), fits)
-    assert (found.per_device_batch_size if found else 0) == most
+    assert search.largest(search.batch_splits(576, 16), fits) == most
     assert len(tried) <= 6  # of at most 36 sizes per device
+
+
+def run_search(most, seconds):
+    """Searches as if `most[remat]` sequences fit a device and the other policies never did."""
+    asked = []
+
+    def fits(candidate):
+        return candidate.split.per_device_batch_size <= most.get(candidate.remat, 0)
+
+    def time(candidate):
+        asked.append(candidate)
+        return seconds(candidate)
+
+    splits = search.batch_splits(576, 16)
+    remats = ("none", "all_but_dots", "layers")
+    return *search.search({MeshShape(fsdp=16): splits}, remats, 8192, fits, time), asked
+
+
+def test_a_search_compiles_the_two_that_recompute_least_and_takes_the_faster():
+    most = {"all_but_dots": 5, "layers": 99}
+    times = {"all_but_dots": 6.5, "layers": 8.24}
+    chosen, reason, asked = run_search(most, lambda c: times[c.remat])
+    # 4, not 5, as 5 x 16 leaves padding; of "layers" 6: 8 (65,536 tokens) leaves padding as well.
+    found = [(c.remat, c.split.per_device_batch_size, c.split.padding) for c in asked]
+    assert found == [("all_but_dots", 4, 0), ("layers", 6, 0)]
+    assert chosen == asked[0]
+    assert reason == (
+        "remat all_but_dots, 9 x 64 sequences: 6.500 s per step; remat layers, 6 x 96 sequences: "
+        "8.240 s per step; remat none does not fit"
+    )
+    chosen, _, asked = run_search({"none": 4, "all_but_dots": 6, "layers": 9}, lambda c: 1.0)
+    assert [c.remat for c in asked] == ["none", "all_but_dots"]
+
+
+def test_a_search_tries_the_best_policy_on_another_mesh():
+    """256 devices: 768 sequences are computed for 576 unless each is split into four."""
+    whole, parts = (MeshShape(fsdp=16, sequence=n) for n in (1, 4))
+    meshes = {whole: search.batch_splits(576, 256), parts: search.batch_splits(576, 64)}
+    time = lambda c: {"none": 2.0, "layers": 3.0}[c.remat] / c.mesh.sequence  # noqa: E731
+    asked = []
+    chosen, reason = search.search(
+        meshes, ("none", "layers"), 8192, lambda c: True, lambda c: asked.append(c) or time(c)
+    )
+    assert [(c.mesh, c.remat) for c in asked] == [
+        (whole, "none"), (whole, "layers"), (parts, "none"),
+    ]  # fmt: skip
+    assert chosen == asked[2] and chosen.split.padding == 0
+    assert reason.startswith("remat none, 1 x 576 sequences, sequences in 4 parts: 0.500 s")
+
+
+def test_a_search_goes_on_where_a_fast_compile_was_wrong():
+    """The finished program does not fit, so smaller micro-batches are compiled."""
+    tight = lambda c: 1.0 if c.split.per_device_batch_size <= 3 else None  # noqa: E731
+    chosen, _, asked = run_search({"none": 6}, tight)
+    assert [c.split.per_device_batch_size for c in asked] == [6, 4, 3]
+    assert chosen == asked[-1]
+    chosen, reason, _ = run_search({}, tight)
+    assert chosen is None and reason.startswith("nothing fits, whether remat is none,")
+
+
+def test_policies_that_recompute_least_come_first():
+    found = search.policies(BASE)
+    assert found[0] == "none" and found[-1] == "layers" and "all_but_dots" in found
 
 
 def test_default_meshes():
@@ -126,10 +197,10 @@ def test_state_bytes():
         assert found == {"parameters": expected, "moments": 2 * expected}
 
 
-def test_lower_bound_and_hours_by_hand():
+def test_flops_and_lower_bounds_by_hand():
     phase = Phase("phase1", tokens=160_453_000_000, mlm_probability=0.30)
     split = split_of(576, 256, 1)
-    found = phase_costs(BASE, phase, split, "TPU v5 lite", 256, 256, 0.4, 8192, 4e9)
+    found = flops_and_bounds(BASE, phase, split, "TPU v5 lite", 256, Documents(8192), 4e9)
     # A token's forward FLOPs from the paper's architecture: linear, head, attention at 8192.
     tokens, linear, head, attention = 576 * 8192, 0.2206e9, 0.0236e9, 0.2069e9
     model = 3 * tokens * (linear + head + attention)
@@ -143,11 +214,16 @@ def test_lower_bound_and_hours_by_hand():
     assert found["compute_lower_bound_seconds"] == pytest.approx(bound, rel=1e-3)
     assert found["communication_lower_bound_seconds"] == 4e9 / 200e9  # 400 GB/s both ways
     assert found["mfu_upper_bound"] == pytest.approx(model / (256 * 197e12 * bound), rel=1e-3)
-    seconds = model / (256 * 197e12 * 0.4) / 0.75  # a quarter of the sequences is padding
-    hours = 160_453_000_000 / tokens * seconds / 3600
     assert found["steps"] == 34_005  # the published 34,004 and a part
-    assert found["hours"] == pytest.approx(hours, rel=1e-3)
-    assert found["chip_hours"] == pytest.approx(256 * hours, rel=1e-3)
+
+
+def test_lognormal_documents_have_their_mean():
+    ids_BL = Documents(1024, "lognormal").packed(200, 8192)
+    assert (ids_BL > 0).all() and (np.diff(ids_BL, axis=1) >= 0).all()
+    # The last document of a sequence is cut, which is nearly half a document of eight.
+    assert 200 * 8192 / ids_BL.max(axis=1).sum() == pytest.approx(1024, rel=0.2)
+    equal_BL = Documents(1024).packed(3, 8192)
+    assert (np.bincount(equal_BL[0])[1:] == 1024).all() and equal_BL.max() == 8
 
 
 # What a program communicates
@@ -215,6 +291,215 @@ def test_a_tpu_programs_text():
     assert found.copies == [(4 * 2**20, 7)]
 
 
+# Where the time goes
+
+# A loop of three trips: a matrix product as a convolution, which takes one layer's weight from a
+# stack; a kernel whose own estimate of its cycles must not count; a copy into VMEM (S(1)).
+STEP_TEXT = """HloModule m
+%one_layer (p.0: bf16[4096,768], p.1: bf16[22,768,2304], p.2: s32[]) -> bf16[4096,2304] {
+  %p.0 = bf16[4096,768]{1,0} parameter(0)
+  %p.1 = bf16[22,768,2304]{2,1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,768,2304]{2,1,0} dynamic-slice(%p.1, %p.2, %zero, %zero), dynamic_slice_sizes={1,768,2304}
+  %flat = bf16[768,2304]{1,0} bitcast(%slice)
+  ROOT %dot = bf16[4096,2304]{1,0} convolution(%p.0, %flat), dim_labels=bf_io->bf
+}
+%stack (p.0: f32[22,768,2304], p.1: f32[768,2304], p.2: s32[]) -> f32[22,768,2304] {
+  %p.0 = f32[22,768,2304]{2,1,0} parameter(0)
+  %p.1 = f32[768,2304]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %part = f32[1,768,2304]{2,1,0} bitcast(%p.1)
+  ROOT %update = f32[22,768,2304]{2,1,0} dynamic-update-slice(%p.0, %part, %p.2, %zero, %zero)
+}
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+%body (p: (bf16[4096,768])) -> (bf16[4096,768]) {
+  %x = bf16[4096,768]{1,0} get-tuple-element(%p), index=0
+  %w = bf16[22,768,2304]{2,1,0} get-tuple-element(%p), index=1
+  %g = f32[22,768,2304]{2,1,0} get-tuple-element(%p), index=2
+  %i = s32[] get-tuple-element(%p), index=3
+  %qkv = bf16[4096,2304]{1,0} fusion(%x, %w, %i), kind=kOutput, calls=%one_layer, metadata={op_name="jit(step)/while/body/dot"}, backend_config={"window_config":{"estimated_cycles":"200000"}}
+  %call = (bf16[1,4096,768]{2,1,0}, f32[6,2,4096]{2,1,0}) custom-call(%i, %qkv), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/jvp()/bounded_forward_local/pallas_call"}, backend_config={"estimated_cycles":"999999999"}
+  %near = (bf16[4096,768]{1,0:T(8,128)S(1)}, bf16[4096,768]{1,0}, u32[]) copy-start(%x)
+  %here = bf16[4096,768]{1,0:T(8,128)S(1)} copy-done(%near)
+  %c = bf16[4096,768]{0,1} copy(%here), backend_config={"estimated_cycles":"7000"}
+  %l = f32[4096]{0} reduce(%c, %zero), dimensions={1}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp(loss))/reduce"}, backend_config={"estimated_cycles":"500"}
+  %s = f32[22,768,2304]{2,1,0} fusion(%g, %dw, %i), kind=kLoop, calls=%stack, backend_config={"estimated_cycles":"11000"}
+  %r = f32[1000000]{0} all-reduce(%l), replica_groups=[1,4]<=[4], to_apply=%add
+  %a = (f32[500]{0}, f32[1000]{0}) all-gather-start(%l), replica_groups=[1,4]<=[4], dimensions={0}
+  %dw = f32[768,2304]{1,0} copy-done(%elsewhere)
+}
+ENTRY %main (x: bf16[4096,768]) -> bf16[4096,768] {
+  %loop = (bf16[4096,768]) while(%t), condition=%test, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %new = f32[1000]{0} multiply(%a, %a), metadata={op_name="jit(step)/optimizer/mul"}, backend_config={"estimated_cycles":"90"}
+}
+"""  # noqa: E501
+
+
+def test_the_time_of_a_step_by_hand():
+    program = hlo.read(STEP_TEXT, 4)
+    device = Device(1e12, 1e9, 1e11, 2e10, flops_per_cycle=1000, cores=1)  # 1 GHz
+    found = estimate.times(program, device, lambda kernel: {"bounded_forward_local": 5e5}[kernel])
+    assert set(found) == set(estimate.CATEGORIES)
+    rows, weight = 4096 * 768 * 2, 768 * 2304 * 2
+    moved = {
+        "matmul": 3 * (4 * rows + weight),  # x, q, k and v; one layer's weight
+        "attention": 3 * (4 + 3 * rows + rows + 6 * 2 * 4096 * 4),
+        "copies": 3 * rows,  # it reads VMEM
+        "loss": 3 * (rows + 4 * 4096),
+        "elementwise": 3 * (2 * 2 * weight + 4),  # one layer's gradient in float32
+        "optimizer": 4 * 1000,
+        "collectives": 0,
+    }
+    assert {name: one.hbm_bytes for name, one in found.items()} == moved
+    products = 3 * 2 * 4096 * 768 * 2304 / 1e12
+    exposed = 3 * 4e6 * 2 * 3 / 4 / 1e10  # the all-gather is overlapped
+    cycles = {"matmul": 6e5, "copies": 2.1e4, "loss": 1500, "elementwise": 3.3e4, "optimizer": 90}
+    for name, one in found.items():
+        if name in cycles:
+            assert one.estimated == pytest.approx(cycles[name] / 1e9)
+            bound = moved[name] / 1e11
+            assert one.roofline == pytest.approx(
+                max(bound, products) if name == "matmul" else bound
+            )
+    assert found["attention"].estimated == found["attention"].roofline == pytest.approx(1.5e-3)
+    assert found["collectives"].estimated == found["collectives"].roofline == exposed
+    # A kernel cannot be faster than its arrays can be read and written.
+    slow = estimate.times(program, device, lambda kernel: 1.0)["attention"]
+    assert slow.estimated == pytest.approx(moved["attention"] / 1e11)
+
+
+def test_flops_of_products_as_a_cpu_compiles_them():
+    shapes = jnp.zeros((4, 32, 48)), jnp.zeros((4, 48, 80))
+    compiled = jax.jit(lambda x, y: jnp.einsum("bij,bjk->bik", x, y)).lower(*shapes).compile()
+    found = [one.flops for one in hlo.read(compiled.as_text() or "", 1).operations if one.flops]
+    assert found == [2 * 4 * 32 * 48 * 80]
+
+
+@pytest.mark.parametrize(
+    "line, macs",
+    [
+        # A contraction over 6 x 8192 positions as a window over all of them.
+        ("window={size=6x1}, dim_labels=0b1f_0i1o->0b1f", 2 * 10 * 6 * 3 * 7),
+        # A product for each of 12 heads: dilated, so that one tap of each window meets a head.
+        ("window={size=12 stride=11 lhs_dilate=12}, dim_labels=0bf_0io->0bf", 12 * 2 * 3 * 7),
+        # Three taps over 5 positions with padding: the first and the last miss one.
+        ("window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", (3 * 5 - 2) * 2 * 3 * 7),
+    ],
+)  # fmt: skip
+def test_convolutions_count_only_taps_on_the_input(line, macs):
+    sizes = dict(part.split("=") for part in line.split("{")[1].split("}")[0].split())
+    if "x" in sizes["size"]:
+        left, right, out = [6, 2, 10, 3], [6, 3, 1, 7], [1, 2, 10, 7]
+    elif sizes["size"] == "12":
+        left, right, out = [12, 2, 3], [12, 3, 7], [12, 2, 7]
+    else:
+        left, right, out = [5, 2, 3], [3, 3, 7], [5, 2, 7]
+    assert hlo._convolution_macs(line, out, left, right) == macs
+
+
+def test_kernels_visit_what_their_grid_does():
+    """Against the kernel's own scalars, for packed and for full sequences."""
+    from modernbert_jax.attention import make_bounds, pallas_tpu
+
+    costs = kernels.Costs(1024, 512, 1000, 100, 10, 8192, (1, 1_000_000))
+    for ids_BL in (Documents(1024, "lognormal").packed(4, 8192), np.ones((4, 8192), np.int32)):
+        bounds = make_bounds(jnp.asarray(ids_BL), None)
+        q = jax.ShapeDtypeStruct((4, 8192, 12, 64), jnp.bfloat16)
+        tiles = pallas_tpu.Tiles(1024, 512, 512, 512)
+        scalars, steps = pallas_tpu._scalars(pallas_tpu._plan(q, bounds, tiles, tiles), bounds)
+        first, last, lo, hi = (np.asarray(x) for x in scalars)
+        key = np.arange(16) * 512
+        visited = (key >= 512 * first[:, None]) & (key < 512 * last[:, None])
+        whole = visited & (lo[:, None] <= key) & (key + 512 <= hi[:, None])
+        masked = visited & ~whole
+        expected = 4 * (8 * (int(steps) * 1000 + 100) + 10) + whole.sum() + 1e6 * masked.sum()
+        assert kernels.call_cycles(costs, ids_BL, rows=4, blocks=6) == 6 * expected
+
+
+def test_the_table_describes_the_kernels_as_they_are():
+    for device in ("TPU v5 lite", "TPU v5", "TPU v6 lite"):
+        for name in ("forward", "backward"):
+            local = kernels.costs(device, f"bounded_{name}_local")
+            whole = kernels.costs(device, f"bounded_{name}_global")
+            assert len(local.visits) == 1 and len(whole.visits) == 2
+            assert min(*local.visits, *whole.visits) > 100
+    with pytest.raises(ValueError, match="no kernel bounded_forward_local for TPU v4"):
+        kernels.costs("TPU v4", "bounded_forward_local")
+
+
+def test_a_changed_kernel_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "pallas_tpu.py")
+    (tmp_path / "pallas_tpu.py").write_bytes(b"changed")
+    with pytest.raises(ValueError, match="renew it with `python -m tests.benchmarks.kernel_table`"):
+        kernels.costs("TPU v5 lite", "bounded_forward_local")
+
+
+def tpu_report(monkeypatch, program, **more):
+    """The report of BASE for 16 devices that pass for v5e."""
+
+    class Chip:
+        device_kind, platform, id = "TPU v5 lite", "tpu", 0
+
+    class Mesh:
+        devices = np.array([Chip] * 16)
+        shape = {"data": 1, "fsdp": 16, "sequence": 1, "tensor": 1}
+        size = 16
+
+    costs = kernels.Costs(1024, 512, 1000, 100, 10, 8192, (1000,))
+    monkeypatch.setattr(kernels, "costs", lambda device, kernel: costs)
+    monkeypatch.setattr(topologies, "chips", len)
+    phases = (Phase("one", tokens=10**9), Phase("two", tokens=10**9, mlm_probability=0.15))
+    config = dataclasses.replace(BASE, phases=phases)
+    compiled = compiling.Compiled(1e9, 2e9, 1.0, {}, program=program)
+    split, mesh = split_of(576, 16, 6), cast(Any, Mesh)
+    return report(config, phases[0], "v5e:4x4", mesh, split, compiled, Documents(8192), **more)
+
+
+def test_hours_lie_between_roofline_and_estimate(monkeypatch):
+    found = tpu_report(monkeypatch, hlo.read(STEP_TEXT.replace("loss", "other"), 4))
+    first, second = found["phases"]
+    spent = found["time"].values()
+    for name in ("estimated", "roofline"):
+        seconds = sum(one[f"{name}_seconds"] for one in spent)
+        assert first[f"{name}_seconds_per_step"] == pytest.approx(seconds)
+        mfu = first["model_flops"] / (16 * 197e12 * seconds)
+        assert found[f"{name}_mfu"] == first[f"{name}_mfu"] == pytest.approx(mfu)
+        hours = 1e9 / (576 * 8192) * seconds / 3600
+        assert first[f"{name}_hours"] == pytest.approx(hours)
+        assert first[f"{name}_chip_hours"] == pytest.approx(16 * hours)
+        assert second[f"{name}_hours"] == pytest.approx(hours)  # there is no loss in it
+    assert not any("assumed" in key for key in (*found, *first))
+    text = table(found)
+    assert "roofline" in text and "chip-hours" in text and "assumed" not in text
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_phase_with_fewer_predictions_has_a_cheaper_loss(monkeypatch):
+    first, second = tpu_report(monkeypatch, hlo.read(STEP_TEXT, 4))["phases"]
+    loss = 1500 / PEAK["TPU v5 lite"].clock
+    saved = first["estimated_seconds_per_step"] - second["estimated_seconds_per_step"]
+    assert saved == pytest.approx(loss * (1 - 1424 / 2720))
+
+
+def test_an_assumed_mfu_is_only_printed_on_request(monkeypatch):
+    found = tpu_report(monkeypatch, hlo.read(STEP_TEXT, 4), mfu=0.4)
+    phase = found["phases"][0]
+    seconds = phase["model_flops"] / (16 * 197e12 * 0.4)
+    assert phase["assumed_hours"] == pytest.approx(1e9 / (576 * 8192) * seconds / 3600)
+    assert "assumed" in table(found)
+
+
+def test_no_estimate_without_the_trip_count_of_a_loop(monkeypatch):
+    text = STEP_TEXT.replace("known_trip_count", "trips")
+    found = tpu_report(monkeypatch, hlo.read(text, 4))
+    assert "estimated_mfu" not in found and 0 < found["roofline_mfu"]
+    assert "no estimate: the trip count of 1 loops is unknown" in table(found)
+
+
 # Complete plans, for CPU devices
 
 
@@ -233,7 +518,7 @@ def cpu_plan(monkeypatch):
 
 def test_a_config_that_fits(cpu_plan):
     found = cpu_plan(1e9)
-    assert found["fits"] and "suggestions" not in found
+    assert found["fits"] and "suggestions" not in found and "fuller" not in found
     assert found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert found["gradient_accumulation_steps"] == 1
     assert (found["per_device_batch_size"], found["batch_padding"]) == (3, 0)
@@ -241,6 +526,8 @@ def test_a_config_that_fits(cpu_plan):
     assert found["collectives"]["all-gather"]["count"] > 0
     assert json.loads(json.dumps(found)) == found
     assert "fits" in table(found) and "NOT" not in table(found)
+    assert found["no_estimate"] == "the compiler estimates no cycles for cpu"
+    assert "roofline_mfu" in found and "estimated_mfu" not in found
 
 
 def test_a_config_that_does_not_fit(cpu_plan):
@@ -283,6 +570,33 @@ def test_an_attention_that_cannot_run_there(cpu_plan):
 def test_an_impossible_mfu(cpu_plan, mfu):
     with pytest.raises(ValueError, match="mfu: expected above 0 and at most 1, got"):
         cpu_plan(1e9, options={"mfu": mfu})
+
+
+@pytest.mark.parametrize("tokens", [-1, 65])
+def test_impossible_documents(cpu_plan, tokens):
+    with pytest.raises(ValueError, match=f"document_tokens: expected 0 to .* 64, got {tokens}"):
+        cpu_plan(1e9, options={"document_tokens": tokens})
+
+
+def test_a_search_ends_in_a_plan(cpu_plan, monkeypatch):
+    """With a compiler that takes no time: fast compiles have no program."""
+    calls = []
+
+    def compile_step(config, phase, mesh, log, *, fast=False):
+        calls.append((config.remat, config.gradient_accumulation_steps, fast))
+        program = None if fast else hlo.read(STEP_TEXT, 8)
+        return compiling.Compiled(
+            1e8 if config.remat == "none" else 5e7, 9e7, 1.0, {}, program=program
+        )
+
+    monkeypatch.setattr(running, "compile_step", compile_step)
+    found = cpu_plan(1e9, options={"search": True})
+    finalists = [(remat, steps) for remat, steps, fast in calls if not fast]
+    assert len(finalists) == search.FINALISTS and "none" not in dict(finalists)
+    assert {remat for remat, _, fast in calls if fast} == {"none", *dict(finalists)}
+    assert found["fits"] and (found["remat"], found["gradient_accumulation_steps"]) in finalists
+    assert "remat none does not fit" in found["search"]["reason"]
+    assert found["search"]["reason"] in table(found)
 
 
 def test_an_empty_micro_batch_is_refused(cpu_plan):
@@ -334,6 +648,8 @@ def test_plans_for_an_absent_tpu(tmp_path):
     assert found["batch_padding"] == pytest.approx(1 - 10 / 12)
     assert found["collectives"]["all-gather"]["bytes"] > 0
     assert found["loops_with_unknown_trip_count"] == 0
+    assert 0 < found["estimated_mfu"] <= found["roofline_mfu"] <= 1
+    assert min(found["time"][name]["estimated_seconds"] for name in ("attention", "loss")) > 0
 
 
 @pytest.mark.slow
@@ -371,7 +687,7 @@ def test_plans_base_on_a_v5e_16(tmp_path):
     assert gathered == pytest.approx(weights, rel=0.1)
     # No ring of matrix products in slices of 768 / 16, which leave most of a matrix unit idle.
     assert "collective-permute" not in found["collectives"]
-    assert np.isclose(found["phases"][0]["hours"] * 16, found["phases"][0]["chip_hours"])
+    assert 0.2 < found["estimated_mfu"] < found["roofline_mfu"] < 0.7
 
 
 @pytest.mark.slow

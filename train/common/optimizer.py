@@ -46,6 +46,7 @@ def stable_adamw(
             jnp.zeros((), jnp.int32), jax.tree.map(zeros, params), jax.tree.map(zeros, params)
         )
 
+    @jax.named_scope("optimizer")  # `plan` counts its time apart
     def update(updates, state, params=None, *, learning_rate, max_learning_rate=None, **_):
         if params is None:
             raise ValueError("stable_adamw: update needs the parameters")

@@ -22,33 +22,44 @@ from . import hlo
 # The share of a GPU's memory that a program can use; the CUDA context, NCCL and fragmentation take
 # the rest.
 GPU_SHARE = 0.9
+# Optimizes little, in a third of the time. Temporaries stay within a few percent of the real ones,
+# cycles do not: it answers whether a step fits, nothing else.
+_FAST: Any = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """The result of compiling a step. All sizes are bytes per device.
 
-    memory: the used bytes by what they hold. seconds: what compiling took. program: None if the
-    compiler refused the step for its memory.
+    memory: the used bytes by what they hold. seconds: what compiling took. refused: by the
+    compiler, for lack of memory. program: None if refused or compiled fast.
     """
 
     used: float
     available: float
     seconds: float
     memory: dict[str, float]
-    program: hlo.Program | None
+    refused: bool = False
+    program: hlo.Program | None = None
 
     @property
     def fits(self) -> bool:
-        return self.program is not None and self.used <= self.available
+        return not self.refused and self.used <= self.available
 
 
 def compile_step(
-    config: TrainConfig, phase: Phase, mesh: Mesh, log: Callable[[str], None]
+    config: TrainConfig,
+    phase: Phase,
+    mesh: Mesh,
+    log: Callable[[str], None],
+    *,
+    fast: bool = False,
 ) -> Compiled:
     """Compiles the training step of a phase for the devices of `mesh`.
 
-    log: called with lines of progress. Raises what the compiler raises, except for lack of memory.
+    log: called with lines of progress. fast: with few optimizations, only to learn what it needs
+    of memory; the result has no program. Raises what the compiler raises, except for lack of
+    memory.
     """
     device = mesh.devices.flat[0]
     available = available_bytes(device)
@@ -57,22 +68,22 @@ def compile_step(
     memory = state_bytes(trainer)
     shape = " x ".join(str(size) for size in mesh.shape.values())
     log(
-        f"compiling for {mesh.size} {device.device_kind}: mesh {shape}, "
+        f"compiling{' fast' if fast else ''} for {mesh.size} {device.device_kind}: mesh {shape}, "
         f"{config.gradient_accumulation_steps} micro-batches of {config.micro_batch_size} "
-        "sequences; this takes a minute or more"
+        f"sequences, remat {config.remat}; this takes a minute or more"
     )
     start = time.monotonic()
     traced = trainer.train_step.trace(*abstract_arguments(trainer, phase))
     lowered = traced.lower(lowering_platforms=(platform,))
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(_FAST if fast else None)
     except Exception as error:  # jax has no common class for these
         refusal = out_of_memory(str(error), sum(memory.values()))
         if refusal is None:
             raise
         seconds = time.monotonic() - start
         log(f"  does not fit ({seconds:.0f} s)")
-        return Compiled(*refusal, seconds, memory, None)
+        return Compiled(*refusal, seconds, memory, refused=True)
     stats: Any = compiled.memory_analysis()
     memory |= {
         "batch": stats.argument_size_in_bytes - sum(memory.values()),
@@ -82,7 +93,8 @@ def compile_step(
     }
     used, seconds = sum(memory.values()), time.monotonic() - start
     log(f"  {used / 2**30:.2f} GiB per device ({seconds:.0f} s)")
-    return Compiled(used, available, seconds, memory, hlo.read(compiled.as_text() or "", mesh.size))
+    program = None if fast else hlo.read(compiled.as_text() or "", mesh.size)
+    return Compiled(used, available, seconds, memory, program=program)
 
 
 def abstract_arguments(trainer: Trainer, phase: Phase) -> tuple[Any, ...]:

@@ -1,9 +1,10 @@
 """Compile a training step for devices you do not have, and report what it needs.
 
-Memory and collectives are the compiler's; FLOPs are counted; times are lower bounds from peak
-FLOP/s and bandwidths, and hours assume the model FLOPs utilization (MFU) that you state. The mesh
-and the number of gradient accumulation steps are chosen unless you set them. The exit code is 1 if
-the step does not fit. Every field of the configuration is a flag, as for pretrain.
+Memory and collectives are the compiler's and FLOPs are counted. The time of a step lies between a
+roofline of the compiled program and the compiler's own estimate of its cycles, which exists for
+TPUs only; nothing was measured. The mesh and the number of gradient accumulation steps are chosen
+unless you set them. The exit code is 1 if the step does not fit. Every field of the configuration
+is a flag, as for pretrain.
 
     python -m train plan --config bioclinical_base --topology v5e:4x4
     python -m train plan --config bioclinical_large --topology v5e:4x4 --mesh.fsdp 16 --search
@@ -12,15 +13,18 @@ the step does not fit. Every field of the configuration is a flag, as for pretra
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+from jax.sharding import Mesh
 
 from ..common.flops import PEAK
 from ..common.sharding import MeshShape, batch_shards, make_mesh
 from ..pretrain.config import TrainConfig
 from . import search, topologies
 from .compile import Compiled, compile_step
-from .report import report
+from .report import Documents, report, step_times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +37,15 @@ class Options:
     """For GPUs: the folder that `python -m train.plan.install_cuda` filled."""
     json: str = ""
     """Also write the plan to this file."""
-    mfu: float = 0.4
-    """The utilization that the hours assume."""
+    mfu: float | None = None
+    """Also report the hours at this model FLOPs utilization, an assumption or a measurement."""
     search: bool = False
-    """Find the largest micro-batch that fits."""
+    """Choose --remat, --gradient-accumulation-steps and, unless set, --mesh for the shortest step
+    that fits; compiles several times."""
     document_tokens: int = 0
-    """Length of each document, for the FLOPs of attention; 0: the whole sequence (the most)."""
+    """Mean length of the documents in a sequence; 0: the whole sequence (the most attention)."""
+    document_lengths: Literal["equal", "lognormal"] = "equal"
+    """Whether all documents have that length, or lognormal ones with sigma 1."""
 
 
 def plan(
@@ -51,20 +58,29 @@ def plan(
     """Compiles the training step of `config` for the topology and returns the report.
 
     The mesh is chosen if config.mesh has its defaults, the number of micro-batches if
-    `gradient_accumulation_steps` is None. The step is compiled for the phase with the most
-    predictions. log: called with lines of progress. `topologies.environment` must be set. Raises
-    ValueError for values that are not possible, for a mesh that does not divide the model and for
-    an unknown topology.
+    `gradient_accumulation_steps` is None; options.search chooses config.remat as well. The step is
+    compiled for the phase with the most predictions. log: called with lines of progress.
+    `topologies.environment` must be set. Raises ValueError for values that are not possible, for a
+    mesh that does not divide the model and for an unknown topology.
     """
     config.validate()
-    if not 0 < options.mfu <= 1:
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         raise ValueError(f"mfu: expected above 0 and at most 1, got {options.mfu}")
+    if not 0 <= options.document_tokens <= config.sequence_length:
+        raise ValueError(
+            f"document_tokens: expected 0 to sequence_length {config.sequence_length}, got "
+            f"{options.document_tokens}"
+        )
+    documents = Documents(
+        options.document_tokens or config.sequence_length, options.document_lengths
+    )
     devices = topologies.devices(options.topology)
     if devices[0].device_kind not in PEAK:
         raise ValueError(
             f"device {devices[0].device_kind!r}: add its peak to PEAK in train/common/flops.py"
         )
-    if config.mesh == MeshShape():
+    given = config.mesh != MeshShape()
+    if not given:
         mesh_shape = search.default_mesh(config.model.hidden_size, devices)
         config = dataclasses.replace(config, mesh=mesh_shape)
     mesh = make_mesh(config.mesh, devices)
@@ -73,30 +89,67 @@ def plan(
         log(change)
         config.validate()
     phase = max(config.phases, key=lambda phase: phase.mlm_probability)
-    splits = search.batch_splits(config.global_batch_size, batch_shards(mesh))
-    results: dict[search.BatchSplit, Compiled] = {}
+    splits = {config.mesh: _splits(config, mesh, gradient_accumulation_steps)}
+    if options.search and not given:
+        parts, _ = search.fullest(config, mesh.shape)
+        other = dataclasses.replace(config.mesh, sequence=parts)
+        splits[other] = _splits(config, make_mesh(other, devices), gradient_accumulation_steps)
 
-    def attempt(split: search.BatchSplit) -> Compiled:
-        if split not in results:
-            steps = split.gradient_accumulation_steps
-            trial = dataclasses.replace(config, gradient_accumulation_steps=steps)
-            results[split] = compile_step(trial, phase, mesh, log)
-        return results[split]
+    @functools.cache
+    def attempt(candidate: search.Candidate, fast: bool = False) -> Compiled:
+        mesh = make_mesh(candidate.mesh, devices)
+        return compile_step(_apply(config, candidate), phase, mesh, log, fast=fast)
 
-    if gradient_accumulation_steps is None:
-        split = search.first_choice(splits, config.sequence_length)
-        while not attempt(split).fits and (less := search.smaller(splits, split)):
-            split = less
-    else:
-        by_steps = {split.gradient_accumulation_steps: split for split in splits}
-        if gradient_accumulation_steps not in by_steps:
-            raise ValueError(
-                f"gradient_accumulation_steps: {gradient_accumulation_steps} would leave a "
-                f"micro-batch of the {config.global_batch_size} sequences empty; use fewer"
-            )
-        split = by_steps[gradient_accumulation_steps]
-    largest = search.largest(splits, lambda s: attempt(s).fits) if options.search else None
-    return report(
-        config, phase, options.topology, mesh, split, attempt(split), largest, options.mfu,
-        options.document_tokens,
+    def seconds(candidate: search.Candidate) -> float | None:
+        compiled = attempt(candidate)
+        if compiled.program is None or not compiled.fits:
+            return None
+        mesh = make_mesh(candidate.mesh, devices)
+        chosen = _apply(config, candidate)
+        spent, _ = step_times(chosen, phase, mesh, candidate.split, compiled.program, documents)
+        found = sum(one.estimated or one.roofline for one in spent.values())
+        log(f"  {candidate}: {found:.3f} s per step")
+        return found
+
+    chosen, reason = None, ""
+    if options.search:
+        chosen, reason = search.search(
+            splits, search.policies(config), config.sequence_length,
+            lambda candidate: attempt(candidate, fast=True).fits, seconds,
+        )  # fmt: skip
+    if chosen is None:
+        possible = splits[config.mesh]
+        split = search.first_choice(possible, config.sequence_length)
+        chosen = search.Candidate(config.mesh, config.remat, split)
+        while not attempt(chosen).fits and (less := search.smaller(possible, chosen.split)):
+            chosen = dataclasses.replace(chosen, split=less)
+    found = report(
+        _apply(config, chosen), phase, options.topology, make_mesh(chosen.mesh, devices),
+        chosen.split, attempt(chosen), documents, options.mfu,
     )  # fmt: skip
+    if reason:
+        found["search"] = {"reason": reason}
+    return found
+
+
+def _splits(config: TrainConfig, mesh: Mesh, steps: int | None) -> list[search.BatchSplit]:
+    """The possible splits, or that with the number of gradient accumulation steps."""
+    splits = search.batch_splits(config.global_batch_size, batch_shards(mesh))
+    if steps is None:
+        return splits
+    splits = [split for split in splits if split.gradient_accumulation_steps == steps]
+    if not splits:
+        raise ValueError(
+            f"gradient_accumulation_steps: {steps} would leave a micro-batch of the "
+            f"{config.global_batch_size} sequences empty; use fewer"
+        )
+    return splits
+
+
+def _apply(config: TrainConfig, candidate: search.Candidate) -> TrainConfig:
+    return dataclasses.replace(
+        config,
+        mesh=candidate.mesh,
+        remat=candidate.remat,
+        gradient_accumulation_steps=candidate.split.gradient_accumulation_steps,
+    )

@@ -1,4 +1,5 @@
-"""Chooses what a configuration leaves open: the mesh and the number of gradient accumulation steps.
+"""Chooses what a configuration leaves open: the mesh and the number of gradient accumulation steps,
+and in a search the rematerialization policy.
 
 The mesh has fsdp over all devices up to 16, data over the rest, and tensor 1. Split 16 ways,
 parameters and moments of the large model take 0.3 GB per device; more ways would only lengthen the
@@ -8,20 +9,28 @@ narrow never need.
 Of the possible numbers of gradient accumulation steps with at most 65,536 tokens per device and
 micro-batch, which keep the matrix units busy, the one with the least padding is chosen, then the
 smallest. If that does not fit, smaller micro-batches are tried.
+
+A search takes the policies that recompute least first. Fast compiles find the largest micro-batch
+that fits each; the first two policies for which one fits are compiled in full, and the one with the
+shorter step is chosen. Where much of a step would be empty, sequences split into parts are compiled
+with that policy as well.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import numpy as np
 from jax.sharding import Mesh
 
+from ..common.flops import hardware_flops
 from ..common.sharding import MeshShape, count_slices
 from ..pretrain.config import TrainConfig
 
 ENOUGH_TOKENS = 65_536  # per device and micro-batch
 MAX_FSDP = 16
 MAX_EMPTY = 0.03  # the share of a step's sequences that may be empty without a suggestion
+FINALISTS = 2
 
 
 def default_mesh(hidden_size: int, devices: Sequence[Any]) -> MeshShape:
@@ -81,22 +90,107 @@ def smaller(splits: Sequence[BatchSplit], split: BatchSplit) -> BatchSplit | Non
     return least_padded(left) if left else None
 
 
-def largest(splits: Sequence[BatchSplit], fits: Callable[[BatchSplit], bool]) -> BatchSplit | None:
-    """The split that fits with the most sequences per device, by bisection; None if none fits."""
+def largest(splits: Sequence[BatchSplit], fits: Callable[[BatchSplit], bool]) -> int:
+    """The most sequences per device that fit, by bisection; 0 if none do."""
     sizes = sorted({split.per_device_batch_size for split in splits})
-    at = [least_padded([s for s in splits if s.per_device_batch_size == n]) for n in sizes]
-    low, high = -1, len(at)  # at[low] fits, at[high] does not
+    low, high = -1, len(sizes)  # sizes[low] fits, sizes[high] does not
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(at[middle]) else (low, middle)
-    return at[low] if low >= 0 else None
+        middle = (low + high + 1) // 2
+        at = least_padded([s for s in splits if s.per_device_batch_size == sizes[middle]])
+        low, high = (middle, high) if fits(at) else (low, middle)
+    return sizes[low] if low >= 0 else 0
 
 
-def fuller(config: TrainConfig, mesh: Mapping[str, int]) -> list[str]:
-    """Flags that leave less of a step empty, with what they leave. mesh: sizes by axis.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What a search chooses from."""
 
-    The first is the smallest number of parts of a sequence that leaves at most MAX_EMPTY, or the
-    least; tensor and sequence together stay within 16 ways.
+    mesh: MeshShape
+    remat: str
+    split: BatchSplit
+
+    def __str__(self) -> str:
+        split = self.split
+        parts = f", sequences in {self.mesh.sequence} parts" if self.mesh.sequence > 1 else ""
+        return (
+            f"remat {self.remat}, {split.gradient_accumulation_steps} x "
+            f"{split.padded_micro_batch_size} sequences{parts}"
+        )
+
+
+def policies(config: TrainConfig) -> list[str]:
+    """The policies for --remat, those that recompute least first."""
+
+    def recomputed(remat: str) -> float:
+        length = config.sequence_length
+        lengths = np.full(1, length)
+        return hardware_flops(
+            config.model, lengths, sequences=1, sequence_length=length, predictions=1, remat=remat
+        )
+
+    return sorted(get_args(get_type_hints(TrainConfig)["remat"]), key=recomputed)
+
+
+def search(
+    meshes: Mapping[MeshShape, Sequence[BatchSplit]],
+    remats: Sequence[str],
+    sequence_length: int,
+    fits: Callable[[Candidate], bool],
+    seconds: Callable[[Candidate], float | None],
+) -> tuple[Candidate | None, str]:
+    """Returns (the candidate with the shortest step, the reason in one line); None if none fits.
+
+    meshes: each with its possible splits; after the first one, only the policy that was best there
+    is tried. remats: in the order to try. fits: asked of many candidates. seconds: per step, asked
+    of FINALISTS for the first mesh and of one for each other; None if it does not fit after all.
+    """
+    times: dict[Candidate, float] = {}
+    failed = []
+    for mesh, splits in meshes.items():
+        if times:
+            remats = [min(times, key=lambda candidate: times[candidate]).remat]
+        tried = 0
+        for remat in remats:
+            sizes = _sizes_that_fit(mesh, remat, splits, sequence_length, fits)
+            while sizes:
+                candidate = Candidate(mesh, remat, least_padded(sizes))
+                if (found := seconds(candidate)) is not None:
+                    times[candidate] = found
+                    tried += 1
+                    break
+                most = candidate.split.per_device_batch_size - 1
+                sizes = [split for split in sizes if split.per_device_batch_size <= most]
+            else:
+                failed.append(remat)
+            if tried == FINALISTS:
+                break
+    if not times:
+        return None, f"nothing fits, whether remat is {', '.join(remats)}"
+    ranking = sorted(times, key=lambda candidate: times[candidate])
+    reason = "; ".join(f"{one}: {times[one]:.3f} s per step" for one in ranking)
+    return ranking[0], reason + "".join(f"; remat {remat} does not fit" for remat in failed)
+
+
+def _sizes_that_fit(
+    mesh: MeshShape,
+    remat: str,
+    splits: Sequence[BatchSplit],
+    sequence_length: int,
+    fits: Callable[[Candidate], bool],
+) -> list[BatchSplit]:
+    """The splits that fit, of those with at most ENOUGH_TOKENS."""
+    limit = ENOUGH_TOKENS * mesh.sequence // sequence_length
+    limit = max(limit, splits[-1].per_device_batch_size)
+    allowed = [split for split in splits if split.per_device_batch_size <= limit]
+    most = largest(allowed, lambda split: fits(Candidate(mesh, remat, split)))
+    return [split for split in allowed if split.per_device_batch_size <= most]
+
+
+def fullest(config: TrainConfig, mesh: Mapping[str, int]) -> tuple[int, float]:
+    """(into how many parts to split each sequence, what is then empty of a step).
+
+    The smallest number that leaves at most MAX_EMPTY, or the least; tensor and sequence together
+    stay within 16 ways. mesh: sizes by axis.
     """
     devices = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
     parts = [
@@ -108,9 +202,16 @@ def fuller(config: TrainConfig, mesh: Mapping[str, int]) -> list[str]:
     batch_size = config.global_batch_size
     empty = {n: least_padded(batch_splits(batch_size, devices // n)).padding for n in parts}
     best = min(parts, key=lambda n: (max(empty[n], MAX_EMPTY), empty[n] > MAX_EMPTY, n))
+    return best, empty[best]
+
+
+def fuller(config: TrainConfig, mesh: Mapping[str, int]) -> list[str]:
+    """Flags that leave less of a step empty, with what they leave. mesh: sizes by axis."""
+    devices = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+    best, empty = fullest(config, mesh)
     flags = "" if best == mesh["sequence"] else f"--mesh.sequence {best}"
-    found = [f"{flags}: {empty[best]:.1%}"] if flags else []
-    if empty[best]:
+    found = [f"{flags}: {empty:.1%}"] if flags else []
+    if empty:
         size = config.rounded(devices // best)[0].global_batch_size
         flags = f"{flags} --round-batch".strip()
         found.append(f"{flags}: 0.0%, with {size} sequences per step")

@@ -16,6 +16,7 @@ _LABELS = P(BATCH, None)  # B P
 _LSE = P(None, BATCH)  # N C
 
 
+@jax.named_scope("loss")  # `plan` counts its time apart
 def masked_cross_entropy(
     hidden_BPD: jax.Array,
     weight_VD: jax.Array,
