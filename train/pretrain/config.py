@@ -132,7 +132,7 @@ class TrainConfig:
     scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.
     remat: Literal["none", "layers", "all_but_dots"] = "none"
     """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
-    loss_chunk: int = 1024
+    loss_chunk: int = 2048
     """Predictions per device in one chunk of logits; smaller uses less memory."""
     eval_fraction: float = 0.05
     """Fraction of documents in the evaluation set, chosen by a hash of the text."""
