@@ -36,10 +36,17 @@ from .loss import masked_cross_entropy
 Batch = Mapping[str, jax.Array]
 _INPUTS = ("input_ids", "segment_ids", "predict_positions", "labels")
 
-_REMAT: dict[str, bool | Callable[..., bool]] = {
+_policies = jax.checkpoint_policies
+_ATTENTION = _policies.save_only_these_names("attention_out", "attention_lse")
+
+# What the backward pass finds saved, from the most memory to the least; see TrainConfig.remat.
+REMAT: dict[str, bool | Callable[..., bool]] = {
     "none": False,
+    "save_dots_and_attention": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "save_attention": _ATTENTION,
     "layers": True,
-    "all_but_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -201,7 +208,7 @@ class Trainer:
                 self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
             ),
             scan_layers=config.scan_layers,
-            remat=_REMAT[config.remat],
+            remat=REMAT[config.remat],
         )
         return masked_cross_entropy(
             hidden_BPD,
