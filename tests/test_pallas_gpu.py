@@ -169,6 +169,29 @@ def test_triton_does_not_touch_tiles_outside_the_bounds():
     check_untouched(triton)
 
 
+def check_isolated(attention, window):
+    """What is not finite in v and d_out of one segment stays there, within one tile."""
+    segment_ids = np.repeat(np.array([[1, 2, 0]], np.int32), (30, 25, 5), axis=1)
+    bounds = make_bounds(jnp.asarray(segment_ids), window)
+    q, k, v, d_out = arrays = inputs(1, 60, 1, 64, jnp.bfloat16)
+    ours, theirs = segment_ids[0] == 1, segment_ids[0] == 2
+    want = [x[:, ours] for x in oracle(*arrays, segment_ids, window)]
+    bad_v = v.at[:, 32, :, 7].set(jnp.nan).at[:, 58].set(jnp.inf)
+    bad_d_out = d_out.at[:, 35, :, 9].set(jnp.inf).at[:, 57].set(jnp.nan)
+    for arguments in ((q, k, bad_v, d_out), (q, k, v, bad_d_out), (q, k, bad_v, bad_d_out)):
+        got = run(attention, *arguments, bounds)
+        compare([x[:, ours] for x in got], want, jnp.bfloat16)
+        hidden = [np.isfinite(np.asarray(x, np.float32)[:, theirs]).all() for x in got]
+        # NaN is not hidden from its own segment, either.
+        assert hidden == [arguments[2] is v, False, False, False]
+        assert all(not np.asarray(x, np.float32)[:, segment_ids[0] == 0].any() for x in got)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_triton_keeps_what_is_not_finite_in_its_segment(window):
+    check_isolated(triton, window)
+
+
 @pytest.mark.parametrize("window", [None, 0, 1, 16, 64])
 def test_ranges_hold_every_visible_key_and_no_mask_is_left_out(window):
     """Against the mask written out: tiles outside are all 0, whole tiles all 1."""
@@ -252,6 +275,13 @@ def test_hopper_matches_the_formula(window):
 )
 def test_hopper_matrix(length, heads, window, dtype, head_dim):
     contract(hopper(), length, heads, window, dtype, head_dim)
+
+
+@needs_simulator
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, for the NaN
+@pytest.mark.parametrize("window", [None, 16])
+def test_hopper_keeps_what_is_not_finite_in_its_segment(window):
+    check_isolated(hopper(), window)
 
 
 @needs_simulator

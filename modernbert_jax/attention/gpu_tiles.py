@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
+from modernbert_jax.attention.vjp import finite_or_zero
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -86,14 +87,16 @@ def visit(ranges: Any, window: int | None, step: Callable[..., Any], carry: Any)
 
 def softmax_residuals(
     out_BLHK: jax.Array, d_out_BLHK: jax.Array, lse_BHL: jax.Array, length: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (lse in base 2, delta), float32 [B, H, length], for the backward kernels.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (d_out, lse in base 2, delta) for the backward kernels, padded to `length`.
 
-    delta is sum_K(out * d_out), as in FlashAttention-2 (arXiv:2307.08691, algorithm 2). The lse of
-    a query without keys is -inf; it becomes 0, so that no value in a kernel is infinite.
+    lse and delta are float32 [B, H, length]; delta is sum_K(out * d_out), as in FlashAttention-2
+    (arXiv:2307.08691, algorithm 2). The lse of a query without keys is -inf; it becomes 0, so that
+    no value in a kernel is infinite. d_out and lse are those of vjp.finite_or_zero.
     """
     f32 = jnp.float32
     delta_BHL = jnp.einsum("BLHK,BLHK->BHL", out_BLHK.astype(f32), d_out_BLHK.astype(f32))
     lse_BHL = jnp.where(jnp.isneginf(lse_BHL), 0.0, lse_BHL * LOG2E)
+    d_out_BLHK, lse_BHL = finite_or_zero(d_out_BLHK, lse_BHL, delta_BHL)
     tail = ((0, 0), (0, 0), (0, length - lse_BHL.shape[2]))
-    return jnp.pad(lse_BHL, tail), jnp.pad(delta_BHL, tail)
+    return pad_length(d_out_BLHK, length), jnp.pad(lse_BHL, tail), jnp.pad(delta_BHL, tail)

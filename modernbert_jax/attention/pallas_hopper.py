@@ -30,7 +30,7 @@ from modernbert_jax.attention.gpu_tiles import (
     tiled,
     visit,
 )
-from modernbert_jax.attention.vjp import Attention, with_vjp
+from modernbert_jax.attention.vjp import Attention, only_where_seen, with_vjp
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
@@ -113,7 +113,8 @@ def forward(
     tiles = forward_tiles(bounds.window, K)
     length = padded_length(L, tiles.rows, tiles.columns)
     mask = tiled(bounds, length, tiles.rows, tiles.columns)
-    q, k, v = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK))
+    arrays = (q_BLHK, *only_where_seen(k_BMHK, v_BMHK))
+    q, k, v = (pad_length(x, length) for x in arrays)
     out, lse = _launch(
         functools.partial(_forward_kernel, _Plan(tiles, bounds.window, scale, bool(interpret))),
         out_type=(_like(q), jax.ShapeDtypeStruct((B, H, length), jnp.float32)),
@@ -125,7 +126,8 @@ def forward(
             rings=[_Ring.of(tiles, [_matrix(tiles.stages, tiles.columns, q)])] * 2,
         ),
         tiles=tiles,
-        grid=(length // tiles.rows, H, B),
+        window=bounds.window,
+        grid={"tile": length // tiles.rows, "head": H, "row": B},
         interpret=interpret,
     )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, q, k, v)
     return out[:, :L], lse[:, :, :L]
@@ -148,8 +150,8 @@ def backward(
     tiles_dq, tiles_dkv = forward_tiles(bounds.window, K), dkv_tiles(bounds.window, K)
     sizes = tiles_dq.rows, tiles_dq.columns, tiles_dkv.rows, tiles_dkv.columns
     length = padded_length(L, *sizes)
-    lse, delta = softmax_residuals(out_BLHK, d_out_BLHK, lse_BHL, length)
-    q, k, v, d_out = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK))
+    d_out, lse, delta = softmax_residuals(out_BLHK, d_out_BLHK, lse_BHL, length)
+    q, k, v = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK))
     dq = _dq(tiles_dq, bounds, scale, interpret, q, d_out, lse, delta, k, v)
     dk, dv = _dkv(tiles_dkv, bounds, scale, interpret, k, v, q, d_out, lse, delta)
     return dq[:, :L], dk[:, :L], dv[:, :L]
@@ -169,7 +171,8 @@ def _dq(tiles: Tiles, bounds: Bounds, scale, interpret, q, d_out, lse, delta, k,
             rings=[_Ring.of(tiles, [_matrix(tiles.stages, tiles.columns, q)])] * 2,
         ),
         tiles=tiles,
-        grid=(length // tiles.rows, H, B),
+        window=bounds.window,
+        grid={"tile": length // tiles.rows, "head": H, "row": B},
         interpret=interpret,
     )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, q, d_out, lse, delta, k, v)
 
@@ -191,7 +194,8 @@ def _dkv(tiles: Tiles, bounds: Bounds, scale, interpret, k, v, q, d_out, lse, de
             rings=[_Ring.of(tiles, streamed)] * 2,
         ),
         tiles=tiles,
-        grid=(length // tiles.rows, H, B),
+        window=bounds.window,
+        grid={"tile": length // tiles.rows, "head": H, "row": B},
         interpret=interpret,
     )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, k, v, q, d_out, lse, delta)
 
@@ -233,10 +237,10 @@ def _forward_kernel(
             acc_RK, top_R, sum_R = carry
             slot = block.slot(column)
             (k_CK,) = k_ring.wait(slot)
-            s_RC = _product(own_q, k_CK.T)
+            (s_RC,) = _products((own_q, k_CK.T))
             k_ring.release(slot)
             if masked:
-                s_RC = _masked(s_RC, edges, column, block)
+                s_RC = jnp.where(_seen(s_RC, edges, column, block), s_RC, -jnp.inf)
             # The maximum is kept scaled and in base 2, for exp2 of one multiply-add an element.
             new_R = jnp.maximum(top_R, jnp.max(s_RC, axis=1) * (plan.scale * LOG2E))
             shrink_R = jnp.exp2(top_R - new_R)
@@ -253,7 +257,7 @@ def _forward_kernel(
             jnp.zeros((_ROWS,), jnp.float32),
         )
         acc_RK, top_R, sum_R = visit(block.ranges, plan.window, step, start)
-        some_R = sum_R > 0
+        some_R = sum_R != 0  # NaN is some, too
         sum_R = jnp.where(some_R, sum_R, 1.0)
         own_lse = lse_smem.at[block.group]
         own_q[...] = (acc_RK * _across(1.0 / sum_R, acc_RK.shape)).astype(q_ref.dtype)
@@ -298,15 +302,14 @@ def _dq_kernel(
         def step(column, dq_RK, masked):
             slot = block.slot(column)
             (k_CK,) = k_ring.wait(slot)
-            s_RC = _product(own_q, k_CK.T)
-            if masked:
-                s_RC = _masked(s_RC, edges, column, block)
-            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _across(lse_R, s_RC.shape))
             (v_CK,) = v_ring.wait(slot)
-            dp_RC = _product(own_d_out, v_CK.T)
+            s_RC, dp_RC = _products((own_q, k_CK.T), (own_d_out, v_CK.T))
             v_ring.release(slot)
+            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _across(lse_R, s_RC.shape))
             ds_RC = p_RC * (dp_RC - _across(delta_R, p_RC.shape))
-            dq_RK = _accumulate(dq_RK, ds_RC.astype(q_ref.dtype), k_CK, plan)
+            if masked:
+                ds_RC = jnp.where(_seen(s_RC, edges, column, block), ds_RC, 0.0)
+            (dq_RK,) = _accumulate(plan, (dq_RK, ds_RC.astype(q_ref.dtype), k_CK))
             k_ring.release(slot)
             return dq_RK
 
@@ -353,17 +356,20 @@ def _dkv_kernel(
             dk_RK, dv_RK = carry
             slot = block.slot(column)
             q_CK, lse_C = q_ring.wait(slot)
-            s_RC = _product(own_k, q_CK.T)
-            if masked:
-                s_RC = _masked(s_RC, edges, column, block)
-            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _down(lse_C[...], s_RC.shape))
             d_out_CK, delta_C = d_out_ring.wait(slot)
-            dv_RK = _accumulate(dv_RK, p_RC.astype(k_ref.dtype), d_out_CK, plan)
-            dp_RC = _product(own_v, d_out_CK.T)
+            s_RC, dp_RC = _products((own_k, q_CK.T), (own_v, d_out_CK.T))
+            p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _down(lse_C[...], s_RC.shape))
             ds_RC = p_RC * (dp_RC - _down(delta_C[...], p_RC.shape))
+            if masked:
+                seen_RC = _seen(s_RC, edges, column, block)
+                p_RC, ds_RC = jnp.where(seen_RC, p_RC, 0.0), jnp.where(seen_RC, ds_RC, 0.0)
             plgpu.commit_smem()  # lse and delta were read by plain loads: order them before TMA
+            dv_RK, dk_RK = _accumulate(
+                plan,
+                (dv_RK, p_RC.astype(k_ref.dtype), d_out_CK),
+                (dk_RK, ds_RC.astype(k_ref.dtype), q_CK),
+            )
             d_out_ring.release(slot)
-            dk_RK = _accumulate(dk_RK, ds_RC.astype(k_ref.dtype), q_CK, plan)
             q_ring.release(slot)
             return dk_RK, dv_RK
 
@@ -497,22 +503,35 @@ def _store_own(block, pairs):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _product(a, b):
-    """Computes a @ b on the tensor cores with float32 accumulation and b in shared memory."""
+def _products(*pairs):
+    """Computes a @ b of each pair with b in shared memory, accumulated in float32.
 
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, a, b)
-        return acc_ref[...]
+    The tensor cores get all products before the first is waited for.
+    """
 
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+    def multiply(*sums):
+        for sum_ref, (a, b) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(sum_ref, a, b)
+        return tuple(sum_ref[...] for sum_ref in sums)
+
+    sums = [plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs]
+    return pl.run_scoped(multiply, *sums)
 
 
-def _accumulate(sum_RK, a, b, plan):
-    """Computes sum + a @ b with `a` in registers; the tensor cores add."""
+def _accumulate(plan, *terms):
+    """Computes sum + a @ b of each (sum, a, b) with `a` in registers; the tensor cores add.
+
+    They get all products before the first is waited for.
+    """
     if plan.interpreted:
-        return sum_RK + _register_product(a, b, plan)
-    multiply = pl.run_state(lambda sum_ref: plgpu.wgmma(sum_ref, a, b))
-    return multiply(plgpu.WGMMAAccumulatorRef.init(sum_RK))
+        return tuple(sum_RK + _register_product(a, b, plan) for sum_RK, a, b in terms)
+
+    def multiply(sums):
+        for sum_ref, (_, a, b) in zip(sums, terms, strict=True):
+            plgpu.wgmma(sum_ref, a, b)
+
+    start = tuple(plgpu.WGMMAAccumulatorRef.init(sum_RK) for sum_RK, _, _ in terms)
+    return pl.run_state(multiply)(start)
 
 
 def _register_product(a, b, plan):
@@ -521,15 +540,14 @@ def _register_product(a, b, plan):
         product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
         plgpu.commit_smem()  # wgmma would have read b through the proxy that TMA writes through
         return product
-    return _product(a, b)
+    return _products((a, b))[0]
 
 
-def _masked(s_RC, edges, column, block):
-    """Sets scores to -inf if the column is outside the bounds of the row."""
+def _seen(s_RC, edges, column, block):
+    """Whether the column is within the bounds of the row."""
     lo_R, hi_R = edges
     column_RC = lax.broadcasted_iota(jnp.int32, s_RC.shape, 1) + column * block.plan.tiles.columns
-    seen_RC = (_across(lo_R, s_RC.shape) <= column_RC) & (column_RC < _across(hi_R, s_RC.shape))
-    return jnp.where(seen_RC, s_RC, -jnp.inf)
+    return (_across(lo_R, s_RC.shape) <= column_RC) & (column_RC < _across(hi_R, s_RC.shape))
 
 
 def _across(x_R, shape):
@@ -554,14 +572,19 @@ def _like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _launch(kernel, *, tiles: Tiles, **arguments):
+def _launch(kernel, *, tiles: Tiles, window: int | None, grid: dict[str, int], **arguments):
+    # Mosaic GPU launches along the last axis first. Blocks that run together should be tiles of few
+    # heads in a global layer, which all read the keys and values of their head: these stay in the
+    # L2 cache. A local layer reads only nearby ones, and all heads of a token are adjacent.
+    names = ("tile", "head", "row") if is_narrow(window) else ("row", "head", "tile")
     # The default semantics differ between versions: written out.
     params = plgpu.CompilerParams(
         approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     )
     return plgpu.kernel(
         kernel,
-        grid_names=("tile", "head", "row"),
+        grid=tuple(grid[name] for name in names),
+        grid_names=names,
         num_threads=tiles.groups + 1,
         thread_name="group",
         compiler_params=params,

@@ -30,7 +30,7 @@ from modernbert_jax.attention.gpu_tiles import (
     tiled,
     visit,
 )
-from modernbert_jax.attention.vjp import Attention, with_vjp
+from modernbert_jax.attention.vjp import Attention, only_where_seen, with_vjp
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -100,7 +100,8 @@ def forward(
     tiles = forward_tiles(bounds.window, K, q_BLHK.dtype)
     length = padded_length(L, tiles.rows, tiles.columns)
     mask = tiled(bounds, length, tiles.rows, tiles.columns)
-    q, k, v = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK))
+    arrays = (q_BLHK, *only_where_seen(k_BMHK, v_BMHK))
+    q, k, v = (pad_length(x, length) for x in arrays)
     spec = _Specs(tiles.rows, length, K)
     out, lse = _call(
         functools.partial(_forward_kernel, tiles=tiles, window=bounds.window, scale=scale),
@@ -132,8 +133,8 @@ def backward(
     tiles = backward_tiles(bounds.window, K, q_BLHK.dtype)
     length = padded_length(L, tiles.rows, tiles.columns)
     mask = tiled(bounds, length, tiles.rows, tiles.columns)
-    lse, delta = softmax_residuals(out_BLHK, d_out_BLHK, lse_BHL, length)
-    q, k, v, d_out = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK))
+    d_out, lse, delta = softmax_residuals(out_BLHK, d_out_BLHK, lse_BHL, length)
+    q, k, v = (pad_length(x, length) for x in (q_BLHK, k_BMHK, v_BMHK))
     spec = _Specs(tiles.rows, length, K)
     options = dict(tiles=tiles, window=bounds.window, scale=scale)
     call = functools.partial(
@@ -187,7 +188,7 @@ def _forward_kernel(
         jnp.zeros((rows,), jnp.float32),
     )
     acc_RK, top_R, sum_R = visit(_ranges(ranges_ref), window, step, start)
-    some_R = sum_R > 0
+    some_R = sum_R != 0  # NaN is some, too
     sum_R = jnp.where(some_R, sum_R, 1.0)
     out_ref[...] = (acc_RK / sum_R[:, None]).astype(out_ref.dtype)
     lse_ref[...] = jnp.where(some_R, top_R * LN2 + jnp.log(sum_R), -jnp.inf)
@@ -216,9 +217,9 @@ def _dq_kernel(
         here = pl.ds(column * tiles.columns, tiles.columns)
         k_CK = k_ref[here, :]
         p_RC = jnp.exp2(_dot(q_RK, k_CK.T) * (scale * LOG2E) - lse_R[:, None])
-        if masked:
-            p_RC = jnp.where(_mask(lo_ref, hi_ref, column, tiles), p_RC, 0.0)
         ds_RC = p_RC * (_dot(d_out_RK, v_ref[here, :].T) - delta_R[:, None])
+        if masked:
+            ds_RC = jnp.where(_mask(lo_ref, hi_ref, column, tiles), ds_RC, 0.0)
         return dq_RK + _dot(ds_RC.astype(k_CK.dtype), k_CK)
 
     dq_RK = visit(_ranges(ranges_ref), window, step, jnp.zeros(q_RK.shape, jnp.float32))
@@ -250,10 +251,11 @@ def _dkv_kernel(
         here = pl.ds(column * tiles.columns, tiles.columns)
         q_CK, d_out_CK = q_ref[here, :], d_out_ref[here, :]
         p_RC = jnp.exp2(_dot(k_RK, q_CK.T) * (scale * LOG2E) - lse_ref[here][None, :])
-        if masked:
-            p_RC = jnp.where(_mask(lo_ref, hi_ref, column, tiles), p_RC, 0.0)
-        dv_RK += _dot(p_RC.astype(d_out_CK.dtype), d_out_CK)
         ds_RC = p_RC * (_dot(v_RK, d_out_CK.T) - delta_ref[here][None, :])
+        if masked:
+            seen_RC = _mask(lo_ref, hi_ref, column, tiles)
+            p_RC, ds_RC = jnp.where(seen_RC, p_RC, 0.0), jnp.where(seen_RC, ds_RC, 0.0)
+        dv_RK += _dot(p_RC.astype(d_out_CK.dtype), d_out_CK)
         return dk_RK + _dot(ds_RC.astype(q_CK.dtype), q_CK), dv_RK
 
     zeros = jnp.zeros(k_RK.shape, jnp.float32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.vjp import only_where_seen
 from modernbert_jax.dropout import dropout
 
 
@@ -21,6 +22,7 @@ def attention(
 
     The only implementation with dropout of the probabilities (Hugging Face's attention_dropout).
     """
+    k_BMHK, v_BMHK = only_where_seen(k_BMHK, v_BMHK)
     p_BHLM = probabilities(q_BLHK, k_BMHK, bounds, scale=scale)
     p_BHLM = dropout(p_BHLM, dropout_rate, dropout_key)
     v_BMHK = v_BMHK.astype(p_BHLM.dtype)

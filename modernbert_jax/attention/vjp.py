@@ -4,6 +4,7 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from modernbert_jax.attention.bounds import Bounds
@@ -43,6 +44,28 @@ class Attention(Protocol):
     def __call__(
         self, q_BLHK: Any, k_BMHK: Any, v_BMHK: Any, bounds: Bounds, *, scale: float
     ) -> jax.Array: ...
+
+
+def only_where_seen(k_BMHK: Any, v_BMHK: Any) -> tuple[Any, Any]:
+    """Returns k and v with every value of v that is not finite moved to k, as NaN, and 0 in v.
+
+    A product of tiles multiplies v of a key with the probability 0 of the queries that do not see
+    it, and 0 x NaN is NaN: one segment's NaN would reach the others in its tile. As NaN in k it
+    makes the scores NaN, which the mask removes for exactly these queries. (A NaN in q or k itself
+    reaches only gradients of other segments, dq and dk.)
+    """
+    finite = jnp.isfinite(v_BMHK)
+    return jnp.where(finite, k_BMHK, jnp.nan), jnp.where(finite, v_BMHK, 0)
+
+
+def finite_or_zero(d_out_BLHK: Any, lse: Any, delta: Any) -> tuple[Any, Any]:
+    """Returns d_out with 0 for what is not finite, and lse with NaN for those queries instead.
+
+    The same for the backward pass; delta = sum(out * d_out), in the axes of lse, shows where. A
+    kernel must mask both p and ds, which an lse of NaN turns to NaN.
+    """
+    d_out = jnp.where(jnp.isfinite(d_out_BLHK), d_out_BLHK, 0)
+    return d_out, jnp.where(jnp.isfinite(delta), lse, jnp.nan)
 
 
 def with_vjp(forward: Forward, backward: Backward) -> Attention:

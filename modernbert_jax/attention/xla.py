@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
-from modernbert_jax.attention.vjp import Attention, with_vjp
+from modernbert_jax.attention.vjp import (
+    Attention,
+    finite_or_zero,
+    only_where_seen,
+    with_vjp,
+)
 from modernbert_jax.precision import einsum
 
 _DENSE_LENGTH = 512  # up to here all scores of a row are kept at once
@@ -26,6 +31,7 @@ def forward(
     q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHK: jax.Array, bounds: Bounds, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BLHK, lse_BHL); see vjp.Forward."""
+    k_BMHK, v_BMHK = only_where_seen(k_BMHK, v_BMHK)
     kind, block = _plan(q_BLHK, k_BMHK, bounds)
     if kind == "chunks":
         return _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
@@ -48,6 +54,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, dv); see vjp.Backward."""
     delta_BLH = jnp.sum(out_BLHK.astype(jnp.float32) * d_out_BLHK.astype(jnp.float32), axis=-1)
+    lse_BHL = jnp.where(jnp.isneginf(lse_BHL), 0.0, lse_BHL)
+    d_out_BLHK, lse_BHL = finite_or_zero(d_out_BLHK, lse_BHL, jnp.swapaxes(delta_BLH, 1, 2))
     kind, block = _plan(q_BLHK, k_BMHK, bounds)
     if kind == "chunks":
         return _chunks_backward(
@@ -97,11 +105,10 @@ def _dense_forward(q, k, v, mask, scale):
 def _dense_backward(q, k, v, mask, lse, delta, d_out, scale):
     """Returns (dq, dk, dv) of one block in float32."""
     s = einsum("nqhd,nmhd->nhqm", q, k) * scale
-    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     p = jnp.where(mask[:, None], jnp.exp(s - lse[..., None]), 0.0)
     dv = einsum("nhqm,nqhd->nmhd", p.astype(d_out.dtype), d_out)
     dp = einsum("nqhd,nmhd->nhqm", d_out, v)
-    ds = (p * (dp - delta[..., None]) * scale).astype(q.dtype)
+    ds = jnp.where(mask[:, None], p * (dp - delta[..., None]) * scale, 0.0).astype(q.dtype)
     return einsum("nhqm,nmhd->nqhd", ds, k), einsum("nhqm,nqhd->nmhd", ds, q), dv
 
 
@@ -230,7 +237,7 @@ def _chunks_forward(q_BLHK, k_BMHK, v_BMHK, bounds, scale):
             jnp.zeros((1, H, _CHUNK_Q), jnp.float32),
         )
         out, top, total = jax.lax.fori_loop(first_BT[row, t], last_BT[row, t], visit, start)
-        some = total > 0
+        some = total != 0  # NaN is some, too
         out = jnp.where(some[..., None], out / jnp.where(some, total, 1.0)[..., None], 0.0)
         lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
         return jnp.swapaxes(out, 1, 2).astype(q_BLHK.dtype), jnp.swapaxes(lse, 1, 2)
@@ -246,7 +253,6 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
     first_BT, last_BT = tile_bounds(bounds, _CHUNK_Q, _CHUNK_K)
     key_first_BT, key_last_BT = tile_bounds(of_keys, _CHUNK_Q, _CHUNK_K)
     lse_BLH = jnp.swapaxes(lse_BHL, 1, 2)
-    lse_BLH = jnp.where(jnp.isneginf(lse_BLH), 0.0, lse_BLH)
     arrays = (q_BLHK, k_BMHK, v_BMHK, d_out_BLHK, lse_BLH, delta_BLH, bounds.lo_BL, bounds.hi_BL)
     multiple = max(_CHUNK_Q, _CHUNK_K)
     q, k, v, d_out, lse, delta, lo, hi = (_pad_to(x, multiple) for x in arrays)
@@ -262,8 +268,8 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
             start = c * _CHUNK_K
             k_c, v_c = (_slice(x, row, start, _CHUNK_K) for x in (k, v))
             s = einsum("nqhd,nmhd->nhqm", q_t, k_c) * scale
-            p = jnp.where(_mask(lo_t, hi_t, start)[:, None], jnp.exp(s - lse_t), 0.0)
-            ds = p * (einsum("nqhd,nmhd->nhqm", d_t, v_c) - delta_t) * scale
+            ds = jnp.exp(s - lse_t) * (einsum("nqhd,nmhd->nhqm", d_t, v_c) - delta_t) * scale
+            ds = jnp.where(_mask(lo_t, hi_t, start)[:, None], ds, 0.0)
             return dq + einsum("nhqm,nmhd->nhqd", ds.astype(q.dtype), k_c)
 
         zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
@@ -280,10 +286,11 @@ def _chunks_backward(q_BLHK, k_BMHK, v_BMHK, lse_BHL, delta_BLH, bounds, d_out_B
             q_c, d_c = (_slice(x, row, start, _CHUNK_K) for x in (q, d_out))
             lse_c, delta_c = (across(_slice(x, row, start, _CHUNK_K)) for x in (lse, delta))
             s = einsum("nmhd,nqhd->nhmq", k_t, q_c) * scale
-            p = jnp.exp(s - lse_c[:, :, None, :])
-            p = jnp.where(_mask(lo_t, hi_t, start)[:, None], p, 0.0)
+            seen = _mask(lo_t, hi_t, start)[:, None]
+            p = jnp.where(seen, jnp.exp(s - lse_c[:, :, None, :]), 0.0)
             dv = dv + einsum("nhmq,nqhd->nhmd", p.astype(d_out.dtype), d_c)
-            ds = p * (einsum("nmhd,nqhd->nhmq", v_t, d_c) - delta_c[:, :, None, :]) * scale
+            dp = einsum("nmhd,nqhd->nhmq", v_t, d_c)
+            ds = jnp.where(seen, p * (dp - delta_c[:, :, None, :]) * scale, 0.0)
             return dk + einsum("nhmq,nqhd->nhmd", ds.astype(q.dtype), q_c), dv
 
         zero = jnp.zeros((1, H, _CHUNK_Q, K), jnp.float32)
