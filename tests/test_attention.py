@@ -22,6 +22,7 @@ from modernbert_jax import attention as op
 from modernbert_jax.attention import __main__ as self_check, make_bounds, xla
 from modernbert_jax.attention.bounds import tile_bounds
 from modernbert_jax.attention.vjp import LSE, OUT, with_vjp
+from tests.benchmarks import accelerator
 
 IMPLEMENTATIONS = ["reference", "xla"]
 # Of the largest value: float32 rounds its sums, bfloat16 its inputs, probabilities and outputs.
@@ -244,6 +245,21 @@ class TestChunksAtOnce:
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("length, window", [(60, None), (60, 16), (700, None)])
+def test_what_is_not_finite_stays_in_its_segment(length, window):
+    """NaN in v and d_out of a segment that shares its tiles with another: dense, bands, chunks."""
+    ids = packed(length, (1, length // 3), (2, length - length // 3))
+    arrays = q, k, v, d_out = arrays_of(1, length, 1, 8, "float32")
+    bounds, ours, theirs = make_bounds(ids, window), ids[0] == 1, ids[0] == 2
+    bad = v.at[:, length // 2, :, 3].set(jnp.nan), d_out.at[:, -9, :, 3].set(jnp.nan)
+    got = both_passes(q, k, *bad, bounds, name="xla", scale=0.37)
+    for x, want in zip(got, exact(*arrays, ids, window, 0.37), strict=True):
+        np.testing.assert_allclose(x[:, ours], want[:, ours], atol=1e-5)
+        assert not np.isfinite(x[:, theirs]).all()
+    out = op.attention(q, k, bad[0], bounds, scale=0.37, implementation="reference")
+    np.testing.assert_allclose(out, got[0], atol=1e-5)  # NaN for the same queries
+
+
 def test_what_is_saved_for_the_backward_pass():
     """q, k, v, out, the log-sum-exp and the bounds: no array of scores."""
     length = 1024
@@ -320,15 +336,40 @@ class TestChoice:
         assert "segment ids or a mask" in op.refusal("cudnn", self.q, self.bounds, device)
         assert "window of 8" in op.refusal("cudnn", self.q, make_bounds(ids, 8, whole=True), device)
 
-    def test_every_claim_of_a_measurement_has_its_result_file(self):
+    def test_a_measurement_is_claimed_if_and_only_if_its_result_file_has_it(self):
+        """In those of tests/benchmarks/accelerator.py, and for the CPU in the self check's."""
         folder = pathlib.Path(__file__).parent / "benchmarks" / "results"
-        for (name, generation), status in op.PROVEN.items():
-            assert name in op.IMPLEMENTATIONS
-            if status == op.MEASURED:
-                texts = [p.read_text() for p in folder.glob("*.json")]
-                assert any(
-                    f'"generation": "{generation}"' in t and f'"{name}"' in t for t in texts
-                ), (name, generation)
+        records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        found = {
+            (name, record["generation"])
+            for record in records
+            if isinstance(record, dict)
+            for name in record.get("measured", ())
+        }
+        assert (folder / "self_check_cpu.json").exists()
+        found.add(("xla", "cpu"))
+        assert found == {key for key, status in op.PROVEN.items() if status == op.MEASURED}
+
+    def test_which_kernels_a_measurement_makes_the_default(self):
+        row = {"implementation": "pallas_hopper", "layer": "local, packed", "dtype": "bfloat16"}
+        good = row | {"error": 0.01, "speed_against_xla": 3.0}
+        triton = good | {"implementation": "pallas_triton"}
+        check = lambda *rows: accelerator.measured({"results": list(rows)})  # noqa: E731
+        assert check(good, good, triton) == ["pallas_hopper", "pallas_triton"]
+        assert check(good, good | {"error": 0.03}, triton) == ["pallas_triton"]
+        assert check(good, good | {"error": float("nan")}) == []
+        assert check(good, good | {"speed_against_xla": 0.9}) == []
+        assert check(good, row | {"failure": "RuntimeError: ptxas"}) == []
+        assert check() == accelerator.measured({"failure": "not finished after 60 s"}) == []
+
+    @pytest.mark.slow
+    def test_the_measurement_runs(self, tmp_path):
+        path = tmp_path / "cpu.json"
+        assert accelerator.main(["--quick", "--json", str(path)]) == 0
+        record = json.loads(path.read_text())
+        assert record["generation"] == "cpu" and record["measured"] == []
+        assert set(record["parts"]) == {"check", "attention", "train tiny 128"}
+        assert all(part["results"] for part in record["parts"].values())
 
 
 class TestSharded:

@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import types
 import warnings
 
 import jax
@@ -223,6 +224,15 @@ def test_nothing_is_run_inside_a_trace(kernel):
     calls = kernel.calls
     jax.jit(lambda x: op.attention(x, x, x, BOUNDS, scale=2.0))(x)
     assert kernel.calls == calls + 1  # once it has passed, it is what jit uses
+
+
+def test_an_absent_device_is_not_run_on(kernel, monkeypatch):
+    kernel(right)
+    monkeypatch.setitem(op.PROVEN, (NAME, "sm90"), op.COMPILED)
+    absent = types.SimpleNamespace(platform="gpu", device_kind="H100", compute_capability="9.0")
+    lines = []
+    assert check(absent, log=lines.append).name == NAME and kernel.calls == 0
+    assert lines == [f"attention: {NAME}: assumed for sm90, where a run checks it first"]
 
 
 def test_one_process_where_it_fails_is_enough(kernel):

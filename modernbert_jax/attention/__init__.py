@@ -7,6 +7,7 @@
 from modernbert_jax.attention.bounds import Bounds, make_bounds, make_segment_ids
 from modernbert_jax.attention.context import context_parallel
 from modernbert_jax.attention.dispatch import (
+    COMPILED as COMPILED,
     IMPLEMENTATIONS as IMPLEMENTATIONS,
     KERNELS as KERNELS,
     MEASURED as MEASURED,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -120,16 +119,16 @@ def check(
 
     Takes seconds once for a kind of device, nothing after that or on a CPU; first_use.py describes
     what is run and remembered. Warns of a kernel that fails, which is not used. Runs nothing inside
-    a trace. everywhere: returns whether a kernel, which passed here or not, passed on all processes
-    of a job; they call it in step. log: gets the choice in one line, by default the log of this
-    package.
+    a trace or for an absent device. everywhere: returns whether a kernel, which passed here or not,
+    passed on all processes of a job; they call it in step. log: gets the choice in one line, by
+    default the log of this package.
     """
     device = default_device() if device is None else device
     q = jax.ShapeDtypeStruct((1, first_use.LENGTH, 1, head_dim), jnp.dtype(dtype))
     edge = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
     bounds = Bounds(edge, edge)  # type: ignore[arg-type]
     tracing = isinstance(jnp.zeros(()), jax.core.Tracer)  # type: ignore[attr-defined]
-    for name in () if tracing else KERNELS:
+    for name in () if tracing or not _is_present(device) else KERNELS:
         if refusal(name, q, bounds, device) is None and passes(
             name, device, dtype=dtype, head_dim=head_dim, everywhere=everywhere
         ):
@@ -240,37 +239,32 @@ def sharded(
     The result is a function of (q_BLHK, k_BMHK, v_BMHK, bounds, *, scale) for the `attention=`
     argument of models. The implementation is chosen for the mesh's devices, which may be absent.
     Raises ValueError for an axis that the mesh lacks, and on a call for a number of rows or heads
-    that the axes do not divide. Inside `jax.shard_map` over some of the axes, it splits over the
-    others.
+    that the axes do not divide.
     """
     device = mesh.devices.flat[0]
-    split: dict[str, tuple[str, ...]] = {}
+    sizes = {}
     for what, axes in (("rows", rows), ("heads", heads)):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in names:
             if axis not in mesh.shape:
                 raise ValueError(f"{what}: expected mesh axes of {tuple(mesh.shape)}, got {axis!r}")
-        split[what] = names
+        sizes[what] = 1
+        for axis in names:
+            sizes[what] *= mesh.shape[axis]
 
     def run(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float):
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        left = {what: tuple(a for a in axes if a not in manual) for what, axes in split.items()}
         for what, count in (("rows", q_BLHK.shape[0]), ("heads", q_BLHK.shape[2])):
-            size = math.prod(mesh.shape[axis] for axis in left[what])
-            if count % size:
-                raise ValueError(f"{what}: expected a multiple of {size}, got {count}")
-        by_rows = PartitionSpec(left["rows"], None)
-        by_both = PartitionSpec(left["rows"], None, left["heads"], None)
+            if count % sizes[what]:
+                raise ValueError(f"{what}: expected a multiple of {sizes[what]}, got {count}")
+        by_rows = PartitionSpec(rows, None)
+        by_both = PartitionSpec(rows, None, heads, None)
 
         def local(q, k, v, part):
             return _resolve(implementation, q, part, device)(q, k, v, part, scale=scale)
 
-        if not any(left.values()) and set(manual) == set(mesh.axis_names):
-            return local(q_BLHK, k_BMHK, v_BMHK, bounds)
         return jax.shard_map(
             local,
-            mesh=None if manual else mesh,
-            axis_names=set(mesh.axis_names) - set(manual),
+            mesh=mesh,
             in_specs=(by_both, by_both, by_both, by_rows),
             out_specs=by_both,
             check_vma=False,

@@ -20,6 +20,7 @@ while it does not fit.
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory as well
@@ -35,16 +37,20 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM  # noqa: E402
+from modernbert_jax.attention import check  # noqa: E402
 from modernbert_jax.checkpoint.hf import hf_to_params  # noqa: E402
+from modernbert_jax.checkpoint.params import flatten  # noqa: E402
 from modernbert_jax.packing import IGNORE_INDEX, plan_rows  # noqa: E402
 from train.common.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
 from train.pretrain.config import TrainConfig  # noqa: E402
 from train.pretrain.masking import predicted_positions  # noqa: E402
-from train.pretrain.step import REMAT, Trainer  # noqa: E402
+from train.pretrain.step import Trainer  # noqa: E402
 
+HAS_TORCH = importlib.util.find_spec("torch") is not None  # without it only ours is timed
 MASK_RATE, MEAN_DOCUMENT = 0.30, 1024
 MICRO_TOKENS = {"base": 98_304, "large": 57_344, "tiny": 1024}
 
@@ -171,7 +177,9 @@ class Ours:
 
     def __init__(self, config: TrainConfig, params: dict[str, np.ndarray]):
         mesh = make_mesh(devices=jax.devices()[:1])
-        self.trainer = Trainer(config, config.model, mesh)
+        model = config.model
+        self.attention = check(jax.devices()[0], dtype=model.dtype, head_dim=model.head_dim)
+        self.trainer = Trainer(config, model, mesh)
         self.params, self.sharding = params, batch_sharding(mesh)
 
     def loss(self, packed: Rows, length: int) -> float:
@@ -265,12 +273,18 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
     model_config = getattr(ModernBertConfig, size)(dtype=dtype, attention_out_dropout=0.1)
     kind = jax.devices()[0].device_kind
     torch_device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.devices()[0].platform)
-    reference = reference_model(model_config)
-    tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
-    params = hf_to_params(ModernBertForMaskedLM, model_config, tensors)
+    reference = reference_model(model_config) if HAS_TORCH else None
+    if reference is None:
+        params = flatten(ModernBertForMaskedLM(model_config, rngs=nnx.Rngs(0)))
+        params = {path: np.asarray(value) for path, value in params.items()}
+    else:
+        tensors = {k: v.detach().numpy().copy() for k, v in reference.state_dict().items()}
+        params = hf_to_params(ModernBertForMaskedLM, model_config, tensors)
     config = TrainConfig(model=model_config, remat=args.remat, scan_layers=args.scan_layers)
     ours = Ours(config, params)
-    theirs = None if torch_device is None else Torch(reference, torch_device, dtype)
+    theirs = None
+    if reference is not None and torch_device is not None:
+        theirs = Torch(reference, torch_device, dtype)
     results = []
     cases = [(length, documents) for length in lengths for documents in ("full", "packed")]
     if theirs is not None:  # before anything is trained; one row, so that memory is no matter
@@ -285,6 +299,7 @@ def measure(size: str, args: argparse.Namespace, lengths: list[int]) -> list[dic
             return make_rows(kind, rows, length, model_config.vocab_size)
 
         row: dict[str, Any] = {"size": size, "sequence_length": length, "documents": documents_kind}
+        row["attention"] = ours.attention.reason
         for name, side in (("ours", ours), ("torch", theirs)):
             if side is None:
                 continue
@@ -337,27 +352,21 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int)
     parser.add_argument("--tokens", type=int, help="of a step, at first")
     parser.add_argument("--seconds", type=float, help="a timing, at least")
-    parser.add_argument("--remat", default="none", choices=REMAT)
+    parser.add_argument("--remat", default="none", choices=("none", "layers", "all_but_dots"))
     parser.add_argument("--scan-layers", action="store_true")
     args = parser.parse_args()
     args.seconds = args.seconds or (1.0 if args.quick else 5.0)
     sizes = args.sizes or (["tiny"] if args.quick else ["base", "large"])
     lengths = args.lengths or ([128] if args.quick else [1024, 8192])
     device = jax.devices()[0]
-    import torch
-    import transformers
-
-    print(f"{device.device_kind}, jax {jax.__version__}, torch {torch.__version__}")
+    packages = ("jax", "torch", "transformers") if HAS_TORCH else ("jax",)
+    versions = {"python": platform.python_version(), **{p: version(p) for p in packages}}
+    print(f"{device.device_kind}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
     record = {
         "command": " ".join(["python tests/benchmarks/train_step.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device.device_kind,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions,
         "results": [result for size in sizes for result in measure(size, args, lengths)],
     }
     if args.json:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from modernbert_jax.attention import check
+
 from ..common.flops import PEAK, hardware_flops, model_flops, segment_lengths
 from ..pretrain.config import Phase, TrainConfig
 from ..pretrain.masking import predicted_positions
@@ -35,6 +37,12 @@ class Documents:
         return kernels.packed_documents(sequences, sequence_length, self.tokens, self.lengths)
 
 
+def _default_attention(config: TrainConfig, device: Any) -> str:
+    """The implementation that was compiled for an absent device, and why."""
+    model = config.model
+    return check(device, dtype=model.dtype, head_dim=model.head_dim, log=lambda line: None).reason
+
+
 def report(
     config: TrainConfig,
     phase: Phase,
@@ -56,6 +64,7 @@ def report(
         "devices": len(devices),
         "chips": topologies.chips(devices),
         "mesh": {str(axis): size for axis, size in mesh.shape.items()},
+        "attention": config.attention or _default_attention(config, devices[0]),
         "remat": config.remat,
         "global_batch_size": config.global_batch_size,
         "sequence_length": config.sequence_length,
@@ -273,6 +282,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{found['topology']}: {found['devices']} {found['device']} ({found['chips']} chips)",
         f"  mesh            {mesh}",
+        f"  attention       {found['attention']}",
         f"  step            {found['global_batch_size']} sequences of {found['sequence_length']} "
         f"tokens: {found['gradient_accumulation_steps']} micro-batches of "
         f"{found['padded_micro_batch_size']}, {found['per_device_batch_size']} per device, "
