@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from train.common.sharding import (
     param_shardings,
     to_devices,
 )
+from train.plan import hlo
 from train.pretrain.config import Optimizer, TrainConfig
 from train.pretrain.embedding import look_up
 from train.pretrain.loss import masked_cross_entropy
@@ -98,6 +100,24 @@ def test_twenty_steps_equal_one_device(shape):
     np.testing.assert_allclose(got, want, atol=1e-5)
     for path, value in params.items():  # 1e-3 of the sum of the learning rates
         np.testing.assert_allclose(ours[path], value, atol=1e-3 * RATE * STEPS, err_msg=path)
+
+
+def test_gradients_are_reduced_once_in_float32():
+    """Nothing communicates in the loop over micro-batches, and the sums are reduced in float32."""
+    model = MODEL.replace(num_hidden_layers=2, dtype="bfloat16")
+    mesh = mesh_of("2x2x1")
+    trainer = Trainer(RECIPE, model, mesh)
+    batch = to_devices(batch_of(0, 8), np.arange(8), 8, mesh)
+    traced = trainer.train_step.trace(trainer.fresh(), batch, RATE, RATE)
+    # In the program as it is traced: a CPU's compiler widens bfloat16.
+    dtypes = re.findall(r":(\w+)\[[\d,]*\] = reduce_scatter", str(traced.jaxpr))
+    assert len(dtypes) > 8 and set(dtypes) == {"f32"}
+    text = traced.lower().compile().as_text()
+    found = hlo.read(text, mesh.size).collectives
+    assert {c.count for c in found} == {1}
+    size = 4 * sum(math.prod(leaf.shape) for leaf in trainer.shapes.values())
+    scattered = sum(c.bytes for c in found if c.kind == "reduce-scatter")
+    assert 0.9 * size < scattered <= size  # all but the norms and the decoder's bias
 
 
 def test_dropout_does_not_depend_on_the_number_of_micro_batches():
