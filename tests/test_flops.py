@@ -99,9 +99,10 @@ class TestHardware:
     def test_adds_to_the_model(self):
         model = model_flops(BASE, np.full(self.ROWS, self.LENGTH), self.ROWS * self.PLACES)
         D, V = BASE.hidden_size, BASE.vocab_size
-        more = 0.5 * model.attention + 2 * self.ROWS * self.PLACES * V * D
+        more = 0.5 * model.attention + 4 * self.ROWS * self.PLACES * V * D
         assert self.flops() == pytest.approx(model.train + more)
-        assert self.flops(remat="all_but_dots") == pytest.approx(self.flops() + model.attention)
+        assert self.flops(remat="save_dots_and_attention") == self.flops()
+        assert self.flops(remat="save_attention") == pytest.approx(self.flops() + model.linear)
         again = model.linear + model.attention
         assert self.flops(remat="layers") == pytest.approx(self.flops() + again)
 
@@ -114,7 +115,7 @@ class TestHardware:
         assert half == pytest.approx(self.flops() - 3.5 * attention_)
 
     def test_refuses_another_policy(self):
-        with pytest.raises(ValueError, match="remat: expected one of none, layers"):
+        with pytest.raises(ValueError, match="remat: expected one of none, save_dots"):
             self.flops(remat="some")
 
 

@@ -6,10 +6,9 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.params import param_shapes
@@ -25,7 +24,6 @@ from train.common.sharding import (
 )
 from train.plan import hlo
 from train.pretrain.config import Optimizer, TrainConfig
-from train.pretrain.embedding import look_up
 from train.pretrain.loss import masked_cross_entropy
 from train.pretrain.step import Trainer
 
@@ -166,41 +164,35 @@ def test_the_reference_weighting_by_its_formula():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-class TestLossAndLookUp:
-    """Both have their own collectives and derivatives: against the plain formulas."""
+@pytest.mark.parametrize("shape", ["2x2x2", "1x1x4"])
+def test_cross_entropy_of_a_split_vocabulary(shape):
+    """Each device's own sequences, its part of the vocabulary left to the partitioner."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(4, 7, 16)).astype(np.float32)
+    weight = rng.normal(size=(32, 16)).astype(np.float32)
+    bias = rng.normal(size=32).astype(np.float32)
+    labels = rng.integers(0, 32, (4, 7)).astype(np.int32)
+    labels[rng.random((4, 7)) < 0.3] = IGNORE_INDEX
 
-    @pytest.mark.parametrize("shape", ["2x2x1x2", "1x1x1x4"])
-    def test_cross_entropy(self, shape):
-        rng = np.random.default_rng(0)
-        hidden = rng.normal(size=(4, 7, 16)).astype(np.float32)
-        weight = rng.normal(size=(32, 16)).astype(np.float32)
-        bias = rng.normal(size=32).astype(np.float32)
-        labels = rng.integers(0, 32, (4, 7)).astype(np.int32)
-        labels[rng.random((4, 7)) < 0.3] = IGNORE_INDEX
+    def sums(hidden, weight, bias, labels):
+        loss = lambda *x: masked_cross_entropy(*x, labels, 4)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, weight, bias)
 
-        def run(mesh, *arrays):
-            sums = lambda *x: masked_cross_entropy(*x, labels, 4, mesh)  # noqa: E731
-            return jax.jit(jax.value_and_grad(sums, (0, 1, 2), has_aux=True))(*arrays)
+    def local(*arrays):
+        sum_, (d_hidden, *others) = sums(*arrays)
+        return *jax.lax.psum((sum_, others), sharding.BATCH), d_hidden
 
-        (want, right), grads = run(None, hidden, weight, bias)
-        (got, ours), mine = run(mesh_of(shape), hidden, weight, bias)
-        np.testing.assert_allclose(got, want, rtol=1e-6)
-        assert ours == right
-        for a, b in zip(mine, grads, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
-
-    def test_look_up(self):
-        rng = np.random.default_rng(0)
-        weight = rng.normal(size=(32, 16)).astype(np.float32)
-        ids = rng.integers(0, 32, (4, 9)).astype(np.int32)
-        ids[0, :3] = 7  # the padding token
-        d = rng.normal(size=(4, 9, 16)).astype(np.float32)
-        out, pull = jax.vjp(lambda w: look_up(mesh_of("2x2x1x2"), 7, w, ids), jnp.asarray(weight))
-        np.testing.assert_array_equal(out, weight[ids])
-        want = np.zeros_like(weight)
-        np.add.at(want, ids, d)
-        want[7] = 0
-        np.testing.assert_allclose(pull(jnp.asarray(d))[0], want, atol=1e-5)
+    mesh, split = mesh_of(shape), P(sharding.BATCH)
+    run = sharding.split_over_batch(local, mesh, (split, P(), P(), split), (P(), P(), split))
+    parts = jax.device_put(
+        (weight, bias), (NamedSharding(mesh, P("tensor")), NamedSharding(mesh, P("tensor")))
+    )
+    (want, right), grads = sums(hidden, weight, bias, labels)
+    (got, ours), others, d_hidden = jax.jit(run)(hidden, *parts, labels)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert ours == right
+    for a, b in zip((d_hidden, *others), grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 class TestRules:

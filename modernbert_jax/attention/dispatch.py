@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -239,32 +240,37 @@ def sharded(
     The result is a function of (q_BLHK, k_BMHK, v_BMHK, bounds, *, scale) for the `attention=`
     argument of models. The implementation is chosen for the mesh's devices, which may be absent.
     Raises ValueError for an axis that the mesh lacks, and on a call for a number of rows or heads
-    that the axes do not divide.
+    that the axes do not divide. Inside `jax.shard_map` over some of the axes, it splits over the
+    others.
     """
     device = mesh.devices.flat[0]
-    sizes = {}
+    split: dict[str, tuple[str, ...]] = {}
     for what, axes in (("rows", rows), ("heads", heads)):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in names:
             if axis not in mesh.shape:
                 raise ValueError(f"{what}: expected mesh axes of {tuple(mesh.shape)}, got {axis!r}")
-        sizes[what] = 1
-        for axis in names:
-            sizes[what] *= mesh.shape[axis]
+        split[what] = names
 
     def run(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float):
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        left = {what: tuple(a for a in axes if a not in manual) for what, axes in split.items()}
         for what, count in (("rows", q_BLHK.shape[0]), ("heads", q_BLHK.shape[2])):
-            if count % sizes[what]:
-                raise ValueError(f"{what}: expected a multiple of {sizes[what]}, got {count}")
-        by_rows = PartitionSpec(rows, None)
-        by_both = PartitionSpec(rows, None, heads, None)
+            size = math.prod(mesh.shape[axis] for axis in left[what])
+            if count % size:
+                raise ValueError(f"{what}: expected a multiple of {size}, got {count}")
+        by_rows = PartitionSpec(left["rows"], None)
+        by_both = PartitionSpec(left["rows"], None, left["heads"], None)
 
         def local(q, k, v, part):
             return _resolve(implementation, q, part, device)(q, k, v, part, scale=scale)
 
+        if not any(left.values()) and set(manual) == set(mesh.axis_names):
+            return local(q_BLHK, k_BMHK, v_BMHK, bounds)
         return jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=None if manual else mesh,
+            axis_names=set(mesh.axis_names) - set(manual),
             in_specs=(by_both, by_both, by_both, by_rows),
             out_specs=by_both,
             check_vma=False,

@@ -48,7 +48,7 @@ from train.common.flops import PEAK, mfu, model_flops  # noqa: E402
 from train.common.sharding import batch_sharding, make_mesh  # noqa: E402
 from train.pretrain.config import TrainConfig  # noqa: E402
 from train.pretrain.masking import predicted_positions  # noqa: E402
-from train.pretrain.step import Trainer  # noqa: E402
+from train.pretrain.step import REMAT, Trainer  # noqa: E402
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None  # without it only ours is timed
 MASK_RATE, MEAN_DOCUMENT = 0.30, 1024
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int)
     parser.add_argument("--tokens", type=int, help="of a step, at first")
     parser.add_argument("--seconds", type=float, help="a timing, at least")
-    parser.add_argument("--remat", default="none", choices=("none", "layers", "all_but_dots"))
+    parser.add_argument("--remat", default="none", choices=REMAT)
     parser.add_argument("--scan-layers", action="store_true")
     args = parser.parse_args()
     args.seconds = args.seconds or (1.0 if args.quick else 5.0)

@@ -108,17 +108,19 @@ def hardware_flops(
 
     `sequences` of sequence_length tokens with `predictions` positions each, used or padding; the
     attention's backward pass, which recomputes the scores (5 products for the forward pass's 2);
-    the loss, which recomputes its logits; what `remat` (train/pretrain/config.py) recomputes. Parts
-    of tiles outside a segment or window are not counted: they depend on the kernel.
+    the loss, which computes its logits twice more; what `remat` (train/pretrain/config.py)
+    recomputes. Parts of tiles outside a segment or window are not counted: they depend on the
+    kernel.
     """
     D, V = config.hidden_size, config.vocab_size
     tokens, positions = sequences * sequence_length, sequences * predictions
     linear = 2.0 * tokens * config.num_hidden_layers * _layer_weights(config)
     attention = model_flops(config, lengths, 0).attention
-    recomputed = {"none": 0.0, "layers": linear + attention, "all_but_dots": attention}
+    recomputed = {"none": 0.0, "save_dots_and_attention": 0.0, "save_attention": linear}
+    recomputed["layers"] = linear + attention
     if remat not in recomputed:
         raise ValueError(f"remat: expected one of {', '.join(recomputed)}, got {remat!r}")
-    head = 2.0 * positions * (3 * D * D + 4 * V * D)
+    head = 2.0 * positions * (3 * D * D + 5 * V * D)
     return 3 * linear + 3.5 * attention + head + recomputed[remat]
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -117,30 +116,60 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
     return out
 
 
-def gather(params: Mapping[str, jax.Array], mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
-    """Returns the parameters gathered over fsdp, still split over tensor, as the model uses them.
+def split_over_batch(
+    run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Wraps a function of a device's own sequences, which may communicate over `BATCH`.
+
+    The axes that are not in BATCH stay with the partitioner, which has nothing to do if their size
+    is 1; specs name only those of BATCH.
+    """
+    own = {axis for axis in mesh.axis_names if axis in BATCH or mesh.shape[axis] == 1}
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=own,
+        check_vma=False,
+    )
+
+
+def fsdp_spec(path: str) -> P:
+    """Returns how a parameter is split over the axes of BATCH."""
+    return P(*(axis if axis == FSDP else None for axis in spec_of(path)))
+
+
+def gather(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
+    """Returns the parameters gathered over fsdp, as the model uses them; in `split_over_batch`.
 
     Weights of matrix products are gathered in the compute `dtype`. Norms and embeddings keep
     theirs: the model uses them in float32, and an embedding's gradient adds up many tokens.
     """
 
     def one(path: str, value: jax.Array) -> jax.Array:
-        spec = P(*(None if axis == FSDP else axis for axis in spec_of(path)))
-        if weight_of(path).inputs:
-            value = value.astype(dtype)
-        return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+        value = value.astype(dtype) if weight_of(path).inputs else value
+        spec = spec_of(path)
+        if FSDP not in spec:
+            return value
+        return jax.lax.all_gather(value, FSDP, axis=spec.index(FSDP), tiled=True)
 
     return {path: one(path, value) for path, value in params.items()}
 
 
-def scatter(grads: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the gradients of gathered parameters in float32, split as the parameters are."""
-    return {
-        path: jax.lax.with_sharding_constraint(
-            g.astype(jnp.float32), NamedSharding(mesh, spec_of(path))
-        )
-        for path, g in grads.items()
-    }
+def scatter(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the sum of the devices' gradients, split as the parameters; in `split_over_batch`."""
+
+    def one(path: str, value: jax.Array) -> jax.Array:
+        spec = spec_of(path)
+        if FSDP not in spec:
+            return jax.lax.psum(value, BATCH)
+        at = spec.index(FSDP)
+        value = jax.lax.psum_scatter(value, FSDP, scatter_dimension=at, tiled=True)
+        # XLA keeps a sum over an axis of one device, and copies what goes into it.
+        return jax.lax.psum(value, DATA) if jax.lax.axis_size(DATA) > 1 else value
+
+    return {path: one(path, value) for path, value in grads.items()}
 
 
 def place(

@@ -130,9 +130,11 @@ class TrainConfig:
     attention: str = ""
     """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
     scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.
-    remat: Literal["none", "layers", "all_but_dots"] = "none"
-    """What the backward pass recomputes: nothing, whole layers, or all but matrix products."""
-    loss_chunk: int = 1024
+    remat: Literal["none", "save_dots_and_attention", "save_attention", "layers"] = "none"
+    """What the backward pass computes again, to save memory. none: nothing.
+    save_dots_and_attention: norms, activations and dropout. save_attention: also the matrix
+    products. layers: also attention, so that only the inputs of the layers are saved."""
+    loss_chunk: int = 2048
     """Predictions per device in one chunk of logits; smaller uses less memory."""
     eval_fraction: float = 0.05
     """Fraction of documents in the evaluation set, chosen by a hash of the text."""

@@ -19,26 +19,34 @@ from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw
 from ..common.sharding import (
     BATCH,
     TENSOR,
+    fsdp_spec,
     gather,
     local_slots,
     padded_batch_size,
     param_shardings,
     scatter,
+    split_over_batch,
     to_devices,
 )
 from ..common.watch import norms_by_kind
 from .config import TrainConfig
-from .embedding import look_up
 from .loss import masked_cross_entropy
 
 # Arrays [A, B, ...]: A micro-batches of B packed sequences; see data.Batch.
 Batch = Mapping[str, jax.Array]
 _INPUTS = ("input_ids", "segment_ids", "predict_positions", "labels")
 
-_REMAT: dict[str, bool | Callable[..., bool]] = {
+_policies = jax.checkpoint_policies
+_ATTENTION = _policies.save_only_these_names("attention_out", "attention_lse")
+
+# What the backward pass finds saved, from the most memory to the least; see TrainConfig.remat.
+REMAT: dict[str, bool | Callable[..., bool]] = {
     "none": False,
+    "save_dots_and_attention": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "save_attention": _ATTENTION,
     "layers": True,
-    "all_but_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -130,70 +138,77 @@ class Trainer:
     def _gradients(self, state: TrainState, batch: Batch):
         """Returns (loss, correct predictions, gradients), summed over micro-batches in float32.
 
-        Each sequence has a dropout key of its own, folded from (seed, step, its number in the
-        step), so that dropout depends neither on the mesh nor on the number of micro-batches.
+        Each device adds up the gradients of its own sequences; the sums are reduced once per step.
         """
         weight_A = _loss_weights(self.config.loss_weighting, batch)
-        key = jax.random.key(self.config.seed, impl="threefry2x32")
-        key = jax.random.fold_in(key, state.optimizer.step)
-        inputs = {k: batch[k] for k in _INPUTS}
-        params = gather(state.params, self.mesh, self.model_config.dtype)
+        specs = {path: fsdp_spec(path) for path in self.shapes}
 
-        def weighted_loss(params, micro, index):
-            number_B = index * self.config.micro_batch_size + jnp.arange(len(micro["labels"]))
-            key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
-            loss, correct = self._forward(params, micro, key_B)
-            return loss * weight_A[index], correct
+        def local(shards, inputs, weight_A, step):
+            params = gather(shards, self.model_config.dtype)
 
-        gradient = jax.value_and_grad(weighted_loss, has_aux=True)
+            def weighted_loss(params, micro, index):
+                keys = self._dropout_keys(step, index, len(micro["labels"]))
+                loss, correct = self._forward(params, micro, keys)
+                return loss * weight_A[index], correct
 
-        def float32(grads):
-            # Gradients are split over fsdp only after they have been added up: splitting each
-            # layer's at once would compute slices of D / fsdp, too narrow for a TPU's matrix units.
-            return gather(
-                {k: g.astype(jnp.float32) for k, g in grads.items()}, self.mesh, jnp.float32
-            )
+            def accumulate(sums, item):
+                (loss, correct), grads = jax.value_and_grad(weighted_loss, has_aux=True)(
+                    params, *item
+                )
+                grads = {k: g.astype(jnp.float32) for k, g in grads.items()}
+                return jax.tree.map(jnp.add, sums, (loss, correct, grads)), None
 
-        def accumulate(sums, item):
-            (loss, correct), grads = gradient(params, *item)
-            return jax.tree.map(jnp.add, sums, (loss, correct, float32(grads))), None
-
-        micro_batches = batch["labels"].shape[0]
-        if micro_batches == 1:
-            (loss, correct), grads = gradient(params, jax.tree.map(lambda x: x[0], inputs), 0)
-            grads = float32(grads)
-        else:
-            zeros = {k: jnp.zeros(p.shape, jnp.float32) for k, p in state.params.items()}
             zero = jnp.zeros((), jnp.float32)
-            (loss, correct, grads), _ = jax.lax.scan(
-                accumulate, (zero, zero, float32(zeros)), (inputs, jnp.arange(micro_batches))
-            )
-        return loss, correct, scatter(grads, self.mesh)
+            zeros = {k: jnp.zeros(p.shape, jnp.float32) for k, p in params.items()}
+            indices = jnp.arange(len(weight_A))
+            sums, _ = jax.lax.scan(accumulate, (zero, zero, zeros), (inputs, indices))
+            loss, correct, grads = sums
+            # Split over fsdp only now: each layer's own slices of D / fsdp would be too narrow for
+            # a TPU's matrix units.
+            return *jax.lax.psum((loss, correct), BATCH), scatter(grads)
+
+        run = split_over_batch(
+            local, self.mesh, (specs, P(None, BATCH), P(), P()), (P(), P(), specs)
+        )
+        inputs = {k: batch[k] for k in _INPUTS}
+        return run(state.params, inputs, weight_A, state.optimizer.step)
+
+    def _dropout_keys(self, step, micro_batch, size: int) -> jax.Array:
+        """Returns the keys of a device's sequences, from (seed, step, number in the step).
+
+        So dropout depends neither on the mesh nor on the number of micro-batches.
+        """
+        key = jax.random.key(self.config.seed, impl="threefry2x32")
+        key = jax.random.fold_in(key, step)
+        first = micro_batch * self.config.micro_batch_size + jax.lax.axis_index(BATCH) * size
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(size))
 
     def _evaluate(self, params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """step(params, batch) -> (sum of losses, correct predictions, labels) of a micro-batch."""
-        params = gather(params, self.mesh, self.model_config.dtype)
-        loss, correct = self._forward(params, jax.tree.map(lambda x: x[0], dict(batch)), None)
+
+        def local(shards, batch):
+            params = gather(shards, self.model_config.dtype)
+            return jax.lax.psum(self._forward(params, batch, None), BATCH)
+
+        specs = {path: fsdp_spec(path) for path in self.shapes}
+        run = split_over_batch(local, self.mesh, (specs, P(BATCH)), (P(), P()))
+        loss, correct = run(params, {k: batch[k][0] for k in _INPUTS})
         return loss, correct, jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     def _forward(self, params, batch: Batch, dropout_key) -> tuple[jax.Array, jax.Array]:
-        """Returns (sum of losses, correct predictions) of one micro-batch; `params` gathered."""
+        """Returns (sum of losses, correct predictions) of a device's sequences; params gathered."""
         config = self.config
         model = module_of(ModernBertForMaskedLM, self.model_config, params)
-        embedding = model.model.embeddings.tok_embeddings
-        embeds_BLD = look_up(
-            self.mesh, embedding.pad_token_id, embedding.weight[...], batch["input_ids"]
-        )
         hidden_BPD = model.predict_hidden(
+            batch["input_ids"],
             segment_ids=batch["segment_ids"],
-            inputs_embeds=embeds_BLD,
             predict_positions=batch["predict_positions"],
             dropout_key=dropout_key,
             attention=sharded(
                 self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
             ),
             scan_layers=config.scan_layers,
-            remat=_REMAT[config.remat],
+            remat=REMAT[config.remat],
         )
         return masked_cross_entropy(
             hidden_BPD,
@@ -201,7 +216,6 @@ class Trainer:
             model.decoder_bias_V,
             batch["labels"],
             config.loss_chunk,
-            self.mesh,
         )
 
 
