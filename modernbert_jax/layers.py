@@ -19,7 +19,7 @@ from flax import nnx
 
 from modernbert_jax.attention import Bounds, reference
 from modernbert_jax.config import ModernBertConfig, init_std
-from modernbert_jax.dropout import dropout, fold
+from modernbert_jax.dropout import Key, dropout, fold
 from modernbert_jax.precision import matmul_precision
 
 Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
@@ -150,7 +150,7 @@ class Embeddings(nnx.Module):
         self.tok_embeddings = Embedding(config, rngs)
         self.norm = LayerNorm(config)
 
-    def __call__(self, tokens: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, tokens: jax.Array, key: Key | None) -> jax.Array:
         """tokens: ids [B, L], or their embeddings [B, L, D] before the norm."""
         x_BLD = self.norm(self.tok_embeddings(tokens) if tokens.ndim == 2 else tokens)
         return dropout(x_BLD.astype(self.config.residual_dtype), self.config.embedding_dropout, key)
@@ -184,7 +184,7 @@ class Attention(nnx.Module):
         self.Wo = Linear("BLHK,HKD->BLD", (H, K, D), out_bias, std_out, config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: Key | None
     ) -> jax.Array:
         config = self.config
         qkv_BLTHK = self.Wqkv(x_BLD)
@@ -221,7 +221,7 @@ class MLP(nnx.Module):
         self.Wi = Linear("BLD,DTF->BLTF", (D, 2, F), in_bias, std_in, config, rngs)
         self.Wo = Linear("BLF,FD->BLD", (F, D), out_bias, std_out, config, rngs)
 
-    def __call__(self, x_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, key: Key | None) -> jax.Array:
         h_BLTF = self.Wi(x_BLD)
         act = ACTIVATIONS[self.config.hidden_activation]
         h_BLF = act(h_BLTF[:, :, 0].astype(jnp.float32)).astype(h_BLTF.dtype) * h_BLTF[:, :, 1]
@@ -240,7 +240,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: jax.Array | None
+        self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: Key | None
     ) -> jax.Array:
         if bounds.window is not None and hasattr(attention, "layer"):  # FusedLocalLayers
             return attention.layer(self, x_BLD, rope, bounds, fold(fold(key, 0), 2))

@@ -18,7 +18,7 @@ from modernbert_jax.attention import (
 from modernbert_jax.attention.bounds import has_holes, host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
-from modernbert_jax.dropout import fold
+from modernbert_jax.dropout import Key, PartKeys, fold
 from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op, rope_tables
 
 Array = jax.Array | np.ndarray
@@ -135,6 +135,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         position_ids: Array | None = None,
         *,
         inputs_embeds: Array | None = None,
+        first_token: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         attention: Op = default_attention,
         scan_layers: bool = False,
@@ -149,7 +150,10 @@ class ModernBertModel(Pretrained, nnx.Module):
         [B, L], for packed sequences; 0 is padding, and equal neighbors are one document that
         attends only to itself. position_ids: [B, L] or [1, L], in tokens; by default they restart
         at 0 in each segment. inputs_embeds: [B, L, D], instead of input_ids: embeddings before the
-        norm. dropout_key: a jax.random key, or keys [B], one per sequence; None disables dropout.
+        norm. first_token: the index of the first token, if input_ids or inputs_embeds are a part
+        [B, L/n] of each sequence, on n devices; then segment_ids and position_ids are of the
+        complete ones and attention is from `context_parallel`. dropout_key: a jax.random key, or
+        keys [B], one per sequence (which parts need); None disables dropout.
         attention: the attention function, such as `functools.partial(attention,
         implementation="reference")` or a sharded one. scan_layers: compile one body for each
         repeated group of layers, which compiles faster. remat: recompute each layer in the backward
@@ -193,6 +197,11 @@ class ModernBertModel(Pretrained, nnx.Module):
                 f"dropout_key: expected one key or {shape[0]}, one per sequence, got an array of "
                 f"shape {dropout_key.shape}"
             )
+        if first_token is not None:
+            shape, dropout_key = _complete(  # type: ignore[assignment]
+                config, shape, segment_ids, attention_mask, first_token, dropout_key
+            )
+            length = shape[1]
         whole = attention_mask is None and segment_ids is None
         segment_ids_BL = make_segment_ids(shape, attention_mask, segment_ids)
         bounds = {
@@ -210,12 +219,16 @@ class ModernBertModel(Pretrained, nnx.Module):
                 )
             check_positions(position_ids)
             positions_BL = jnp.asarray(position_ids)
+        if first_token is not None:
+            positions_BL = jax.lax.dynamic_slice_in_dim(
+                positions_BL, first_token, tokens.shape[1], axis=1
+            )
         rope = {
             kind: rope_tables(positions_BL, config.head_dim, config.rope_theta(kind))
             for kind in dict.fromkeys(config.layer_types)
         }
 
-        def apply(layer: EncoderLayer, kind: str, x_BLD: jax.Array, key: jax.Array | None):
+        def apply(layer: EncoderLayer, kind: str, x_BLD: jax.Array, key: Key | None):
             def run(state, x_BLD, key):
                 layer = nnx.merge(graph, state)
                 return layer(x_BLD, rope[kind], bounds[kind], attention, key)
@@ -232,10 +245,10 @@ class ModernBertModel(Pretrained, nnx.Module):
             output_attentions = config.output_attentions and not training
         maps: list[jax.Array] = []
         if output_attentions:
-            if training:
+            if training or first_token is not None:
                 raise ValueError(
-                    "output_attentions: expected inference, got remat or a dropout_key; leave "
-                    "both out"
+                    "output_attentions: expected inference, got remat, a dropout_key or a "
+                    "first_token; leave them out"
                 )
             attention = _keeping_maps(attention, maps)
 
@@ -289,6 +302,23 @@ class ModernBertModel(Pretrained, nnx.Module):
 
         first = jnp.arange(groups) * period + 2
         return jax.lax.scan(body, x_BLD, (stacked, first))[0]
+
+
+def _complete(config, shape, segment_ids, attention_mask, first_token, dropout_key):
+    """Returns the shape [B, L] of complete sequences and the dropout keys of a part of them."""
+    if segment_ids is None or attention_mask is not None or np.shape(segment_ids)[0] != shape[0]:
+        raise ValueError(
+            f"first_token: expected segment_ids of the complete {shape[0]} sequences and no "
+            "attention_mask"
+        )
+    if dropout_key is None:
+        return np.shape(segment_ids), None
+    if not dropout_key.ndim or config.attention_dropout:
+        raise ValueError(
+            "first_token: expected a dropout key per sequence and attention_dropout 0, got "
+            f"{dropout_key.shape or 'one key'} and {config.attention_dropout}"
+        )
+    return np.shape(segment_ids), PartKeys(dropout_key, first_token)
 
 
 def _keeping_maps(attention: Op, maps: list[jax.Array]) -> Op:

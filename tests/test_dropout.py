@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from modernbert_jax.dropout import _mix, dropout, fold
+from modernbert_jax.dropout import PartKeys, _mix, dropout, fold
 
 ROWS, WIDTH, RATE = 512, 768, 0.1
 
@@ -107,6 +107,13 @@ def test_a_key_per_sequence_gives_the_bits_of_that_sequence():
     together = np.asarray(dropped((4, 24, 8), fold(keys, 9)))
     for key, want in zip(keys, together, strict=True):
         np.testing.assert_array_equal(dropped((24, 8), fold(key, 9)), want)
+
+
+def test_a_part_has_the_bits_of_the_complete_sequences():
+    keys = jax.random.split(jax.random.key(3), 2)
+    complete = np.asarray(dropped((2, 24, 8), fold(keys, 9)))
+    part = dropped((2, 8, 8), fold(PartKeys(keys, jnp.int32(8)), 9))
+    np.testing.assert_array_equal(part, complete[:, 8:16])
 
 
 @pytest.mark.parametrize("keys", ["one", "per sequence"])

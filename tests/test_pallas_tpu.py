@@ -18,7 +18,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from modernbert_jax.attention import make_bounds, pallas_tpu, reference
+from modernbert_jax.attention import Bounds, dispatch, make_bounds, pallas_tpu, reference
 from modernbert_jax.attention.pallas_tpu import Generation, Tiles
 from modernbert_jax.attention.vjp import with_vjp
 
@@ -111,6 +111,23 @@ def check(ids_BL, heads, head_dim, window, dtype, capfd, generation=SMALL, inter
         np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(got, run(), strict=True)
     )
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_queries_of_a_part_of_the_rows(part):
+    """Half the queries against all keys, as under a mesh that splits sequences."""
+    ids = segment_ids(PACKED)
+    q, k, v, d_out = draw(ids, 2, 64, jnp.float32)
+    half = slice(part * 300, part * 300 + 300)
+    whole = make_bounds(jnp.asarray(ids))
+    lo, hi = whole.lo_BL - half.start, whole.hi_BL - half.start
+    bounds = Bounds(
+        whole.lo_BL[:, half], whole.hi_BL[:, half],
+        key_lo_BM=jnp.clip(lo, 0, 300), key_hi_BM=jnp.clip(hi, 0, 300),
+    )  # fmt: skip
+    run = functools.partial(dispatch._with_all_queries, interpreted())
+    got = out_and_gradients(run, (q[:, half], k, v), d_out[:, half], bounds)()
+    assert max(errors(got, expected((q[:, half], k, v), d_out[:, half], bounds))) < 1e-5
 
 
 @pytest.mark.parametrize("window", [None, 64])

@@ -6,16 +6,21 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
+from modernbert_jax.attention import attention, context_parallel
 from modernbert_jax.checkpoint.params import param_shapes
+from modernbert_jax.config import FULL, SLIDING
 from modernbert_jax.packing import IGNORE_INDEX
 from train.common import sharding
 from train.common.sharding import (
     MeshShape,
+    at_positions,
     local_slots,
     make_mesh,
     padded_batch_size,
@@ -30,7 +35,7 @@ from train.pretrain.step import Trainer
 STEPS, RATE = 20, 3e-3
 MODEL = ModernBertConfig.tiny(
     vocab_size=256, hidden_size=64, intermediate_size=48, num_hidden_layers=5,
-    num_attention_heads=4, attention_out_dropout=0.1,
+    num_attention_heads=8, attention_out_dropout=0.1, local_attention=16,
 )  # fmt: skip
 RECIPE = TrainConfig(
     model=MODEL, optimizer=Optimizer(weight_decay=1e-2), global_batch_size=10,
@@ -87,8 +92,13 @@ def trained(shape: str, weighting: str = "tokens"):
     [
         "2x2x1x2",
         "1x8x1x1",
+        "1x2x2x2",
+        "1x1x4x2",
         pytest.param("8x1x1x1", marks=pytest.mark.slow),
         pytest.param("4x1x1x2", marks=pytest.mark.slow),
+        pytest.param("1x1x1x8", marks=pytest.mark.slow),
+        pytest.param("1x1x8x1", marks=pytest.mark.slow),
+        pytest.param("2x1x4x1", marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_equal_one_device(shape):
@@ -127,6 +137,90 @@ def test_dropout_does_not_depend_on_the_number_of_micro_batches():
         arrays = {k: v.reshape(steps, -1, v.shape[-1]) for k, v in batch.items()}
         losses.append(float(trainer.train_step(trainer.fresh(), arrays, rate, rate)[1]["loss"]))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["2x2x1x2", "1x2x2x2", "1x1x4x2"])
+def test_evaluation_equals_one_device(shape):
+    def sums(shape):
+        trainer = Trainer(RECIPE, MODEL, mesh := mesh_of(shape))
+        slots = padded_batch_size(ROWS, mesh)
+        batch = {name: x[:1] for name, x in batch_of(3, slots).items()}
+        batch = to_devices(batch, local_slots(slots, mesh), slots, mesh)
+        return [float(x) for x in trainer.eval_step(trainer.fresh().params, batch)]
+
+    got, want = sums(shape), sums("1x1x1x1")
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert got[1:] == want[1:]
+
+
+class TestPartsOfSequences:
+    """Devices that hold a part of the tokens of each sequence, against complete sequences."""
+
+    @pytest.mark.parametrize("kind", [FULL, SLIDING])
+    def test_a_model_of_one_kind_of_layers(self, kind):
+        """Output and every gradient, with dropout and segments across the edges of four parts."""
+        config = MODEL.replace(
+            num_hidden_layers=2, layer_types=(kind,) * 2, embedding_dropout=0.1, mlp_dropout=0.2
+        )
+        graph, state = nnx.split(ModernBertModel(config, rngs=nnx.Rngs(0)))
+        segment_ids = jnp.asarray(batch_of(0, ROWS)["segment_ids"][0])
+        x, d = np.random.default_rng(0).normal(size=(2, ROWS, LENGTH, 64)).astype(np.float32)
+        keys = jax.random.split(jax.random.key(3), ROWS)
+
+        def both(state, x, d, **more):
+            def run(state, x):
+                model = nnx.merge(graph, state)
+                return model(
+                    inputs_embeds=x, segment_ids=segment_ids, dropout_key=keys, **more
+                ).last_hidden_state
+
+            out, pull = jax.vjp(run, state, x)
+            return out, *pull(d)
+
+        def local(state, x, d):
+            first = jax.lax.axis_index("sequence") * x.shape[1]
+            attend = context_parallel(attention, "sequence")
+            out, d_state, d_x = both(state, x, d, first_token=first, attention=attend)
+            return out, jax.lax.psum(d_state, "sequence"), d_x
+
+        part = P(None, "sequence")
+        parts = jax.shard_map(
+            local, mesh=mesh_of("1x1x4x1"), in_specs=(P(), part, part), out_specs=(part, P(), part),
+            check_vma=False,
+        )  # fmt: skip
+        want = jax.tree.leaves(jax.jit(both)(state, x, d))
+        for ours, plain in zip(jax.tree.leaves(jax.jit(parts)(state, x, d)), want, strict=True):
+            np.testing.assert_allclose(ours, plain, atol=1e-5 * np.abs(plain).max())
+
+    def test_states_at_predicted_positions(self):
+        """Each device gets its share of the positions, whichever device holds the states."""
+        rng = np.random.default_rng(0)
+        hidden = rng.normal(size=(2, 16, 4)).astype(np.float32)
+        positions = np.array([[3, 15, 0, 0, 7, 8, 12, 4], [1] * 8], np.int32)
+        d = rng.normal(size=(2, 8, 4)).astype(np.float32)
+        part = P(None, "sequence")
+        parts = jax.shard_map(
+            at_positions, mesh=mesh_of("1x1x4x1"), in_specs=(part, P()), out_specs=part,
+            check_vma=False,
+        )  # fmt: skip
+        out, pull = jax.vjp(lambda hidden: parts(hidden, jnp.asarray(positions)), hidden)
+        want = np.take_along_axis(hidden, positions[..., None], axis=1)
+        np.testing.assert_array_equal(out, want)
+        d_want = np.zeros_like(hidden)
+        for b in range(2):
+            np.add.at(d_want[b], positions[b], d[b])
+        np.testing.assert_allclose(pull(jnp.asarray(d))[0], d_want, atol=1e-6)
+
+    def test_refusals(self):
+        model = ModernBertModel(MODEL, rngs=nnx.Rngs(0))
+        x, ids = jnp.zeros((2, 8, 64)), np.ones((2, 16), np.int32)
+        run = functools.partial(model, inputs_embeds=x, first_token=jnp.int32(8))
+        with pytest.raises(ValueError, match="first_token: expected segment_ids of the complete 2"):
+            run()
+        with pytest.raises(ValueError, match="first_token: expected a dropout key per sequence"):
+            run(segment_ids=ids, dropout_key=jax.random.key(0))
+        with pytest.raises(ValueError, match="attention: expected bounds of shape"):
+            run(segment_ids=ids)  # the plain op, which knows no parts
 
 
 def test_weights_and_moments_are_split():
@@ -183,7 +277,7 @@ def test_cross_entropy_of_a_split_vocabulary(shape):
         return *jax.lax.psum((sum_, others), sharding.BATCH), d_hidden
 
     mesh, split = mesh_of(shape), P(sharding.BATCH)
-    run = sharding.split_over_batch(local, mesh, (split, P(), P(), split), (P(), P(), split))
+    run = sharding.split_over_tokens(local, mesh, (split, P(), P(), split), (P(), P(), split))
     parts = jax.device_put(
         (weight, bias), (NamedSharding(mesh, P("tensor")), NamedSharding(mesh, P("tensor")))
     )
@@ -228,7 +322,7 @@ class TestRules:
             sharding.spec_of("model.layers.0.attn.rotary")
 
     def test_sizes_that_an_axis_does_not_divide(self):
-        shapes = param_shapes(ModernBertForMaskedLM, MODEL)
+        shapes = param_shapes(ModernBertForMaskedLM, MODEL.replace(num_attention_heads=4))
         with pytest.raises(
             ValueError, match=r"attn\.W.*4 to be a multiple of mesh axis tensor = 8.*4"
         ):

@@ -35,19 +35,27 @@ def context_parallel(attention: Callable[..., jax.Array], axis: str) -> Callable
             return attention(q_BLHK, k, v, _of_queries(bounds, start, length), scale=scale)
         # With queries of zeros in the halo, queries and keys are the same tokens, as all kernels
         # expect. Their output is dropped, so that they add nothing to dk and dv.
-        q = jnp.pad(q_BLHK, ((0, 0), (window, window), (0, 0), (0, 0)))
+        q = _pad(q_BLHK, window)
         k, v = (_with_halo(x, window, axis) for x in (k_BLHK, v_BLHK))
-        out = attention(q, k, v, _with_halo_bounds(bounds, start, length), scale=scale)
+        bounds = _with_halo_bounds(bounds, start, length)
+        out = attention(q, k, v, bounds, scale=scale)
         return out[:, window : window + length]
 
     return run
 
 
+def _slice(x_BL: jax.Array, start, length: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_BL, start, length, axis=1)
+
+
+def _pad(x_BL: jax.Array, n: int) -> jax.Array:
+    """Adds n zeros before and after the tokens."""
+    return jnp.pad(x_BL, ((0, 0), (n, n), *((0, 0),) * (x_BL.ndim - 2)))
+
+
 def _of_queries(bounds: Bounds, start, length: int) -> Bounds:
     """Returns the bounds of queries `start` to `start + length` among all keys of the rows."""
-    lo, hi = (
-        jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in (bounds.lo_BL, bounds.hi_BL)
-    )
+    lo, hi = (_slice(x, start, length) for x in (bounds.lo_BL, bounds.hi_BL))
     key_lo, key_hi = (jnp.clip(x - start, 0, length) for x in (bounds.lo_BL, bounds.hi_BL))
     return Bounds(lo, hi, key_lo_BM=key_lo, key_hi_BM=key_hi)
 
@@ -59,12 +67,11 @@ def _with_halo_bounds(bounds: Bounds, start, length: int) -> Bounds:
     """
     window = bounds.window or 0
     size = length + 2 * window
-    around = ((0, 0), (window, window))
     lo, hi = (
-        jax.lax.dynamic_slice_in_dim(jnp.pad(x, around), start, size, axis=1) - start + window
+        jnp.clip(_slice(_pad(x, window), start, size) - start + window, 0, size)
         for x in (bounds.lo_BL, bounds.hi_BL)
     )
-    return Bounds(jnp.clip(lo, 0, size), jnp.clip(hi, 0, size), window)
+    return Bounds(lo, hi, window)
 
 
 def _with_halo(x_BLHK: jax.Array, window: int, axis: str) -> jax.Array:

@@ -1,6 +1,7 @@
 """Chooses the implementation of attention; the table PROVEN records what was tested where."""
 
 import dataclasses
+import functools
 import logging
 import math
 import warnings
@@ -62,7 +63,10 @@ def refusal(name: str, q_BLHK: Any, bounds: Bounds, device: Any) -> str | None:
     if name in ("reference", "xla"):
         return None
     if bounds.key_lo_BM is not None:
-        return f"{name}: expected the queries of complete rows, got a part of them (mesh.sequence)"
+        if name != "pallas_tpu":
+            return f"{name}: expected the queries of complete rows, got a part (mesh.sequence)"
+        (B, _, H, K), M = q_BLHK.shape, bounds.key_lo_BM.shape[1]
+        q_BLHK = jax.ShapeDtypeStruct((B, M, H, K), q_BLHK.dtype)  # as `_with_all_queries` runs it
     if name == "cudnn":
         return cudnn.supports(q_BLHK, bounds, device)
     try:
@@ -290,6 +294,21 @@ def _kernels(name: str) -> Any:
     return kernels
 
 
+def _with_all_queries(run, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, **options) -> jax.Array:
+    """Runs a kernel that needs L = M with more queries, which see nothing and which it skips.
+
+    The kernel must not use that the relation of `bounds` is symmetric.
+    """
+    if bounds.key_lo_BM is None:
+        return run(q_BLHK, k_BMHK, v_BMHK, bounds, **options)
+    L, M = q_BLHK.shape[1], k_BMHK.shape[1]
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, M - L), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
+    bounds = Bounds(pad(bounds.lo_BL), pad(bounds.hi_BL), bounds.window)
+    return run(pad(q_BLHK), k_BMHK, v_BMHK, bounds, **options)[:, :L]
+
+
 def _function(name: str) -> Callable[..., jax.Array]:
+    if name == "pallas_tpu":
+        return functools.partial(_with_all_queries, _kernels(name).attention)
     own = {"reference": reference.attention, "xla": xla.attention, "cudnn": cudnn.attention}
     return own[name] if name in own else _kernels(name).attention

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds
 from modernbert_jax.attention.vjp import only_where_seen
-from modernbert_jax.dropout import dropout
+from modernbert_jax.dropout import Key, dropout
 
 
 def attention(
@@ -16,7 +16,7 @@ def attention(
     *,
     scale: float,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key | None = None,
 ) -> jax.Array:
     """Computes softmax(scale * q k^T + mask) v; the output of a query without keys is 0.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -20,6 +21,7 @@ from modernbert_jax.weights import weight_of
 
 AXES = DATA, FSDP, SEQUENCE, TENSOR = "data", "fsdp", "sequence", "tensor"
 BATCH = (DATA, FSDP)  # the mesh axes that split the sequences of a batch
+TOKENS = (*BATCH, SEQUENCE)  # those that split its tokens
 
 _TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split over fsdp
 
@@ -116,15 +118,15 @@ def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSha
     return out
 
 
-def split_over_batch(
+def split_over_tokens(
     run: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """Wraps a function of a device's own sequences, which may communicate over `BATCH`.
+    """Wraps a function of a device's own tokens, which may communicate over `TOKENS`.
 
-    The axes that are not in BATCH stay with the partitioner, which has nothing to do if their size
-    is 1; specs name only those of BATCH.
+    The axes that are not in TOKENS stay with the partitioner, which has nothing to do if their size
+    is 1; specs name only those of TOKENS.
     """
-    own = {axis for axis in mesh.axis_names if axis in BATCH or mesh.shape[axis] == 1}
+    own = {axis for axis in mesh.axis_names if axis in TOKENS or mesh.shape[axis] == 1}
     return jax.shard_map(
         run,
         mesh=mesh,
@@ -136,12 +138,12 @@ def split_over_batch(
 
 
 def fsdp_spec(path: str) -> P:
-    """Returns how a parameter is split over the axes of BATCH."""
+    """Returns how a parameter is split over the axes of TOKENS."""
     return P(*(axis if axis == FSDP else None for axis in spec_of(path)))
 
 
 def gather(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
-    """Returns the parameters gathered over fsdp, as the model uses them; in `split_over_batch`.
+    """Returns the parameters gathered over fsdp, as the model uses them; in `split_over_tokens`.
 
     Weights of matrix products are gathered in the compute `dtype`. Norms and embeddings keep
     theirs: the model uses them in float32, and an embedding's gradient adds up many tokens.
@@ -158,16 +160,17 @@ def gather(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
 
 
 def scatter(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the sum of the devices' gradients, split as the parameters; in `split_over_batch`."""
+    """Returns the sum of all devices' gradients, split as parameters; in `split_over_tokens`."""
 
     def one(path: str, value: jax.Array) -> jax.Array:
         spec = spec_of(path)
         if FSDP not in spec:
-            return jax.lax.psum(value, BATCH)
+            return jax.lax.psum(value, TOKENS)
         at = spec.index(FSDP)
         value = jax.lax.psum_scatter(value, FSDP, scatter_dimension=at, tiled=True)
         # XLA keeps a sum over an axis of one device, and copies what goes into it.
-        return jax.lax.psum(value, DATA) if jax.lax.axis_size(DATA) > 1 else value
+        others = jax.lax.axis_size(DATA) * jax.lax.axis_size(SEQUENCE)
+        return jax.lax.psum(value, (DATA, SEQUENCE)) if others > 1 else value
 
     return {path: one(path, value) for path, value in grads.items()}
 
@@ -227,3 +230,28 @@ def to_devices(
         return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: one(array) for name, array in arrays.items()}
+
+
+def part_of(x_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (a device's part [B, L/n] of an array, the part's first index), over `sequence`."""
+    length = x_BL.shape[1] // jax.lax.axis_size(SEQUENCE)
+    first = jax.lax.axis_index(SEQUENCE) * length
+    return jax.lax.dynamic_slice_in_dim(x_BL, first, length, axis=1), first
+
+
+def at_positions(hidden_BLD: jax.Array, positions_BP: jax.Array) -> jax.Array:
+    """Returns a device's share of the hidden states at predicted positions, [B, P/n, D].
+
+    Called under shard_map over the n devices of `sequence`: hidden_BLD is a device's part of the
+    tokens, positions_BP are all positions in the complete sequences. Every state is one device's
+    value plus zeros, so that the sum rounds nothing.
+    """
+    length, parts = hidden_BLD.shape[1], jax.lax.axis_size(SEQUENCE)
+    index_BP = positions_BP - jax.lax.axis_index(SEQUENCE) * length
+    mine_BP = (index_BP >= 0) & (index_BP < length)
+    index_BP = jnp.where(mine_BP, index_BP, 0)
+    x_BPD = jnp.take_along_axis(hidden_BLD, index_BP[..., None], axis=1)
+    if parts == 1:
+        return x_BPD
+    x_BPD = jnp.where(mine_BP[..., None], x_BPD, 0)
+    return jax.lax.psum_scatter(x_BPD, SEQUENCE, scatter_dimension=1, tiled=True)

@@ -236,8 +236,11 @@ class TrainConfig:
                 f"max_position_embeddings {self.model.max_position_embeddings}; lower "
                 "--sequence-length"
             )
-        if self.mesh.sequence > 1:
-            raise ValueError("mesh.sequence: expected 1; the step does not split sequences yet")
+        if self.sequence_length % self.mesh.sequence:
+            raise ValueError(
+                f"mesh.sequence: expected a divisor of sequence_length {self.sequence_length}, got "
+                f"{self.mesh.sequence}"
+            )
         for phase in self.phases:
             if problem := self._problem_of(phase):
                 raise ValueError(f"phase {phase.name}: {problem}")

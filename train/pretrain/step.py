@@ -11,21 +11,25 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
-from modernbert_jax.attention import sharded
+from modernbert_jax.attention import context_parallel, sharded
 from modernbert_jax.checkpoint.params import flatten, module_of, param_shapes
 from modernbert_jax.packing import IGNORE_INDEX
 
 from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw
 from ..common.sharding import (
     BATCH,
+    SEQUENCE,
     TENSOR,
+    TOKENS,
+    at_positions,
     fsdp_spec,
     gather,
     local_slots,
     padded_batch_size,
     param_shardings,
+    part_of,
     scatter,
-    split_over_batch,
+    split_over_tokens,
     to_devices,
 )
 from ..common.watch import norms_by_kind
@@ -165,9 +169,9 @@ class Trainer:
             loss, correct, grads = sums
             # Split over fsdp only now: each layer's own slices of D / fsdp would be too narrow for
             # a TPU's matrix units.
-            return *jax.lax.psum((loss, correct), BATCH), scatter(grads)
+            return *jax.lax.psum((loss, correct), TOKENS), scatter(grads)
 
-        run = split_over_batch(
+        run = split_over_tokens(
             local, self.mesh, (specs, P(None, BATCH), P(), P()), (P(), P(), specs)
         )
         inputs = {k: batch[k] for k in _INPUTS}
@@ -188,33 +192,47 @@ class Trainer:
 
         def local(shards, batch):
             params = gather(shards, self.model_config.dtype)
-            return jax.lax.psum(self._forward(params, batch, None), BATCH)
+            return jax.lax.psum(self._forward(params, batch, None), TOKENS)
 
         specs = {path: fsdp_spec(path) for path in self.shapes}
-        run = split_over_batch(local, self.mesh, (specs, P(BATCH)), (P(), P()))
+        run = split_over_tokens(local, self.mesh, (specs, P(BATCH)), (P(), P()))
         loss, correct = run(params, {k: batch[k][0] for k in _INPUTS})
         return loss, correct, jnp.sum(batch["labels"] != IGNORE_INDEX)
 
     def _forward(self, params, batch: Batch, dropout_key) -> tuple[jax.Array, jax.Array]:
-        """Returns (sum of losses, correct predictions) of a device's sequences; params gathered."""
-        config = self.config
+        """Returns (sum of losses, correct predictions) of a device's share; params gathered.
+
+        It computes its part of the tokens, and the losses of an equal share of the predictions.
+        """
+        config, parts = self.config, self.mesh.shape[SEQUENCE]
         model = module_of(ModernBertForMaskedLM, self.model_config, params)
-        hidden_BPD = model.predict_hidden(
-            batch["input_ids"],
+        attention = sharded(
+            self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
+        )
+        ids_BL, first = batch["input_ids"], None
+        if parts > 1:
+            attention = context_parallel(attention, SEQUENCE)
+            ids_BL, first = part_of(ids_BL)
+        hidden_BLD = model.model(
+            ids_BL,
             segment_ids=batch["segment_ids"],
-            predict_positions=batch["predict_positions"],
+            first_token=first,
             dropout_key=dropout_key,
-            attention=sharded(
-                self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
-            ),
+            attention=attention,
             scan_layers=config.scan_layers,
             remat=REMAT[config.remat],
-        )
+            output_hidden_states=False,
+            output_attentions=False,
+        ).last_hidden_state
+        positions_BP, labels_BP = batch["predict_positions"], batch["labels"]
+        tail = ((0, 0), (0, -labels_BP.shape[1] % parts))
+        hidden_BPD = at_positions(hidden_BLD, jnp.pad(positions_BP, tail))
+        labels_BP = jnp.pad(labels_BP, tail, constant_values=IGNORE_INDEX)
         return masked_cross_entropy(
-            hidden_BPD,
+            model.head(hidden_BPD),
             model.decoder_weight_VD,
             model.decoder_bias_V,
-            batch["labels"],
+            part_of(labels_BP)[0],
             config.loss_chunk,
         )
 
