@@ -161,7 +161,19 @@ def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> Rope:
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / theta**exponents
     angles = positions_BL[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    return jax.lax.platform_dependent(
+        angles, cpu=_tables_once, default=lambda x: (jnp.cos(x), jnp.sin(x))
+    )
+
+
+def _tables_once(angles: jax.Array) -> Rope:
+    """(cos, sin) of a loop, which nothing fuses with.
+
+    XLA's CPU compiler counts both functions as cheap and drops optimization barriers before it
+    fuses, so it would compute them again for every head of every layer.
+    """
+    both = jax.lax.map(lambda i: jax.lax.cond(i == 0, jnp.cos, jnp.sin, angles), jnp.arange(2))
+    return both[0], both[1]
 
 
 def apply_rope(x_BLHK: jax.Array, tables: Rope) -> jax.Array:
