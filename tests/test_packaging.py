@@ -254,3 +254,10 @@ def test_citation():
         assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
     firsts = {p["authors"][0]["family-names"]: p["year"] for p in papers.values()}
     assert firsts == {"Warner": 2024, "Sounack": 2025}
+
+
+def test_benchmarks_do_not_shadow_the_standard_library():
+    """A script's folder comes first on the path: a tokenize.py there breaks `import numpy`."""
+    names = {path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")}
+    assert "model" in names
+    assert not names & sys.stdlib_module_names

@@ -10,13 +10,12 @@ vectors are printed, and the seconds of Embedder's first time.
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import tempfile
 import time
 from statistics import median
 
+import machine
 import numpy as np
 
 WORDS = "the patient has no fever denies cough and pain seen today with a rash on left arm".split()
@@ -118,7 +117,7 @@ def main() -> None:
         "largest difference": float(np.abs(mine - other).max()),
         "versions": {"jax": jax.__version__, "torch": torch.__version__,
                      "sentence-transformers": sentence_transformers.__version__},
-        "machine": platform.machine(), "cores": os.cpu_count(),
+        "device": machine.cpu(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     if args.json:

@@ -11,9 +11,10 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import tempfile
 from datetime import UTC, datetime
+
+import machine
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -53,7 +54,7 @@ def main() -> None:
     record: dict = {
         "command": "python tests/benchmarks/finetune.py",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": machine.cpu(),
         "versions": {
             "jax": jax.__version__,
             "torch": torch.__version__,

@@ -12,13 +12,13 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 
+import machine
 import numpy as np
 
 FIXED = {"1x128": (1, 128), "8x512": (8, 512), "1x2048": (1, 2048), "1x8192": (1, 8192)}
@@ -189,7 +189,7 @@ def main() -> None:
     record = {
         "command": "python tests/benchmarks/model.py",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": machine.cpu(),
         "generation": "cpu",
         "implementation": "xla",
         "versions": {

@@ -1,6 +1,6 @@
 """Tokens a second of `prepare`'s two stages on invented notes as long as MIMIC's.
 
-    python tests/benchmarks/tokenize.py --tokenizer FOLDER [--json FILE] [--notes 8_000]
+    python tests/benchmarks/tokenizing.py --tokenizer FOLDER [--json FILE] [--notes 8_000]
         [--workers 2]
 
 Writes one CSV of notes of about 2,000 characters (two or three of train/corpora/synthetic.py) and
