@@ -167,7 +167,7 @@ def _operation(
     cycles = _CYCLES.search(one.line)
     kernel = ""
     if one.opcode == "custom-call" and "tpu_custom_call" in one.line:
-        named = re.search(r"(\w+)/pallas_call", path[1]) if path else None
+        named = re.search(r"(\w+)\)*/pallas_call", path[1]) if path else None
         kernel = named[1] if named else re.sub(r"\.\d+$", "", one.name)
     return Operation(
         one.opcode,
