@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from modernbert_jax.attention import Bounds, reference
+from modernbert_jax.attention import Bounds, packed_heads, reference, row_major
+from modernbert_jax.attention.rope import Rope, apply_rope
 from modernbert_jax.config import ModernBertConfig, init_std
 from modernbert_jax.dropout import Key, dropout, fold
 from modernbert_jax.precision import matmul_precision
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
 Op = Callable[..., jax.Array]  # has the signature of `modernbert_jax.attention.attention`
 
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -69,7 +69,10 @@ def truncated_normal(
 
 
 class Linear(nnx.Module):
-    """einsum(`equation`, x, weight) + bias, computed in config.dtype."""
+    """einsum(`equation`, x, weight) + bias, computed in config.dtype.
+
+    The equation may have one letter for the first axes of the weight together.
+    """
 
     def __init__(
         self,
@@ -89,12 +92,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
-        y = jnp.einsum(
-            self.equation,
-            x.astype(dtype),
-            self.weight[...].astype(dtype),
-            precision=matmul_precision(dtype),
-        )
+        weight = self.weight[...].astype(dtype)
+        letters = self.equation.partition("->")[0].partition(",")[2]
+        weight = weight.reshape(-1, *weight.shape[weight.ndim - len(letters) + 1 :])
+        y = jnp.einsum(self.equation, x.astype(dtype), weight, precision=matmul_precision(dtype))
         if self.has_bias:
             bias = self.bias[...].astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -156,34 +157,6 @@ class Embeddings(nnx.Module):
         return dropout(x_BLD.astype(self.config.residual_dtype), self.config.embedding_dropout, key)
 
 
-def rope_tables(positions_BL: jax.Array, head_dim: int, theta: float) -> Rope:
-    """Returns cos and sin of the RoPE angles in float32, each [B, L, K/2]; positions in tokens."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies = 1.0 / theta**exponents
-    angles = positions_BL[..., None].astype(jnp.float32) * frequencies[None, None, :]
-    return jax.lax.platform_dependent(
-        angles, cpu=_tables_once, default=lambda x: (jnp.cos(x), jnp.sin(x))
-    )
-
-
-def _tables_once(angles: jax.Array) -> Rope:
-    """(cos, sin) of a loop, which nothing fuses with.
-
-    XLA's CPU compiler counts both functions as cheap and drops optimization barriers before it
-    fuses, so it would compute them again for every head of every layer.
-    """
-    both = jax.lax.map(lambda i: jax.lax.cond(i == 0, jnp.cos, jnp.sin, angles), jnp.arange(2))
-    return both[0], both[1]
-
-
-def apply_rope(x_BLHK: jax.Array, tables: Rope) -> jax.Array:
-    """Rotates the two halves of each head (NeoX layout, not interleaved) in float32."""
-    cos, sin = (t[:, :, None, :] for t in tables)
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLHK.dtype)
-
-
 class Attention(nnx.Module):
     """Wqkv, RoPE, bounded attention, Wo."""
 
@@ -193,33 +166,53 @@ class Attention(nnx.Module):
         qkv_bias, out_bias = ((3, H, K), (D,)) if config.attention_bias else (None, None)
         std_in, std_out = init_std(config, "in"), init_std(config, "out")
         self.Wqkv = Linear("BLD,DTHK->BLTHK", (D, 3, H, K), qkv_bias, std_in, config, rngs)
-        self.Wo = Linear("BLHK,HKD->BLD", (H, K, D), out_bias, std_out, config, rngs)
+        self.Wo = Linear("BLP,PD->BLD", (H, K, D), out_bias, std_out, config, rngs)
 
     def __call__(
         self, x_BLD: jax.Array, rope: Rope, bounds: Bounds, attention: Op, key: Key | None
     ) -> jax.Array:
         config = self.config
-        qkv_BLTHK = self.Wqkv(x_BLD)
-        q_BLHK = apply_rope(qkv_BLTHK[:, :, 0], rope)
-        k_BLHK = apply_rope(qkv_BLTHK[:, :, 1], rope)
-        v_BLHK = qkv_BLTHK[:, :, 2]
         scale = config.head_dim**-0.5
         if config.attention_dropout and key is not None:
             # No fused kernel drops probabilities, so this option costs [B, H, L, M] of memory.
+            qkv_BLTHK = self.Wqkv(x_BLD)
             out_BLHK = reference.attention(
-                q_BLHK,
-                k_BLHK,
-                v_BLHK,
+                apply_rope(qkv_BLTHK[:, :, 0], rope),
+                apply_rope(qkv_BLTHK[:, :, 1], rope),
+                qkv_BLTHK[:, :, 2],
                 bounds,
                 scale=scale,
                 dropout_rate=config.attention_dropout,
                 dropout_key=fold(key, 0),
             )
+        elif J := packed_heads(attention, self._shape(x_BLD), bounds):
+            qkv_BLGTJK = self._packed_qkv(x_BLD, J)
+            out_BLHK = attention(qkv_BLGTJK, None, None, bounds, scale=scale, rope=rope)
         else:
-            out_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale)
-        out_BLD = self.Wo(out_BLHK)
+            qkv_BLTHK = self.Wqkv(x_BLD)
+            q_BLHK, k_BLHK, v_BLHK = (qkv_BLTHK[:, :, i] for i in range(3))
+            out_BLHK = attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale, rope=rope)
+        out_BLD = self.Wo(out_BLHK.reshape(*x_BLD.shape[:2], -1))
         out_BLD = dropout(out_BLD, config.attention_dropout, fold(key, 1))
         return dropout(out_BLD, config.attention_out_dropout, fold(key, 2))
+
+    def _shape(self, x_BLD: jax.Array) -> jax.ShapeDtypeStruct:
+        """Of q, k and v each."""
+        config = self.config
+        shape = (*x_BLD.shape[:2], config.num_attention_heads, config.head_dim)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+
+    def _packed_qkv(self, x_BLD: jax.Array, J: int) -> jax.Array:
+        """q, k and v with those of J heads side by side, so that no kernel's operand is copied."""
+        (B, L, D), (_, _, H, K) = x_BLD.shape, self.Wqkv.weight.shape
+        by_block = lambda w: jnp.swapaxes(w.reshape(-1, 3, H // J, J, K), 1, 2)  # noqa: E731
+        dtype = jnp.dtype(self.config.dtype)
+        weight_DP = by_block(self.Wqkv.weight[...].astype(dtype)).reshape(D, -1)
+        precision = matmul_precision(dtype)
+        y_BLP = jnp.einsum("BLD,DP->BLP", x_BLD.astype(dtype), weight_DP, precision=precision)
+        if self.Wqkv.has_bias:
+            y_BLP = y_BLP + by_block(self.Wqkv.bias[...].astype(dtype)).reshape(1, 1, -1)
+        return y_BLP.reshape(B, L, H // J, 3, J, K)
 
 
 class MLP(nnx.Module):
@@ -256,8 +249,9 @@ class EncoderLayer(nnx.Module):
     ) -> jax.Array:
         if bounds.window is not None and hasattr(attention, "layer"):  # FusedLocalLayers
             return attention.layer(self, x_BLD, rope, bounds, fold(fold(key, 0), 2))
+        x_BLD = row_major(attention, x_BLD)
         h_BLD = self.attn_norm(x_BLD) if self.has_attn_norm else x_BLD
         h_BLD = self.attn(h_BLD, rope, bounds, attention, fold(key, 0))
         x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
         h_BLD = self.mlp(self.mlp_norm(x_BLD), fold(key, 1))
-        return x_BLD + h_BLD.astype(x_BLD.dtype)
+        return row_major(attention, x_BLD + h_BLD.astype(x_BLD.dtype))

@@ -16,10 +16,11 @@ from modernbert_jax.attention import (
     reference,
 )
 from modernbert_jax.attention.bounds import has_holes, host_array
+from modernbert_jax.attention.rope import Rope, apply_rope, rope_tables
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
 from modernbert_jax.dropout import Key, PartKeys, fold
-from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op, rope_tables
+from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op
 
 Array = jax.Array | np.ndarray
 Remat = bool | Callable[..., bool]  # True, or a policy of jax.checkpoint_policies
@@ -324,8 +325,11 @@ def _complete(config, shape, segment_ids, attention_mask, first_token, dropout_k
 def _keeping_maps(attention: Op, maps: list[jax.Array]) -> Op:
     """Wraps the attention function so that each call appends its probabilities to `maps`."""
 
-    def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float) -> jax.Array:
-        maps.append(reference.probabilities(q_BLHK, k_BLHK, bounds, scale=scale))
-        return attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale)
+    def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float, rope: Rope | None = None):
+        q, k = q_BLHK, k_BLHK
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        maps.append(reference.probabilities(q, k, bounds, scale=scale))
+        return attention(q_BLHK, k_BLHK, v_BLHK, bounds, scale=scale, rope=rope)
 
     return run

@@ -72,7 +72,7 @@ plt.show()
 
 # %%
 from modernbert_jax import ModernBertConfig
-from modernbert_jax.layers import rope_tables
+from modernbert_jax.attention.rope import rope_tables
 
 config = ModernBertConfig.base()
 distance = np.unique(np.geomspace(1, 8192, 120).astype(int))

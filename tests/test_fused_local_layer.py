@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from modernbert_jax import ModernBertConfig, ModernBertModel
 from modernbert_jax.attention import attention, make_bounds
+from modernbert_jax.attention.rope import rope_tables
 from modernbert_jax.fused_local_layer import FusedLocalLayers, refusal
-from modernbert_jax.layers import EncoderLayer, rope_tables
+from modernbert_jax.layers import EncoderLayer
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"

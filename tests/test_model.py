@@ -304,7 +304,7 @@ def test_refuses_shapes_that_do_not_match():
 
 def test_the_two_kinds_of_layers_have_their_own_angles():
     """In either order of calls: no table may be kept under too narrow a key."""
-    from modernbert_jax.layers import rope_tables
+    from modernbert_jax.attention.rope import rope_tables
 
     config, positions = mj.ModernBertConfig(), np.arange(50)[None]
     tables = [

@@ -11,10 +11,10 @@ from flax import nnx
 import modernbert_jax as mj
 from modernbert_jax import attention as attention_op
 from modernbert_jax.attention import make_bounds
+from modernbert_jax.attention.rope import apply_rope, rope_tables
 from modernbert_jax.checkpoint.hf import hf_to_params
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.config import FULL, SLIDING
-from modernbert_jax.layers import apply_rope, rope_tables
 from modernbert_jax.weights import to_hf
 from tests.parity_cases import CASES, QUICK, hf_model, inputs, relative_error
 

@@ -18,8 +18,10 @@ from modernbert_jax.attention.dispatch import (
     choose,
     default_device as default_device,
     generation_of as generation_of,
+    packed_heads as packed_heads,
     passes as passes,
     refusal,
+    row_major as row_major,
     sharded,
 )
 

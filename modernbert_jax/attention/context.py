@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.rope import Rope, apply_rope
 
 
 def context_parallel(attention: Callable[..., jax.Array], axis: str) -> Callable[..., jax.Array]:
@@ -21,7 +22,9 @@ def context_parallel(attention: Callable[..., jax.Array], axis: str) -> Callable
     ValueError if the parts do not make up the row.
     """
 
-    def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float):
+    def run(q_BLHK, k_BLHK, v_BLHK, bounds: Bounds, *, scale: float, rope: Rope | None = None):
+        if rope is not None:
+            q_BLHK, k_BLHK = apply_rope(q_BLHK, rope), apply_rope(k_BLHK, rope)
         parts, length = jax.lax.axis_size(axis), q_BLHK.shape[1]
         if parts * length != bounds.lo_BL.shape[1]:
             raise ValueError(

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from modernbert_jax.attention import cudnn, first_use, reference, xla
 from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.rope import Rope, apply_rope
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_hopper", "pallas_triton", "cudnn")
 KERNELS = IMPLEMENTATIONS[2:5]  # ours; on each device the first that can run is the fastest
@@ -178,14 +180,16 @@ def attention(
     bounds: Bounds,
     *,
     scale: float,
+    rope: Rope | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Computes softmax(scale * q k^T) v over the keys within `bounds`: out_BLHK in q's dtype.
 
     L equals M, unless `bounds` has the bounds of the keys as well. Accumulates in float32; the
-    output of a query without keys is 0. implementation: one of IMPLEMENTATIONS; None chooses one
-    (`choose` returns the reason). Raises ValueError for shapes or dtypes that do not match, for an
-    unknown name, and with the reason for an implementation that cannot run here.
+    output of a query without keys is 0. rope: the cosines and sines, float32 [B, L, K/2], by which
+    q and k are rotated first. implementation: one of IMPLEMENTATIONS; None chooses one (`choose`
+    returns the reason). Raises ValueError for shapes or dtypes that do not match, for an unknown
+    name, and with the reason for an implementation that cannot run here.
     """
     B, L, H, K = q_BLHK.shape if q_BLHK.ndim == 4 else (0, 0, 0, 0)
     M = L if bounds.key_lo_BM is None else bounds.key_lo_BM.shape[1]
@@ -202,8 +206,19 @@ def attention(
         raise ValueError(
             f"attention: expected bounds of shape {q_BLHK.shape[:2]}, got {bounds.lo_BL.shape}"
         )
+    if rope is not None:
+        _check_rope(rope, q_BLHK, k_BMHK)
     run = _resolve(implementation, q_BLHK, bounds, default_device())
-    return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+    return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale, rope=rope)
+
+
+def _check_rope(rope: Rope, q_BLHK: Any, k_BMHK: Any) -> None:
+    (B, L, _, K), M = q_BLHK.shape, k_BMHK.shape[1]
+    if M != L or any(x.shape not in ((B, L, K // 2), (1, L, K // 2)) for x in rope):
+        raise ValueError(
+            f"rope: expected cosines and sines [{B}, {L}, {K // 2}] and as many keys as queries, "
+            f"got {rope[0].shape}, {rope[1].shape} and {M} keys"
+        )
 
 
 def default_device() -> Any:
@@ -241,11 +256,11 @@ def sharded(
 ) -> Callable[..., jax.Array]:
     """Returns `attention` for a mesh: rows and heads are split over mesh axes; no communication.
 
-    The result is a function of (q_BLHK, k_BMHK, v_BMHK, bounds, *, scale) for the `attention=`
-    argument of models. The implementation is chosen for the mesh's devices, which may be absent.
-    Raises ValueError for an axis that the mesh lacks, and on a call for a number of rows or heads
-    that the axes do not divide. Inside `jax.shard_map` over some of the axes, it splits over the
-    others.
+    The result is a function of (q_BLHK, k_BMHK, v_BMHK, bounds, *, scale, rope) for the
+    `attention=` argument of models. The implementation is chosen for the mesh's devices, which may
+    be absent. Raises ValueError for an axis that the mesh lacks, and on a call for a number of rows
+    or heads that the axes do not divide. Inside `jax.shard_map` over some of the axes, it splits
+    over the others.
     """
     device = mesh.devices.flat[0]
     split: dict[str, tuple[str, ...]] = {}
@@ -256,31 +271,78 @@ def sharded(
                 raise ValueError(f"{what}: expected mesh axes of {tuple(mesh.shape)}, got {axis!r}")
         split[what] = names
 
-    def run(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float):
+    def unsplit() -> tuple[Any, dict[str, tuple[str, ...]], dict[str, int]]:
+        """The axes that are split already, those that are left, and the number of parts."""
         manual = jax.sharding.get_abstract_mesh().manual_axes
         left = {what: tuple(a for a in axes if a not in manual) for what, axes in split.items()}
-        for what, count in (("rows", q_BLHK.shape[0]), ("heads", q_BLHK.shape[2])):
-            size = math.prod(mesh.shape[axis] for axis in left[what])
-            if count % size:
-                raise ValueError(f"{what}: expected a multiple of {size}, got {count}")
-        by_rows = PartitionSpec(left["rows"], None)
-        by_both = PartitionSpec(left["rows"], None, left["heads"], None)
+        parts = {what: math.prod(mesh.shape[a] for a in axes) for what, axes in left.items()}
+        return manual, left, parts
 
-        def local(q, k, v, part):
-            return _resolve(implementation, q, part, device)(q, k, v, part, scale=scale)
+    def run(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope: Rope | None = None):
+        manual, left, parts = unsplit()
+        for what, count in (("rows", q_BLHK.shape[0]), ("heads", q_BLHK.shape[2])):
+            if count % parts[what]:
+                raise ValueError(f"{what}: expected a multiple of {parts[what]}, got {count}")
+        by_rows = PartitionSpec(left["rows"], None)
+        by_both = PartitionSpec(left["rows"], None, left["heads"])
+        # Positions that all rows share have tables of one row.
+        by_table = PartitionSpec() if rope is None or rope[0].shape[0] == 1 else by_rows
+
+        def local(q, k, v, part, rope):
+            apply = _resolve(implementation, _one_of(q), part, device)
+            return apply(q, k, v, part, scale=scale, rope=rope)
 
         if not any(left.values()) and set(manual) == set(mesh.axis_names):
-            return local(q_BLHK, k_BMHK, v_BMHK, bounds)
+            return local(q_BLHK, k_BMHK, v_BMHK, bounds, rope)
         return jax.shard_map(
             local,
             mesh=None if manual else mesh,
             axis_names=set(mesh.axis_names) - set(manual),
-            in_specs=(by_both, by_both, by_both, by_rows),
+            in_specs=(by_both, by_both, by_both, by_rows, by_table),
             out_specs=by_both,
             check_vma=False,
-        )(q_BLHK, k_BMHK, v_BMHK, bounds)
+        )(q_BLHK, k_BMHK, v_BMHK, bounds, rope)
 
+    def heads_in_a_block(q_BLHK: Any, bounds: Bounds) -> int:
+        (B, L, H, K), parts = q_BLHK.shape, unsplit()[2]["heads"]
+        local_BLHK = jax.ShapeDtypeStruct((B, L, H // parts, K), q_BLHK.dtype)
+        name = implementation or choose(local_BLHK, bounds, device).name
+        if name != "pallas_tpu" or refusal(name, local_BLHK, bounds, device) is not None:
+            return 0
+        per_block = _kernels(name).heads_in_a_block(K)
+        return per_block if H % (per_block * parts) == 0 else 0
+
+    if device.platform == "tpu":
+        run.heads_in_a_block = heads_in_a_block
     return run
+
+
+def packed_heads(attention: Callable[..., jax.Array], q_BLHK: Any, bounds: Bounds) -> int:
+    """Returns how many heads `attention` prefers in one block of q, k and v together; 0 if none.
+
+    If this is J, call it with (qkv_BLGTJK, None, None, bounds, ...), where T is 3 and G * J are the
+    heads. For q_BLHK, shape and dtype suffice.
+    """
+    prefers = getattr(attention, "heads_in_a_block", None)
+    return 0 if prefers is None else prefers(q_BLHK, bounds)
+
+
+def row_major(attention: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Returns x, for which XLA keeps the row-major layout if `attention` is meant for TPUs.
+
+    Left to itself, XLA moves the tokens into the lanes there and copies x to what kernels read.
+    """
+    if not hasattr(attention, "heads_in_a_block"):
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _one_of(q: Any) -> Any:
+    """The shape and dtype of q_BLHK, also if q, k and v are one array."""
+    if q.ndim == 4:
+        return q
+    B, L, G, _, J, K = q.shape
+    return jax.ShapeDtypeStruct((B, L, G * J, K), q.dtype)
 
 
 def _kernels(name: str) -> Any:
@@ -309,6 +371,15 @@ def _with_all_queries(run, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, **options) ->
 
 def _function(name: str) -> Callable[..., jax.Array]:
     if name == "pallas_tpu":
+        # It rotates q and k itself.
         return functools.partial(_with_all_queries, _kernels(name).attention)
     own = {"reference": reference.attention, "xla": xla.attention, "cudnn": cudnn.attention}
-    return own[name] if name in own else _kernels(name).attention
+    return functools.partial(_rotated, own[name] if name in own else _kernels(name).attention)
+
+
+def _rotated(
+    run, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope: Rope | None = None
+):
+    if rope is not None:
+        q_BLHK, k_BMHK = apply_rope(q_BLHK, rope), apply_rope(k_BMHK, rope)
+    return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)

@@ -15,6 +15,15 @@ the one span of keys that a query tile can see (from an element offset) and need
 The backward pass loops in the same way and accumulates dk and dv in VMEM, where one row of a block
 of heads fits; it computes the scores once for all three gradients.
 
+q, k and v may come in one array in which the heads of a block lie side by side, 128 lanes of q,
+then k, then v, as one projection writes them; their gradients then leave in the same form. With
+tables of RoPE, q and k are rotated when they are read, and dq and dk rotated back before they are
+written; the tables of a row stay in VMEM for all heads.
+
+Where a mask separates segments in one tile, a NaN must not cross it, although 0 x NaN is NaN:
+values that are not finite are replaced by 0, and NaN is put into the scores that belong to them
+before these are masked.
+
 A length that no tile size divides is padded with zeros, which lie outside all bounds.
 """
 
@@ -29,6 +38,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from modernbert_jax.attention.bounds import Bounds, tile_bounds
+from modernbert_jax.attention.gpu_tiles import check_scale
+from modernbert_jax.attention.rope import Rope
 from modernbert_jax.attention.vjp import Attention, with_vjp
 
 _LANES = 128
@@ -86,39 +97,46 @@ def supports(q_BLHK: jax.Array, bounds: Bounds, device_kind: str) -> str | None:
         return f"pallas_tpu: expected a head dim of 32, 64 or 128, got {q_BLHK.shape[3]}"
     generation = GENERATIONS[device_kind]
     plan = _plan(q_BLHK, bounds, generation.backward_global, generation.backward_local)
-    # dk and dv of a row: the float32 sums, and two buffers of each output.
-    needs = 2 * plan.padded * _LANES * (4 + 2 * q_BLHK.dtype.itemsize)
-    room = generation.vmem_bytes // 2
+    needs, room = _row_bytes(plan, q_BLHK.dtype), generation.vmem_bytes * 5 // 8
     if needs > room:
         return (
-            f"pallas_tpu: expected dk and dv of one row to take at most {room} bytes of VMEM, "
+            f"pallas_tpu: expected the gradients of one row to take at most {room} bytes of VMEM, "
             f"got {needs} (L={q_BLHK.shape[1]})"
         )
     return None
 
 
+def heads_in_a_block(head_dim: int) -> int:
+    """Returns how many heads lie side by side in one array of q, k and v."""
+    return _LANES // head_dim
+
+
 def forward(
-    q_BLHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHK: jax.Array,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     bounds: Bounds,
     scale: float,
+    rope: Rope | None = None,
     *,
     generation: Generation | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns out_BLHK in q's dtype and lse_BHL in float32 (natural log, -inf without keys).
 
-    generation: by default that of the current device. interpret: passed to `pl.pallas_call`.
+    q, k, v: each [B, L, H, K], or q is all three, [B, L, H/J, 3, J, K] with J heads in a block, and
+    k and v are None. rope: cosines and sines, float32 [B or 1, L, K/2]. generation: by default that
+    of the current device. interpret: passed to `pl.pallas_call`.
     """
+    check_scale(scale)
     generation = generation or _present()
-    plan = _plan(q_BLHK, bounds, generation.forward_global, generation.forward_local)
-    T, G = plan.tiles, plan.per_block
-    f32 = jnp.float32
-    scratch = []
-    if not plan.local:
+    plan = _plan(q, bounds, generation.forward_global, generation.forward_local)
+    T, G, f32 = plan.tiles, plan.per_block, jnp.float32
+    if plan.local:
+        scratch = [_rows(T.queries, q), _rows(T.keys, q), _rows(T.keys, q)]
+    else:
         scratch = [
-            pltpu.VMEM((G, T.queries, _LANES), q_BLHK.dtype),
+            pltpu.VMEM((G, T.queries, _LANES), q.dtype),
             pltpu.VMEM((_LANES, T.queries), f32),
             pltpu.VMEM((G, T.queries), f32),
             pltpu.VMEM((G, T.queries), f32),
@@ -129,74 +147,80 @@ def forward(
         plan,
         bounds,
         scale,
-        in_specs=[_query_spec(plan), *_key_specs(plan), _stats_spec(plan, 2, blocked=False)],
+        rope,
+        in_specs=[*_qkv_specs(plan), _stats_spec(plan, 2, blocked=False)],
         out_specs=[_query_spec(plan), _stats_spec(plan, G)],
         out_shape=[
-            jax.ShapeDtypeStruct((plan.rows, plan.padded, plan.blocks * _LANES), q_BLHK.dtype),
+            jax.ShapeDtypeStruct((plan.rows, plan.padded, plan.blocks * _LANES), q.dtype),
             jax.ShapeDtypeStruct((plan.rows, plan.blocks, G, plan.padded), f32),
         ],
         scratch_shapes=scratch,
         vmem_bytes=generation.vmem_bytes,
         interpret=interpret,
-    )(_pack(plan, q_BLHK), _pack(plan, k_BMHK), _pack(plan, v_BMHK), _edges(plan, bounds))
+    )(*_pack_qkv(plan, q, k, v), _edges(plan, bounds))
     lse_BHL = lse.reshape(plan.rows, plan.blocks * G, plan.padded)
     return _unpack(plan, out), lse_BHL[:, : plan.heads, : plan.length]
 
 
 def backward(
-    q_BLHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHK: jax.Array,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     out_BLHK: jax.Array,
     lse_BHL: jax.Array,
     bounds: Bounds,
     d_out_BLHK: jax.Array,
     scale: float,
+    rope: Rope | None = None,
     *,
     generation: Generation | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns dq, dk and dv in the shapes and dtypes of q, k and v, from one kernel."""
     generation = generation or _present()
-    plan = _plan(q_BLHK, bounds, generation.backward_global, generation.backward_local)
-    T, G = plan.tiles, plan.per_block
-    f32 = jnp.float32
-    row_spec = pl.BlockSpec((1, plan.padded, _LANES), lambda b, g, i, t, *_: (b, 0, g))
-    row_scratch = pltpu.VMEM((plan.padded, _LANES), f32)
-    heads_scratch = pltpu.VMEM((G, T.queries, _LANES), q_BLHK.dtype)
-    scratch = [row_scratch, row_scratch]
-    if not plan.local:
-        scratch += [heads_scratch, heads_scratch, pltpu.VMEM((_LANES, T.queries), f32)]
-    row = jax.ShapeDtypeStruct((plan.rows, plan.padded, plan.blocks * _LANES), q_BLHK.dtype)
-    delta_BHL = jnp.einsum(
-        "BLHK,BLHK->BHL", d_out_BLHK.astype(f32), out_BLHK.astype(f32), precision="highest"
-    )
+    plan = _plan(q, bounds, generation.backward_global, generation.backward_local)
+    T, G, f32 = plan.tiles, plan.per_block, jnp.float32
+    if plan.local:
+        row = pltpu.VMEM((plan.padded, _LANES), f32)
+        scratch = [row, row, *[_rows(T.queries, q)] * 3, *[_rows(T.keys, q)] * 3]
+    else:
+        row = pltpu.VMEM((_LANES, plan.padded), f32)
+        heads = pltpu.VMEM((G, T.queries, _LANES), q.dtype)
+        turned = pltpu.VMEM((_LANES, T.queries), q.dtype)
+        sums = pltpu.VMEM((_LANES, T.queries), f32)
+        delta = pltpu.VMEM((G, T.queries), f32)
+        scratch = [row, row, heads, heads, turned, turned, sums, delta]
+    lanes = plan.parts * _LANES
+    row_spec = pl.BlockSpec((1, plan.padded, lanes), lambda b, g, i, t, *_: (b, 0, g))
+    grad = jax.ShapeDtypeStruct((plan.rows, plan.padded, plan.blocks * lanes), q.dtype)
     grads = _pallas_call(
         _backward_local if plan.local else _backward_global,
         "backward",
         plan,
         bounds,
         scale,
+        rope,
         in_specs=[
+            *_qkv_specs(plan),
             _query_spec(plan),
-            *_key_specs(plan),
             _query_spec(plan),
             _stats_spec(plan, 2, blocked=False),
-            _stats_spec(plan, 2 * G),
+            _stats_spec(plan, G),
         ],
-        out_specs=[_query_spec(plan), row_spec, row_spec],
-        out_shape=[row, row, row],
+        out_specs=[row_spec] if plan.packed else [_query_spec(plan), row_spec, row_spec],
+        out_shape=[grad] if plan.packed else [grad] * 3,
         scratch_shapes=scratch,
         vmem_bytes=generation.vmem_bytes,
         interpret=interpret,
     )(
-        _pack(plan, q_BLHK),
-        _pack(plan, k_BMHK),
-        _pack(plan, v_BMHK),
+        *_pack_qkv(plan, q, k, v),
+        _pack(plan, out_BLHK),
         _pack(plan, d_out_BLHK),
         _edges(plan, bounds),
-        _pack_stats(plan, lse_BHL, delta_BHL),
+        _pack_lse(plan, lse_BHL),
     )
+    if plan.packed:
+        return grads[0][:, : plan.length].reshape(q.shape), None, None
     dq, dk, dv = (_unpack(plan, x) for x in grads)
     return dq, dk, dv
 
@@ -226,10 +250,16 @@ class _Plan:
     local: bool
     reach: int  # keys fetched on either side of a tile of queries, local only
     tiles: Tiles
+    packed: bool  # q, k and v are one array
 
     @property
     def per_block(self) -> int:
         return _LANES // self.head_dim
+
+    @property
+    def parts(self) -> int:
+        """The arrays of which a block of heads in q, and in dq, has 128 lanes each."""
+        return 3 if self.packed else 1
 
     @property
     def blocks(self) -> int:
@@ -240,8 +270,10 @@ class _Plan:
         return self.padded // self.tiles.queries
 
 
-def _plan(q_BLHK, bounds: Bounds, for_global: Tiles, for_local: Tiles) -> _Plan:
-    B, L, H, K = q_BLHK.shape
+def _plan(q, bounds: Bounds, for_global: Tiles, for_local: Tiles) -> _Plan:
+    B, L, K = *q.shape[:2], q.shape[-1]
+    packed = len(q.shape) == 6
+    H = q.shape[2] * q.shape[4] if packed else q.shape[2]
     window = bounds.window or 0
     local = 0 < window <= _WIDEST_BAND
     tiles = for_local if local else for_global
@@ -258,7 +290,17 @@ def _plan(q_BLHK, bounds: Bounds, for_global: Tiles, for_local: Tiles) -> _Plan:
     else:
         keys = max(n for n in range(_LANES, tiles.keys + 1, _LANES) if padded % n == 0)
         unit_keys = math.gcd(keys, tiles.unit_keys)
-    return _Plan(B, L, padded, H, K, local, reach, Tiles(queries, unit_queries, keys, unit_keys))
+    tiles = Tiles(queries, unit_queries, keys, unit_keys)
+    return _Plan(B, L, padded, H, K, local, reach, tiles, packed)
+
+
+def _row_bytes(plan: _Plan, dtype) -> int:
+    """VMEM for a row of a block of heads, with tables: two buffers of each array, float32 sums."""
+    return plan.padded * _LANES * (2 * 2 * 4 + 2 * 3 * jnp.dtype(dtype).itemsize + 2 * 4)
+
+
+def _rows(n: int, q):
+    return pltpu.VMEM((n, _LANES), q.dtype)
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -272,6 +314,14 @@ def _pack(plan: _Plan, x_BLHK):
     return x_BLHK.reshape(plan.rows, plan.padded, plan.blocks * _LANES)
 
 
+def _pack_qkv(plan: _Plan, q, k, v):
+    if not plan.packed:
+        return _pack(plan, q), _pack(plan, k), _pack(plan, v)
+    q = q.reshape(plan.rows, plan.length, -1)
+    q = jnp.pad(q, ((0, 0), (0, plan.padded - plan.length), (0, 0)))
+    return q, q, q
+
+
 def _unpack(plan: _Plan, x):
     x_BLHK = x.reshape(plan.rows, plan.padded, -1, plan.head_dim)
     return x_BLHK[:, : plan.length, : plan.heads]
@@ -283,15 +333,24 @@ def _edges(plan: _Plan, bounds: Bounds):
     return jnp.pad(edges, ((0, 0), (0, 0), (0, plan.padded - plan.length)))
 
 
-def _pack_stats(plan: _Plan, lse_BHL, delta_BHL):
-    """Base-2 log-sum-exp (+inf without keys, so that p is 0) and delta, [B, blocks, 2G, padded]."""
+def _pack_lse(plan: _Plan, lse_BHL):
+    """Base-2 log-sum-exp, [B, blocks, G, padded]: +inf without keys, so that p is 0."""
     extra = plan.blocks * plan.per_block - plan.heads
     tail = ((0, 0), (0, extra), (0, plan.padded - plan.length))
     lse_BHL = jnp.pad(lse_BHL, tail, constant_values=-jnp.inf)
     lse_BHL = jnp.where(lse_BHL == -jnp.inf, jnp.inf, lse_BHL / _LN_2)
-    stats = [lse_BHL, jnp.pad(delta_BHL, tail)]
-    by_block = [x.reshape(plan.rows, plan.blocks, plan.per_block, plan.padded) for x in stats]
-    return jnp.concatenate(by_block, axis=2)
+    return lse_BHL.reshape(plan.rows, plan.blocks, plan.per_block, plan.padded)
+
+
+def _tables(plan: _Plan, rope: Rope):
+    """The factors of each lane and of its partner in the other half of the head, [B, padded, 256].
+
+    A partner's is minus the sine in the first half, and the sine in the second.
+    """
+    cos, sin = rope
+    lanes = [cos, cos] * plan.per_block + [-sin, sin] * plan.per_block
+    table = jnp.concatenate(lanes, axis=-1)
+    return jnp.pad(table, ((0, 0), (0, plan.padded - plan.length), (0, 0)))
 
 
 def _scalars(plan: _Plan, bounds: Bounds) -> tuple[tuple[jax.Array, ...], Any]:
@@ -325,8 +384,8 @@ def _scalars(plan: _Plan, bounds: Bounds) -> tuple[tuple[jax.Array, ...], Any]:
 # Blocks. The grid is (row, block of heads, tile of queries, step of the walk).
 
 
-def _query_spec(plan: _Plan):
-    return pl.BlockSpec((1, plan.tiles.queries, _LANES), lambda b, g, i, t, *_: (b, i, g))
+def _query_spec(plan: _Plan, parts: int = 1):
+    return pl.BlockSpec((1, plan.tiles.queries, _LANES), lambda b, g, i, t, *_: (b, i, parts * g))
 
 
 def _stats_spec(plan: _Plan, n: int, blocked: bool = True):
@@ -335,22 +394,27 @@ def _stats_spec(plan: _Plan, n: int, blocked: bool = True):
     return pl.BlockSpec((1, n, plan.tiles.queries), lambda b, g, i, t, *_: (b, 0, i))
 
 
-def _key_specs(plan: _Plan):
+def _qkv_specs(plan: _Plan):
+    keys, values = (1, 2) if plan.packed else (0, 0)
+    return _query_spec(plan, plan.parts), _key_spec(plan, keys), _key_spec(plan, values)
+
+
+def _key_spec(plan: _Plan, part: int):
     n = plan.query_tiles
 
     def span(b, g, i, t, first, *_):
-        return b, pl.multiple_of(first[b * n + i], _LANES // 2), g * _LANES
+        first_key = pl.multiple_of(first[b * n + i], _LANES // 2)
+        return b, first_key, (plan.parts * g + part) * _LANES
 
     def tile(b, g, i, t, first, last, *_):
         j = b * n + i
-        return b, jnp.maximum(jnp.minimum(first[j] + t, last[j] - 1), 0), g
+        key_tile = jnp.maximum(jnp.minimum(first[j] + t, last[j] - 1), 0)
+        return b, key_tile, plan.parts * g + part
 
     if plan.local:
         shape = (pl.Element(1), pl.Element(plan.tiles.keys), pl.Element(_LANES))
-        spec = pl.BlockSpec(shape, span)
-    else:
-        spec = pl.BlockSpec((1, plan.tiles.keys, _LANES), tile)
-    return spec, spec
+        return pl.BlockSpec(shape, span)
+    return pl.BlockSpec((1, plan.tiles.keys, _LANES), tile)
 
 
 def _pallas_call(
@@ -359,6 +423,7 @@ def _pallas_call(
     plan: _Plan,
     bounds: Bounds,
     scale: float,
+    rope: Rope | None,
     *,
     in_specs,
     out_specs,
@@ -368,8 +433,19 @@ def _pallas_call(
     interpret,
 ):
     scalars, steps = _scalars(plan, bounds)
+    tables: list[jax.Array] = []
+    body = functools.partial(kernel, plan=plan, scale=scale)
+    if rope is None:
+        kernel_with_table = body
+        body = lambda *refs: kernel_with_table(*refs[:n], None, *refs[n:])  # noqa: E731
+        n = len(scalars)
+    else:
+        tables = [_tables(plan, rope)]
+        shared = tables[0].shape[0] == 1
+        row = lambda b, g, i, t, *_: (0 if shared else b, 0, 0)  # noqa: E731
+        in_specs = [pl.BlockSpec((1, plan.padded, 2 * _LANES), row), *in_specs]
     call = pl.pallas_call(
-        functools.partial(kernel, plan=plan, scale=scale),
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(plan.rows, plan.blocks, plan.query_tiles, steps),
@@ -380,12 +456,26 @@ def _pallas_call(
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes * 3 // 4,
+            vmem_limit_bytes=vmem_bytes * 7 // 8,
         ),
+        cost_estimate=_cost(plan, name, out_shape),
         name=f"bounded_{name}_{'local' if plan.local else 'global'}",
         interpret=interpret,
     )
-    return functools.partial(call, *scalars)
+    return functools.partial(call, *scalars, *tables)
+
+
+def _cost(plan: _Plan, name: str, out_shape) -> pl.CostEstimate:
+    """What XLA schedules by, as if every row were one segment: the bounds are data."""
+    seen = plan.tiles.unit_keys if plan.local else plan.padded
+    scores = plan.rows * plan.blocks * plan.per_block * plan.padded * seen
+    products, arrays = (2, 4) if name == "forward" else (5, 8)
+    lanes = plan.rows * plan.padded * plan.blocks * _LANES
+    return pl.CostEstimate(
+        flops=2 * products * scores * plan.head_dim,
+        transcendentals=scores,
+        bytes_accessed=arrays * lanes * out_shape[0].dtype.itemsize,
+    )
 
 
 # Arithmetic. Values inside the kernels: keys along sublanes, queries along lanes.
@@ -408,6 +498,34 @@ def _one_head(x, head: int, head_dim: int):
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
     return jnp.where(lane // head_dim == head, x, jnp.zeros_like(x))
+
+
+def _turn(x, table, plan: _Plan, back: bool = False):
+    """Rotates x [n, 128] by the angles of a table [n, 256], or back; the identity without one."""
+    if table is None:
+        return x
+    at = [jax.lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), axis) for axis in (0, 1)]
+    # One term per sum, so that the matrix unit swaps the halves of each head exactly.
+    partner = _dot(x, ((at[0] ^ (plan.head_dim // 2)) == at[1]).astype(x.dtype), 1, 0)
+    partner = partner * table[:, _LANES:]
+    turned = x.astype(jnp.float32) * table[:, :_LANES]
+    return (turned - partner if back else turned + partner).astype(x.dtype)
+
+
+def _table_rows(table, first, n: int):
+    return None if table is None else table[0, pl.ds(first, n), :]
+
+
+def _excess(*arrays):
+    """Returns 0 where all of the arrays are finite, and NaN elsewhere, in float32."""
+    wide = [x.astype(jnp.float32) for x in arrays]
+    return sum(x - x for x in wide)
+
+
+def _isolated(x, excess):
+    """Returns x, for scores that a mask follows, with NaN where `excess` has it; and x with 0."""
+    clean = jnp.where(excess == 0, x.astype(jnp.float32), 0.0)
+    return (clean + excess).astype(x.dtype), clean.astype(x.dtype)
 
 
 def _scores(k, q, edges, first_key):
@@ -452,10 +570,28 @@ def _unit_span(plan: _Plan, i, start: int, first):
     return pl.multiple_of(key - first, _LANES // 2), pl.multiple_of(key, _LANES // 2)
 
 
-def _forward_local(first, some, q, k, v, edges, out, lse, *, plan: _Plan, scale: float):
+def _prepare_keys(plan: _Plan, first_key, table, k, v, k_out, v_out, k_clean=None):
+    """Rotates and isolates the keys and values of a span, some rows at a time (local layers)."""
+    rows = _LANES // 2 if plan.tiles.keys % _LANES else _LANES
+    for x in range(0, plan.tiles.keys, rows):
+        at = slice(x, x + rows)
+        k_at, v_at = k[0, at, :], v[0, at, :]
+        k_at = _turn(k_at, _table_rows(table, pl.multiple_of(first_key + x, 64), rows), plan)
+        poisoned, clean = _isolated(k_at, _excess(k_at, v_at))
+        k_out[at, :] = poisoned
+        if k_clean is not None:
+            k_clean[at, :] = clean
+        v_out[at, :] = _isolated(v_at, _excess(v_at))[1]
+
+
+def _forward_local(
+    first, some, table, q, k, v, edges, out, lse, q_turned, k_turned, v_clean,
+    *, plan: _Plan, scale: float,
+):  # fmt: skip
     c = scale / _LN_2
     i = pl.program_id(2)
     n = pl.program_id(0) * plan.query_tiles + i
+    U = plan.tiles.unit_queries
 
     @pl.when(some[n] == 0)
     def _():
@@ -464,11 +600,16 @@ def _forward_local(first, some, q, k, v, edges, out, lse, *, plan: _Plan, scale:
 
     @pl.when(some[n] != 0)
     def _():
+        for x in range(0, plan.tiles.queries, U):
+            table_rows = _table_rows(table, pl.multiple_of(i * plan.tiles.queries + x, _LANES), U)
+            q_turned[x : x + U] = _turn(q[0, x : x + U, :], table_rows, plan)
+        _prepare_keys(plan, first[n], table, k, v, k_turned, v_clean)
+
         def scores(head, queries):
             at, key = _unit_span(plan, i, queries.start, first[n])
             keys = pl.ds(at, plan.tiles.unit_keys)
-            q_head = _one_head(q[0, queries, :], head, plan.head_dim)
-            return _scores(k[0, keys, :], q_head, edges[0, :, queries], key), v[0, keys, :]
+            q_head = _one_head(q_turned[queries, :], head, plan.head_dim)
+            return _scores(k_turned[keys, :], q_head, edges[0, :, queries], key), v_clean[keys, :]
 
         def softmax(head, queries, s, vs):
             top = jnp.maximum(jnp.max(s, axis=0, keepdims=True), _FLOOR)
@@ -493,12 +634,13 @@ def _natural(top, total):
 
 
 def _forward_global(
-    first, last, inner_lo, inner_hi, q, k, v, edges, out, lse, q_heads, sums, tops, totals,
+    first, last, inner_lo, inner_hi, table, q, k, v, edges, out, lse,
+    q_heads, sums, tops, totals,
     *, plan: _Plan, scale: float,
 ):  # fmt: skip
     c = scale / _LN_2
-    step = pl.program_id(3)
-    n = pl.program_id(0) * plan.query_tiles + pl.program_id(2)
+    i, step = pl.program_id(2), pl.program_id(3)
+    n = pl.program_id(0) * plan.query_tiles + i
     tile = first[n] + step
 
     @pl.when(step == 0)
@@ -506,18 +648,24 @@ def _forward_global(
         sums[...] = jnp.zeros_like(sums)
         tops[...] = jnp.full_like(tops, _FLOOR)
         totals[...] = jnp.zeros_like(totals)
+        q_turned = _turn(q[0], _query_table(plan, table, i), plan)
         for head in range(plan.per_block):
-            q_heads[head] = _one_head(q[0], head, plan.head_dim)
+            q_heads[head] = _one_head(q_turned, head, plan.head_dim)
 
     def visit(masked: bool):
         def some_keys(u, _):
             at = pl.multiple_of(u * plan.tiles.unit_keys, _LANES)
+            first_key = pl.multiple_of(tile * plan.tiles.keys + at, _LANES)
             keys = pl.ds(at, plan.tiles.unit_keys)
-            ks, vT = k[0, keys, :], v[0, keys, :].T
+            ks, vs = k[0, keys, :], v[0, keys, :]
+            ks = _turn(ks, _table_rows(table, first_key, plan.tiles.unit_keys), plan)
+            if masked:
+                ks = _isolated(ks, _excess(ks, vs))[0]
+                vs = _isolated(vs, _excess(vs))[1]
+            vT = vs.T
 
             def scores(head, queries):
                 mask = edges[0, :, queries] if masked else None
-                first_key = tile * plan.tiles.keys + at
                 return (_scores(ks, q_heads[head, queries, :], mask, first_key),)
 
             def softmax(head, queries, s):
@@ -553,6 +701,10 @@ def _forward_global(
         lse[0, 0] = _natural(tops[...] * c, total)
 
 
+def _query_table(plan: _Plan, table, i):
+    return _table_rows(table, pl.multiple_of(i * plan.tiles.queries, _LANES), plan.tiles.queries)
+
+
 def _loop(count: int, body):
     if count == 1:
         body(0, 0)
@@ -571,11 +723,34 @@ def _products(ks, vs, q_head, d_out_head, edges, first_key):
     return _scores(ks, q_head, edges, first_key), _dot(vs, d_out_head, 1, 1)
 
 
-def _weights(plan: _Plan, head: int, s, dp, stats, scale: float, dtype):
+def _weights(s, dp, lse, delta, scale: float, dtype):
     """Returns p and the gradient of the scores, before the scale that dq and dk still need."""
-    p = jnp.exp2(s * (scale / _LN_2) - stats[head : head + 1])
-    delta = stats[plan.per_block + head : plan.per_block + head + 1]
+    p = jnp.exp2(s * (scale / _LN_2) - lse)
     return p.astype(dtype), (p * (dp - delta)).astype(dtype)
+
+
+def _delta(plan: _Plan, d_outT, outT):
+    """The sum of d_out * out over each head [G, n], from the transposed [128, n]; 0 for NaN."""
+    products = d_outT.astype(jnp.float32) * outT.astype(jnp.float32)
+    heads = [products[_lanes_of(head, plan)] for head in range(plan.per_block)]
+    delta = jnp.concatenate([jnp.sum(x, axis=0, keepdims=True) for x in heads], axis=0)
+    return jnp.where(delta - delta == 0, delta, 0.0)
+
+
+def _log_sum(lse, head: int, queries):
+    """One head's log-sum-exp, [1, queries]; 0 for NaN, which the scores hold too."""
+    row = lse[0, 0, head : head + 1, queries]
+    return jnp.where(row == row, row, 0.0)
+
+
+def _gradients(plan: _Plan, refs):
+    """Views of dq [tile of queries, 128], dk and dv [row, 128] in one or three references."""
+    if not plan.packed:
+        return [ref.at[0] for ref in refs]
+    (all_three,) = refs
+    first = pl.multiple_of(pl.program_id(2) * plan.tiles.queries, _LANES)
+    rows = [pl.ds(first, plan.tiles.queries), slice(None), slice(None)]
+    return [all_three.at[0, at, pl.ds(x * _LANES, _LANES)] for x, at in enumerate(rows)]
 
 
 def _start_row(dk_sum, dv_sum):
@@ -585,73 +760,107 @@ def _start_row(dk_sum, dv_sum):
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
 
-def _finish_row(dk, dv, dk_sum, dv_sum, scale):
+def _finish_row(plan: _Plan, table, dk, dv, dk_sum, dv_sum, scale):
     last_tile = pl.program_id(2) == pl.num_programs(2) - 1
+    n = plan.tiles.queries
 
     @pl.when(last_tile & (pl.program_id(3) == pl.num_programs(3) - 1))
     def _():
-        dk[0] = (dk_sum[...] * scale).astype(dk.dtype)
-        dv[0] = dv_sum[...].astype(dv.dtype)
+        def some_rows(u, _):
+            first = pl.multiple_of(u * n, _LANES)
+            rows = pl.ds(first, n)
+            read = (lambda x: x[rows, :]) if plan.local else (lambda x: x[:, rows].T)
+            turned = (read(dk_sum) * scale).astype(dk.dtype)
+            dk[rows, :] = _turn(turned, _table_rows(table, first, n), plan, back=True)
+            dv[rows, :] = read(dv_sum).astype(dv.dtype)
+            return 0
+
+        _loop(plan.query_tiles, some_rows)
 
 
 def _backward_local(
-    first, some, q, k, v, d_out, edges, stats, dq, dk, dv, dk_sum, dv_sum,
-    *, plan: _Plan, scale: float,
-):  # fmt: skip
+    first, some, table, q, k, v, out, d_out, edges, lse, *refs, plan: _Plan, scale: float
+):
+    *grads, dk_sum, dv_sum, q_turned, q_clean, d_out_clean, k_turned, k_clean, v_clean = refs
+    dq, dk, dv = _gradients(plan, grads)
     i = pl.program_id(2)
     n = pl.program_id(0) * plan.query_tiles + i
+    U = plan.tiles.unit_queries
     _start_row(dk_sum, dv_sum)
+
+    def table_of(queries):
+        first_row = pl.multiple_of(i * plan.tiles.queries + queries.start, _LANES)
+        return _table_rows(table, first_row, U)
 
     @pl.when(some[n] == 0)
     def _():
-        dq[...] = jnp.zeros_like(dq)
+        dq[...] = jnp.zeros(dq.shape, dq.dtype)
 
     @pl.when(some[n] != 0)
     def _():
+        deltas = {}
+        for x in range(0, plan.tiles.queries, U):
+            at = slice(x, x + U)
+            q_at, out_at, d_out_at = q[0, at, :], out[0, at, :], d_out[0, at, :]
+            excess = _excess(q_at, out_at, d_out_at)
+            q_at = _turn(q_at, table_of(at), plan)
+            q_turned[at, :], q_clean[at, :] = _isolated(q_at, excess)
+            d_out_clean[at, :] = _isolated(d_out_at, excess)[1]
+            deltas[x] = _delta(plan, d_out_at.T, out_at.T)
+        _prepare_keys(plan, first[n], table, k, v, k_turned, v_clean, k_clean)
+
         def products(head, queries):
             at, key = _unit_span(plan, i, queries.start, first[n])
             keys = pl.ds(at, plan.tiles.unit_keys)
-            ks, vs = k[0, keys, :], v[0, keys, :]
-            q_head = _one_head(q[0, queries, :], head, plan.head_dim)
-            d_out_head = _one_head(d_out[0, queries, :], head, plan.head_dim)
-            s_dp = _products(ks, vs, q_head, d_out_head, edges[0, :, queries], key)
-            return *s_dp, ks, q_head, d_out_head, key
+            q_head = _one_head(q_turned[queries, :], head, plan.head_dim)
+            d_out_head = _one_head(d_out_clean[queries, :], head, plan.head_dim)
+            s_dp = _products(
+                k_turned[keys, :], v_clean[keys, :], q_head, d_out_head, edges[0, :, queries], key
+            )
+            return *s_dp, keys, d_out_head, key
 
         def weights(head, queries, s, dp, *rest):
-            stats_ = stats[0, 0, :, queries]
-            return *_weights(plan, head, s, dp, stats_, scale, k.dtype), *rest
+            delta = deltas[queries.start][head : head + 1]
+            return *_weights(s, dp, _log_sum(lse, head, queries), delta, scale, k.dtype), *rest
 
-        def add(head, queries, p, ds, ks, q_head, d_out_head, key):
+        def add(head, queries, p, ds, keys, d_out_head, key):
             rows = pl.ds(key, plan.tiles.unit_keys)
             dv_sum[rows, :] += _dot(p, d_out_head, 1, 0)
-            dk_sum[rows, :] += _dot(ds, q_head, 1, 0)
-            return (_dot(ks.T[_lanes_of(head, plan)], ds, 1, 0),)
+            dk_sum[rows, :] += _dot(ds, _one_head(q_clean[queries, :], head, plan.head_dim), 1, 0)
+            return (_dot(k_clean[keys, :].T[_lanes_of(head, plan)], ds, 1, 0),)
 
         units = _units(plan)
         dqT = [value[0] for value in _staggered(units, products, weights, add)]
         for x in range(0, len(units), plan.per_block):
             block = jnp.concatenate(dqT[x : x + plan.per_block], axis=0) * scale
-            dq[0, units[x][1], :] = block.T.astype(dq.dtype)
+            queries = units[x][1]
+            dq[queries, :] = _turn(block.T.astype(dq.dtype), table_of(queries), plan, back=True)
 
-    _finish_row(dk, dv, dk_sum, dv_sum, scale)
+    _finish_row(plan, table, dk, dv, dk_sum, dv_sum, scale)
 
 
 def _backward_global(
-    first, last, inner_lo, inner_hi, q, k, v, d_out, edges, stats, dq, dk, dv,
-    dk_sum, dv_sum, q_heads, d_out_heads, dq_sum,
-    *, plan: _Plan, scale: float,
+    first, last, inner_lo, inner_hi, table, q, k, v, out, d_out, edges, lse, *refs,
+    plan: _Plan, scale: float,
 ):  # fmt: skip
-    step = pl.program_id(3)
-    n = pl.program_id(0) * plan.query_tiles + pl.program_id(2)
+    *grads, dk_sum, dv_sum, q_heads, d_out_heads, qT, d_outT, dq_sum, delta = refs
+    dq, dk, dv = _gradients(plan, grads)
+    i, step = pl.program_id(2), pl.program_id(3)
+    n = pl.program_id(0) * plan.query_tiles + i
     tile = first[n] + step
     _start_row(dk_sum, dv_sum)
 
     @pl.when(step == 0)
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
+        delta[...] = _delta(plan, d_out[0].T, out[0].T)
+        excess = _excess(q[0], out[0], d_out[0])
+        q_turned, q_clean = _isolated(_turn(q[0], _query_table(plan, table, i), plan), excess)
+        d_out_clean = _isolated(d_out[0], excess)[1]
+        qT[...], d_outT[...] = q_clean.T, d_out_clean.T
         for head in range(plan.per_block):
-            q_heads[head] = _one_head(q[0], head, plan.head_dim)
-            d_out_heads[head] = _one_head(d_out[0], head, plan.head_dim)
+            q_heads[head] = _one_head(q_turned, head, plan.head_dim)
+            d_out_heads[head] = _one_head(d_out_clean, head, plan.head_dim)
 
     def visit(masked: bool):
         def some_keys(u, _):
@@ -659,7 +868,11 @@ def _backward_global(
             key = pl.multiple_of(tile * plan.tiles.keys + at, _LANES)
             keys, rows = pl.ds(at, plan.tiles.unit_keys), pl.ds(key, plan.tiles.unit_keys)
             ks, vs = k[0, keys, :], v[0, keys, :]
-            kT = ks.T
+            ks = k_clean = _turn(ks, _table_rows(table, key, plan.tiles.unit_keys), plan)
+            if masked:
+                ks, k_clean = _isolated(ks, _excess(ks, vs))
+                vs = _isolated(vs, _excess(vs))[1]
+            kT = k_clean.T
 
             def products(head, queries):
                 mask = edges[0, :, queries] if masked else None
@@ -667,12 +880,13 @@ def _backward_global(
                 return _products(ks, vs, q_head, d_out_head, mask, key)
 
             def weights(head, queries, s, dp):
-                return _weights(plan, head, s, dp, stats[0, 0, :, queries], scale, k.dtype)
+                delta_ = delta[head : head + 1, queries]
+                return _weights(s, dp, _log_sum(lse, head, queries), delta_, scale, k.dtype)
 
             def add(head, queries, p, ds):
-                dv_sum[rows, :] += _dot(p, d_out_heads[head, queries, :], 1, 0)
-                dk_sum[rows, :] += _dot(ds, q_heads[head, queries, :], 1, 0)
                 lanes = _lanes_of(head, plan)
+                dv_sum[lanes, rows] += _dot(d_outT[lanes, queries], p, 1, 1)
+                dk_sum[lanes, rows] += _dot(qT[lanes, queries], ds, 1, 1)
                 dq_sum[lanes, queries] += _dot(kT[lanes], ds, 1, 0)
 
             _staggered(_units(plan), products, weights, add)
@@ -684,6 +898,7 @@ def _backward_global(
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        dq[0] = (dq_sum[...] * scale).T.astype(dq.dtype)
+        turned = (dq_sum[...] * scale).T.astype(dq.dtype)
+        dq[...] = _turn(turned, _query_table(plan, table, i), plan, back=True)
 
-    _finish_row(dk, dv, dk_sum, dv_sum, scale)
+    _finish_row(plan, table, dk, dv, dk_sum, dv_sum, scale)

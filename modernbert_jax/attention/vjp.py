@@ -8,16 +8,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from modernbert_jax.attention.bounds import Bounds
+from modernbert_jax.attention.rope import Rope
 
 # What a policy of jax.checkpoint calls the two results of the forward kernel.
 OUT, LSE = "attention_out", "attention_lse"
 
 
 class Forward(Protocol):
-    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without keys)."""
+    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without keys).
+
+    A kernel that rotates q and k takes the tables as one more argument, as does its backward.
+    """
 
     def __call__(
-        self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /
+        self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /, *rope: Rope
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -35,14 +39,22 @@ class Backward(Protocol):
         d_out: Any,
         scale: float,
         /,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+        *rope: Rope,
+    ) -> tuple[Any, Any, Any]: ...
 
 
 class Attention(Protocol):
     """One implementation of attention: returns out_BLHK in q's dtype."""
 
     def __call__(
-        self, q_BLHK: Any, k_BMHK: Any, v_BMHK: Any, bounds: Bounds, *, scale: float
+        self,
+        q_BLHK: Any,
+        k_BMHK: Any,
+        v_BMHK: Any,
+        bounds: Bounds,
+        *,
+        scale: float,
+        rope: Rope | None = None,
     ) -> jax.Array: ...
 
 
@@ -69,28 +81,31 @@ def finite_or_zero(d_out_BLHK: Any, lse: Any, delta: Any) -> tuple[Any, Any]:
 
 
 def with_vjp(forward: Forward, backward: Backward) -> Attention:
-    """Builds attention(q, k, v, bounds, *, scale) from a forward and a backward kernel.
+    """Builds attention(q, k, v, bounds, *, scale, rope) from a forward and a backward kernel.
 
-    The residuals are q, k, v, out, the log-sum-exp and the bounds. A policy of jax.checkpoint that
-    saves the names "attention_out" and "attention_lse" does not run the forward kernel again.
+    The residuals are q, k, v, out, the log-sum-exp, the bounds and the tables of RoPE, which get no
+    gradient. A policy of jax.checkpoint that saves the names "attention_out" and "attention_lse"
+    does not run the forward kernel again.
     """
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-    def run(q, k, v, bounds, scale):
-        return forward(q, k, v, bounds, scale)[0]
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+    def run(q, k, v, bounds, rope, scale):
+        return forward(q, k, v, bounds, scale, *rope)[0]
 
-    def save(q, k, v, bounds, scale):
-        out, lse = forward(q, k, v, bounds, scale)
+    def save(q, k, v, bounds, rope, scale):
+        out, lse = forward(q, k, v, bounds, scale, *rope)
         out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
-        return out, (q, k, v, out, lse, bounds)
+        return out, (q, k, v, out, lse, bounds, rope)
 
     def pull(scale, saved, d_out):
-        q, k, v, out, lse, bounds = saved
-        return (*backward(q, k, v, out, lse, bounds, d_out, scale), None)
+        q, k, v, out, lse, bounds, rope = saved
+        return (*backward(q, k, v, out, lse, bounds, d_out, scale, *rope), None, None)
 
     run.defvjp(save, pull)
 
-    def attention(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float) -> Any:
-        return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale)
+    def attention(
+        q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope: Rope | None = None
+    ) -> Any:
+        return run(q_BLHK, k_BMHK, v_BMHK, bounds, () if rope is None else (rope,), scale)
 
     return attention

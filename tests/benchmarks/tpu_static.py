@@ -93,13 +93,14 @@ class Schedule:
     step: int
     regions: list[Region]
 
-    @property
-    def visits(self) -> list[Region]:
-        return [region for region in self.regions if region.mxu]
+    def visits(self, n: int) -> list[Region]:
+        """The n regions with most products; RoPE needs some before and after them."""
+        most = sorted(self.regions, key=lambda region: region.mxu)[-n:]
+        return [region for region in self.regions if region in most]
 
-    @property
-    def edges(self) -> list[Region]:
-        return [region for region in self.regions if not region.mxu]
+    def edges(self, n: int) -> list[Region]:
+        """What is no visit, if n are."""
+        return [region for region in self.regions if region not in self.visits(n)]
 
 
 def read_schedule(final_bundles: Path) -> Schedule:
@@ -204,36 +205,43 @@ def our_call(name: str, schedule: Schedule, plan, segment_ids_BL, window) -> Cal
         tile = np.arange(plan.padded // plan.tiles.keys)
         visited = (first[..., None] <= tile) & (tile < last[..., None])
         whole = (lo <= tile * plan.tiles.keys) & ((tile + 1) * plan.tiles.keys <= hi)
-        # The grid of one row is as long as its own longest walk.
+        # The grid of a call is as long as the longest walk of its rows; here a call has one row
+        # of each kind that a device holds together.
         steps = (last - first).max(axis=1).mean()
         visits_of = [(visited & whole).sum(), (visited & ~whole).sum()]
-    assert len(schedule.visits) == len(visits_of), schedule
-    assert loops == 1 or all(region.iterated for region in schedule.visits), schedule
-    costs = [region.bundles + (loops - 1) * region.iterated for region in schedule.visits]
-    edges = sum(edge.bundles for edge in schedule.edges)
-    # The backward clears dk and dv once a row, its longest run of stores, and writes them last.
-    rowwise = [max(schedule.edges, key=lambda edge: edge.stores), schedule.edges[-1]]
-    once_a_row = sum(edge.bundles for edge in rowwise) if name == "backward" else 0
-    once_a_tile = edges - once_a_row
+    regions = schedule.visits(len(visits_of))
+    assert loops == 1 or all(region.iterated for region in regions), schedule
+    costs = [region.bundles + (loops - 1) * region.iterated for region in regions]
+    around = schedule.edges(len(visits_of))
+    edges = [edge.bundles for edge in around]
+    # The backward clears dk and dv once a row, its longest run of stores, and writes them last, in
+    # a loop over what is then another tile.
+    once_a_row = 0
+    if name == "backward":
+        clear = max(around[:-1], key=lambda edge: edge.stores)
+        once_a_row = clear.bundles + around[-1].bundles
+        edges = [edge.bundles for edge in around[:-1] if edge is not clear]
+        once_a_row += (plan.query_tiles - 1) * around[-1].iterated
+    once_a_tile = sum(edges)
     tiles = plan.query_tiles
     visits = [plan.blocks * v / rows for v in visits_of]
     bundles = plan.blocks * (tiles * steps * schedule.step + tiles * once_a_tile + once_a_row)
     bundles += sum(v * c for v, c in zip(visits, costs, strict=True))
     T = plan.tiles
-    region = schedule.visits[0]
+    region = regions[0]
     return Call(
         f"ours, {name}",
         f"{T.queries}x{T.keys} by {T.unit_queries}x{T.unit_keys}",
         costs,
         mxu_share(region),
-        max(r.spills for r in schedule.visits),
+        max(r.spills for r in regions),
         sum(visits),
         float(bundles),
     )
 
 
 def splash_call(name: str, schedule: Schedule, tile, mask_info, heads: int, length: int) -> Call:
-    (region,) = schedule.visits
+    (region,) = schedule.visits(1)
     if mask_info.block_mask is None:
         steps = visits = heads * (length // tile[0]) * (length // tile[1])
     else:
@@ -241,7 +249,7 @@ def splash_call(name: str, schedule: Schedule, tile, mask_info, heads: int, leng
         steps, visits = (heads // mask.shape[0] * n for n in (mask.size, (mask != 0).sum()))
     tiles = heads * length // (tile[1] if "dkv" in name else tile[0])
     bundles = steps * schedule.step + visits * region.bundles
-    bundles += tiles * sum(edge.bundles for edge in schedule.edges)
+    bundles += tiles * sum(edge.bundles for edge in schedule.edges(1))
     share = mxu_share(region)
     label = "x".join(str(n) for n in tile[:2]) + f" by {tile[2]}" + (" kT vT" if tile[4] else "")
     return Call(name, label, [region.bundles], share, region.spills, float(visits), float(bundles))
@@ -250,19 +258,24 @@ def splash_call(name: str, schedule: Schedule, tile, mask_info, heads: int, leng
 def ours(mesh: Mesh, heads: int, length: int, window: int | None, layouts) -> dict[str, list[Call]]:
     """[forward, backward] by layout."""
     generation = pallas_tpu.GENERATIONS[mesh.devices.flat[0].device_kind]
-    qkv = ((1, length, heads, HEAD_DIM), jnp.bfloat16)
+    J = pallas_tpu.heads_in_a_block(HEAD_DIM)
+    packed = ((1, length, heads // J, 3, J, HEAD_DIM), jnp.bfloat16)
+    out = ((1, length, heads, HEAD_DIM), jnp.bfloat16)
+    table = ((1, length, HEAD_DIM // 2), jnp.float32)
 
-    def step(q, k, v, d_out, ids):
+    def step(qkv, d_out, cos, sin, ids):
         bounds = make_bounds(ids, window)
 
-        def run(q, k, v):
-            return pallas_tpu.attention(q, k, v, bounds, scale=HEAD_DIM**-0.5)
+        def run(qkv):
+            rope = (cos, sin)
+            return pallas_tpu.attention(qkv, None, None, bounds, scale=HEAD_DIM**-0.5, rope=rope)
 
-        out, pull = jax.vjp(run, q, k, v)
+        out, pull = jax.vjp(run, qkv)
         return out, pull(d_out)
 
-    found = compile_and_read(mesh, step, qkv, qkv, qkv, qkv, ((1, length), jnp.int32))
-    q = jax.ShapeDtypeStruct(*qkv)
+    ids = ((1, length), jnp.int32)
+    found = compile_and_read(mesh, step, packed, out, table, table, ids)
+    q = jax.ShapeDtypeStruct(*packed)
     bounds = make_bounds(jnp.ones((1, length), jnp.int32), window)
     kind = "global" if window is None else "local"
     calls = {layout: [] for layout in layouts}
