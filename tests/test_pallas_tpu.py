@@ -15,12 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from modernbert_jax import ModernBertConfig
 from modernbert_jax.attention import Bounds, dispatch, make_bounds, pallas_tpu, reference
 from modernbert_jax.attention.pallas_tpu import Generation, Tiles
+from modernbert_jax.attention.rope import rope_tables
 from modernbert_jax.attention.vjp import with_vjp
+from modernbert_jax.layers import EncoderLayer
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True,
@@ -177,6 +181,102 @@ def test_matches_reference_with_the_tiles_in_use(length, window, capfd):
 def test_any_layout_of_segments(runs, window, capfd):
     row = [(i if token else 0, n) for i, (token, n) in enumerate(runs, start=1)]
     check(segment_ids(row), 2, 64, window, jnp.float32, capfd)
+
+
+def rotated(x_BLHK, rope):
+    """The rotation as one complex product; the halves of a head are real and imaginary parts."""
+    first, second = jnp.split(x_BLHK, 2, axis=-1)
+    turn = (rope[0] + 1j * rope[1])[:, :, None]
+    z = (first + 1j * second) * turn
+    return jnp.concatenate([z.real, z.imag], axis=-1).astype(x_BLHK.dtype)
+
+
+def packed(op):
+    """Calls `op` with q, k and v in one array."""
+
+    def run(q, k, v, bounds, **options):
+        B, L, H, K = q.shape
+        x = jnp.stack([q, k, v], axis=2).reshape(B, L, 3, H // 2, 2, K)
+        return op(jnp.swapaxes(x, 2, 3), None, None, bounds, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("form", [lambda op: op, packed])
+@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotates_as_outside(form, window, shared):
+    """dq and dk too; `shared` tables have one row."""
+    ids_BL = segment_ids(MIXED, PADDING) if shared else segment_ids(MIXED)
+    *qkv, d_out = draw(ids_BL, 4, 64, jnp.float32)
+    bounds = make_bounds(jnp.asarray(ids_BL), window)
+    rope = rope_tables(jnp.arange(300)[None], 64, 100.0)
+    op = functools.partial(form(interpreted(interpret=True)), rope=rope)
+
+    def outside(q, k, v, bounds, *, scale):
+        return reference.attention(rotated(q, rope), rotated(k, rope), v, bounds, scale=scale)
+
+    got = out_and_gradients(op, qkv, d_out, bounds)()
+    want = out_and_gradients(outside, qkv, d_out, bounds)()
+    assert max(errors(got, want)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("which", ["v", "d_out", "q"])
+def test_nan_stays_in_its_segment(window, which):
+    ids_BL = segment_ids(MIXED)
+    arrays = dict(zip(("q", "k", "v", "d_out"), draw(ids_BL, 2, 64, jnp.float32), strict=True))
+    bounds = make_bounds(jnp.asarray(ids_BL), window)
+
+    def run(q, k, v, d_out):
+        return out_and_gradients(interpreted(interpret=True), (q, k, v), d_out, bounds)()
+
+    want = run(**arrays)
+    spoilt = arrays | {which: arrays[which].at[0, 130, 1, 5].set(jnp.nan)}
+    got = run(**spoilt)
+    assert any(np.isnan(np.asarray(x)).any() for x in got)
+    others = ids_BL != 3
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[others], np.asarray(y)[others])
+
+
+def test_refuses_a_negative_scale():
+    *qkv, d_out = draw(segment_ids(MIXED), 2, 64, jnp.float32)
+    bounds = make_bounds(jnp.asarray(segment_ids(MIXED)), None)
+    with pytest.raises(ValueError, match="scale: expected a positive number, got -1.0"):
+        pallas_tpu.attention(*qkv, bounds, scale=-1.0)
+
+
+def test_a_layer_with_packed_projections_is_the_same():
+    """Also the gradients of its parameters, with biases, and with the layouts of x pinned."""
+    config = ModernBertConfig.base().replace(
+        hidden_size=256, intermediate_size=64, num_attention_heads=4, attention_bias=True
+    )
+    layer = EncoderLayer(config, 1, nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    state = jax.tree.map(lambda p: p + 0.01 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), state)
+    ids_BL = segment_ids(MIXED)
+    bounds = make_bounds(jnp.asarray(ids_BL), 64)
+    rope = rope_tables(jnp.arange(300)[None], 64, 100.0)
+    x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 300, 256)), jnp.float32)
+    op = interpreted(interpret=True)
+    calls = []
+
+    def preferring(q, k, v, bounds, **options):
+        calls.append(q.shape)
+        return op(q, k, v, bounds, **options)
+
+    preferring.heads_in_a_block = lambda q_BLHK, bounds: 2
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(op, state, x):
+        y, pull = jax.vjp(lambda s, x: nnx.merge(graph, s)(x, rope, bounds, op, None), state, x)
+        return y, pull(jnp.cos(y))
+
+    want, got = run(op, state, x_BLD), run(preferring, state, x_BLD)
+    assert calls == [(1, 300, 2, 3, 2, 64)]
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5 * np.abs(y).max())
 
 
 def test_log_sum_exp():

@@ -1,6 +1,7 @@
 """The custom VJP that all kernels share."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -14,33 +15,11 @@ from modernbert_jax.attention.rope import Rope
 OUT, LSE = "attention_out", "attention_lse"
 
 
-class Forward(Protocol):
-    """(q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without keys).
-
-    A kernel that rotates q and k takes the tables as one more argument, as does its backward.
-    """
-
-    def __call__(
-        self, q: Any, k: Any, v: Any, bounds: Bounds, scale: float, /, *rope: Rope
-    ) -> tuple[jax.Array, jax.Array]: ...
-
-
-class Backward(Protocol):
-    """(q, k, v, out, lse, bounds, d_out, scale) -> (dq, dk, dv) in the dtypes of q, k, v."""
-
-    def __call__(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        out: Any,
-        lse: Any,
-        bounds: Bounds,
-        d_out: Any,
-        scale: float,
-        /,
-        *rope: Rope,
-    ) -> tuple[Any, Any, Any]: ...
+# (q, k, v, bounds, scale) -> (out_BLHK in q's dtype, lse_BHL float32, -inf without keys). A kernel
+# that rotates q and k takes the tables as one more argument, as does its backward.
+Forward = Callable[..., tuple[jax.Array, jax.Array]]
+# (q, k, v, out, lse, bounds, d_out, scale) -> (dq, dk, dv) in the dtypes of q, k, v.
+Backward = Callable[..., tuple[Any, Any, Any]]
 
 
 class Attention(Protocol):
