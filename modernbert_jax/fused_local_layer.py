@@ -117,8 +117,8 @@ class FusedLocalLayers:
                     f"{axis}={size}"
                 )
 
-    def __call__(self, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float) -> jax.Array:
-        return self.attention(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+    def __call__(self, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope=None):
+        return self.attention(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale, rope=rope)
 
     def layer(self, layer: Any, x_BLD: jax.Array, rope, bounds: Bounds, dropout_key) -> jax.Array:
         """Computes `layer(x_BLD, ...)`, an EncoderLayer with a window.

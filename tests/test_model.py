@@ -98,7 +98,7 @@ def test_attention_refuses_what_it_cannot_do():
     bounds = make_bounds(np.ones((1, 4), np.int32))
     with pytest.raises(ValueError, match="expected one of .*got 'magic'"):
         attention(x, x, x, bounds, scale=1.0, implementation="magic")
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="expected q .B, L, H, K. and k and v"):
         attention(x, x[:, :3], x, bounds, scale=1.0)
     with pytest.raises(ValueError, match="one dtype"):
         attention(x, x.astype(jnp.bfloat16), x, bounds, scale=1.0)

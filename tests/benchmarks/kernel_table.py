@@ -27,35 +27,20 @@ TOPOLOGIES = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
 
 
 def kernel_costs(name: str, plan, schedule: tpu_static.Schedule) -> Costs:
-    loops = 1 if plan.local else plan.tiles.keys // plan.tiles.unit_keys
-    visits = tuple(r.bundles + (loops - 1) * r.iterated for r in schedule.visits)
-    assert len(visits) == (1 if plan.local else 2), schedule
-    edges = schedule.edges
-    # The backward clears dk and dv once a row, its longest run of stores, and writes them last.
-    rowwise = [max(edges, key=lambda edge: edge.stores), edges[-1]] if name == "backward" else []
-    row = sum(edge.bundles for edge in rowwise)
-    tile = sum(edge.bundles for edge in edges) - row
-    return Costs(plan.tiles.queries, plan.tiles.keys, schedule.step, tile, row, LENGTH, visits)
+    tile, row, visits = tpu_static.parts(name, schedule, plan)
+    return Costs(
+        plan.tiles.queries, plan.tiles.keys, schedule.step, tile, row, LENGTH, tuple(visits)
+    )
 
 
 def device_costs(mesh: Mesh, generation: pallas_tpu.Generation) -> dict[str, Costs]:
-    qkv = ((1, LENGTH, HEADS, tpu_static.HEAD_DIM), jnp.bfloat16)
     found = {}
     for window in (None, tpu_static.WINDOW):
-
-        def step(q, k, v, d_out, ids, window=window):
-            def run(q, k, v):
-                return pallas_tpu.attention(q, k, v, make_bounds(ids, window), scale=0.125)
-
-            out, pull = jax.vjp(run, q, k, v)
-            return out, pull(d_out)
-
-        ids = ((1, LENGTH), jnp.int32)
-        schedules = tpu_static.compile_and_read(mesh, step, qkv, qkv, qkv, qkv, ids)
+        q, schedules = tpu_static.both_passes(mesh, HEADS, LENGTH, window)
         bounds = make_bounds(jnp.ones((1, LENGTH), jnp.int32), window)
         for name in ("forward", "backward"):
             sizes = [getattr(generation, f"{name}_{kind}") for kind in ("global", "local")]
-            plan = pallas_tpu._plan(jax.ShapeDtypeStruct(*qkv), bounds, *sizes)
+            plan = pallas_tpu._plan(q, bounds, *sizes)
             kernel = f"bounded_{name}_{'local' if plan.local else 'global'}"
             found[kernel] = kernel_costs(name, plan, schedules[kernel])
     return found

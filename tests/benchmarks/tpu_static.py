@@ -189,45 +189,50 @@ def mxu_share(region: Region) -> float:
     return region.mxu / (region.mxu_capacity * region.bundles)
 
 
+def parts(name: str, schedule: Schedule, plan) -> tuple[int, int, list[int]]:
+    """Bundles of our forward or backward, once a tile of queries, once a row, and of each visit."""
+    kinds = 1 if plan.local else 2
+    loops = 1 if plan.local else plan.tiles.keys // plan.tiles.unit_keys
+    regions, around = schedule.visits(kinds), schedule.edges(kinds)
+    assert loops == 1 or all(region.iterated for region in regions), schedule
+    visits = [region.bundles + (loops - 1) * region.iterated for region in regions]
+    if name == "forward":
+        return sum(edge.bundles for edge in around), 0, visits
+    # The backward clears dk and dv once a row, its longest run of stores, and writes them last, in
+    # a loop over parts of a row that are as long as a tile of queries.
+    *around, write = around
+    clear = max(around, key=lambda edge: edge.stores)
+    row = clear.bundles + write.bundles + (plan.query_tiles - 1) * write.iterated
+    return sum(edge.bundles for edge in around if edge is not clear), row, visits
+
+
 def our_call(name: str, schedule: Schedule, plan, segment_ids_BL, window) -> Call:
-    """Mean over the rows of `segment_ids_BL`."""
+    """Mean over the rows of `segment_ids_BL`, in calls of one row.
+
+    The grid of a call is as long as the longest walk among its rows: `train/plan/kernels.py`
+    counts calls of several rows.
+    """
     rows = segment_ids_BL.shape[0]
     scalars, steps = pallas_tpu._scalars(
         dataclasses.replace(plan, rows=rows), make_bounds(jnp.asarray(segment_ids_BL), window)
     )
     first, last = (np.asarray(x).reshape(rows, -1) for x in scalars[:2])
     if plan.local:
-        loops = 1
         visits_of = [last.sum()]
     else:
-        loops = plan.tiles.keys // plan.tiles.unit_keys
         lo, hi = (np.asarray(x).reshape(rows, -1)[..., None] for x in scalars[2:])
         tile = np.arange(plan.padded // plan.tiles.keys)
         visited = (first[..., None] <= tile) & (tile < last[..., None])
         whole = (lo <= tile * plan.tiles.keys) & ((tile + 1) * plan.tiles.keys <= hi)
-        # The grid of a call is as long as the longest walk of its rows; here a call has one row
-        # of each kind that a device holds together.
         steps = (last - first).max(axis=1).mean()
         visits_of = [(visited & whole).sum(), (visited & ~whole).sum()]
-    regions = schedule.visits(len(visits_of))
-    assert loops == 1 or all(region.iterated for region in regions), schedule
-    costs = [region.bundles + (loops - 1) * region.iterated for region in regions]
-    around = schedule.edges(len(visits_of))
-    edges = [edge.bundles for edge in around]
-    # The backward clears dk and dv once a row, its longest run of stores, and writes them last, in
-    # a loop over what is then another tile.
-    once_a_row = 0
-    if name == "backward":
-        clear = max(around[:-1], key=lambda edge: edge.stores)
-        once_a_row = clear.bundles + around[-1].bundles
-        edges = [edge.bundles for edge in around[:-1] if edge is not clear]
-        once_a_row += (plan.query_tiles - 1) * around[-1].iterated
-    once_a_tile = sum(edges)
+    once_a_tile, once_a_row, costs = parts(name, schedule, plan)
     tiles = plan.query_tiles
     visits = [plan.blocks * v / rows for v in visits_of]
     bundles = plan.blocks * (tiles * steps * schedule.step + tiles * once_a_tile + once_a_row)
     bundles += sum(v * c for v, c in zip(visits, costs, strict=True))
     T = plan.tiles
+    regions = schedule.visits(len(costs))
     region = regions[0]
     return Call(
         f"ours, {name}",
@@ -255,27 +260,31 @@ def splash_call(name: str, schedule: Schedule, tile, mask_info, heads: int, leng
     return Call(name, label, [region.bundles], share, region.spills, float(visits), float(bundles))
 
 
-def ours(mesh: Mesh, heads: int, length: int, window: int | None, layouts) -> dict[str, list[Call]]:
-    """[forward, backward] by layout."""
-    generation = pallas_tpu.GENERATIONS[mesh.devices.flat[0].device_kind]
+def both_passes(mesh: Mesh, heads: int, length: int, window: int | None):
+    """Returns our schedules as training runs them: RoPE, and q, k and v in one array, the first."""
     J = pallas_tpu.heads_in_a_block(HEAD_DIM)
-    packed = ((1, length, heads // J, 3, J, HEAD_DIM), jnp.bfloat16)
-    out = ((1, length, heads, HEAD_DIM), jnp.bfloat16)
+    qkv = ((1, length, heads // J, 3, J, HEAD_DIM), jnp.bfloat16)
+    d_out = ((1, length, heads, HEAD_DIM), jnp.bfloat16)
     table = ((1, length, HEAD_DIM // 2), jnp.float32)
 
     def step(qkv, d_out, cos, sin, ids):
-        bounds = make_bounds(ids, window)
+        bounds, rope = make_bounds(ids, window), (cos, sin)
 
         def run(qkv):
-            rope = (cos, sin)
             return pallas_tpu.attention(qkv, None, None, bounds, scale=HEAD_DIM**-0.5, rope=rope)
 
         out, pull = jax.vjp(run, qkv)
         return out, pull(d_out)
 
     ids = ((1, length), jnp.int32)
-    found = compile_and_read(mesh, step, packed, out, table, table, ids)
-    q = jax.ShapeDtypeStruct(*packed)
+    found = compile_and_read(mesh, step, qkv, d_out, table, table, ids)
+    return jax.ShapeDtypeStruct(*qkv), found
+
+
+def ours(mesh: Mesh, heads: int, length: int, window: int | None, layouts) -> dict[str, list[Call]]:
+    """[forward, backward] by layout."""
+    generation = pallas_tpu.GENERATIONS[mesh.devices.flat[0].device_kind]
+    q, found = both_passes(mesh, heads, length, window)
     bounds = make_bounds(jnp.ones((1, length), jnp.int32), window)
     kind = "global" if window is None else "local"
     calls = {layout: [] for layout in layouts}
