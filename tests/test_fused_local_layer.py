@@ -17,6 +17,11 @@ from modernbert_jax.attention import attention, make_bounds
 from modernbert_jax.attention.rope import rope_tables
 from modernbert_jax.fused_local_layer import FusedLocalLayers, refusal
 from modernbert_jax.layers import EncoderLayer
+from train.common.sharding import MeshShape, make_mesh
+from train.plan.compile import abstract_arguments
+from train.plan.kernels import local_layer_cycles
+from train.pretrain.config import TrainConfig
+from train.pretrain.step import Trainer
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
@@ -118,6 +123,7 @@ def test_in_a_model():
     "changes, shape, kind, message",
     [
         ({}, (2, 512), "cpu", "expected one of .*, got 'cpu'"),
+        ({}, (2, 512), "TPU v5", "expected one of TPU v5 lite, TPU v6 lite, got .TPU v5."),
         ({"dtype": "float32"}, (2, 512), "TPU v6 lite", "expected dtype='bfloat16', got 'float32'"),
         ({"num_attention_heads": 8}, (2, 512), "TPU v6 lite", "expected head_dim=64, got 32"),
         ({"mlp_bias": True}, (2, 512), "TPU v6 lite", "expected mlp_bias=False, got True"),
@@ -143,3 +149,23 @@ def test_refuses_a_mesh_that_splits_more_than_rows():
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     with pytest.raises(ValueError, match="splits rows only .*, got tensor=2"):
         FusedLocalLayers(REFERENCE, mesh, "data")
+
+
+def test_the_trainer_passes_it_on():
+    """Traced for a CPU, the first local layer refuses."""
+    config = TrainConfig(model=CONFIG, fused_local_layers=True, sequence_length=512)
+    trainer = Trainer(config, config.model, make_mesh(MeshShape(data=1)))
+    with pytest.raises(ValueError, match="fused_local_layers: expected one of TPU .*, got 'cpu'"):
+        trainer.train_step.trace(*abstract_arguments(trainer, config.phases[0]))
+
+
+def test_plan_knows_its_cycles():
+    base, large = ModernBertConfig.base(), ModernBertConfig.large()
+    forward, backward = (
+        local_layer_cycles("TPU v6 lite", f"local_layer_{name}", base, 8192)
+        for name in ("forward", "backward")
+    )
+    assert 2 * forward < backward < 3 * forward
+    for kind, model in (("TPU v6 lite", large), ("TPU v5", base)):
+        with pytest.raises(ValueError, match="known only for base on v5e and v6e"):
+            local_layer_cycles(kind, "local_layer_forward", model, 8192)

@@ -68,8 +68,8 @@ def roofline_times(program: Program, device: Device, attention_flops: float) -> 
 
 def category(one: Operation) -> str:
     """Which of CATEGORIES an operation belongs to. The trainer names loss and optimizer."""
-    if one.kernel:
-        return "attention"
+    if one.kernel:  # a fused local layer is mostly its products
+        return "matmul" if one.kernel.startswith("local_layer") else "attention"
     for name in ("loss", "optimizer"):
         if re.search(rf"(^|[/(]){name}([)/]|$)", one.path):
             return name

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from modernbert_jax import attention
+from modernbert_jax import ModernBertConfig, attention
 
 TABLE = Path(__file__).with_name("kernels.json")
 SOURCE = Path(attention.__file__).with_name("pallas_tpu.py")
@@ -61,6 +61,23 @@ def costs(device_kind: str, kernel: str) -> Costs:
     if found is None:
         raise ValueError(f"{TABLE.name} has no kernel {kernel} for {device_kind}")
     return Costs(**{**found, "visits": tuple(found["visits"])})
+
+
+# Bundles a token of modernbert_jax.fused_local_layer's kernels for a base layer, in tiles of 512.
+LOCAL_LAYER = {
+    "TPU v5 lite": {"local_layer_forward": 100.3, "local_layer_backward": 275.1},
+    "TPU v6 lite": {"local_layer_forward": 46.9, "local_layer_backward": 124.6},
+}
+
+
+def local_layer_cycles(
+    device_kind: str, kernel: str, model: ModernBertConfig, tokens: int
+) -> float:
+    """Returns the cycles of one call; raises ValueError in one line for other sizes than base."""
+    found = LOCAL_LAYER.get(device_kind, {}).get(kernel)
+    if found is None or (model.hidden_size, model.intermediate_size) != (768, 1152):
+        raise ValueError(f"the cycles of {kernel} are known only for base on v5e and v6e")
+    return found * tokens
 
 
 def call_cycles(costs: Costs, segment_ids_BL: np.ndarray, rows: int, blocks: int) -> float:

@@ -189,6 +189,9 @@ def step_times(
     shares = device.cores * mesh.shape.get("sequence", 1)
 
     def attention_cycles(kernel: str) -> float:
+        if kernel.startswith("local_layer"):
+            tokens = rows * config.sequence_length
+            return kernels.local_layer_cycles(kind, kernel, model, tokens)
         costs = kernels.costs(kind, kernel)
         return kernels.call_cycles(costs, sample, rows, blocks) / shares
 

@@ -129,6 +129,8 @@ class TrainConfig:
     hosts: Hosts = Hosts()  # How the processes of a multi-host run find each other.
     attention: str = ""
     """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
+    fused_local_layers: bool = False
+    """Run each local layer as one kernel, forward and backward (TPU v5e or v6e, mesh.tensor 1)."""
     scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.
     remat: Literal["none", "save_dots_and_attention", "save_attention", "layers"] = "none"
     """What the backward pass computes again, to save memory. none: nothing.
@@ -240,6 +242,11 @@ class TrainConfig:
             raise ValueError(
                 f"mesh.sequence: expected a divisor of sequence_length {self.sequence_length}, got "
                 f"{self.mesh.sequence}"
+            )
+        if self.fused_local_layers and max(self.mesh.sequence, self.mesh.tensor) > 1:
+            raise ValueError(
+                "fused_local_layers: expected mesh.sequence 1 and mesh.tensor 1, got "
+                f"{self.mesh.sequence} and {self.mesh.tensor}"
             )
         for phase in self.phases:
             if problem := self._problem_of(phase):

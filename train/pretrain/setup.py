@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 _FREE = {
     "workdir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "fill_mask",
     "mesh", "round_batch", "hosts", "gradient_accumulation_steps", "scan_layers", "remat",
-    "loss_chunk", "attention", "stall_minutes", "profile_step", "profile_steps", "wandb",
+    "loss_chunk", "attention", "fused_local_layers", "stall_minutes", "profile_step",
+    "profile_steps", "wandb",
 }  # fmt: skip
 
 

@@ -209,6 +209,11 @@ class Trainer:
         attention = sharded(
             self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
         )
+        if config.fused_local_layers:
+            # Imported when needed: only this option depends on Pallas's part for TPUs.
+            from modernbert_jax.fused_local_layer import FusedLocalLayers
+
+            attention = FusedLocalLayers(attention, self.mesh, BATCH)
         ids_BL, first = batch["input_ids"], None
         if parts > 1:
             attention = context_parallel(attention, SEQUENCE)
