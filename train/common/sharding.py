@@ -159,18 +159,27 @@ def gather(params: Mapping[str, jax.Array], dtype: Any) -> dict[str, jax.Array]:
     return {path: one(path, value) for path, value in params.items()}
 
 
+def sum_over(axes: Sequence[str], tree: Any) -> Any:
+    """Returns the sum over mesh axes; the arrays themselves if these have one device.
+
+    XLA keeps a sum over one device and copies what goes into it, and refuses to compile it where
+    tensor splits the array.
+    """
+    devices = math.prod(jax.lax.axis_size(axis) for axis in axes)
+    return jax.lax.psum(tree, tuple(axes)) if devices > 1 else tree
+
+
 def scatter(grads: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the sum of all devices' gradients, split as parameters; in `split_over_tokens`."""
 
     def one(path: str, value: jax.Array) -> jax.Array:
         spec = spec_of(path)
         if FSDP not in spec:
-            return jax.lax.psum(value, TOKENS)
+            return sum_over(TOKENS, value)
         at = spec.index(FSDP)
-        value = jax.lax.psum_scatter(value, FSDP, scatter_dimension=at, tiled=True)
-        # XLA keeps a sum over an axis of one device, and copies what goes into it.
-        others = jax.lax.axis_size(DATA) * jax.lax.axis_size(SEQUENCE)
-        return jax.lax.psum(value, (DATA, SEQUENCE)) if others > 1 else value
+        if jax.lax.axis_size(FSDP) > 1:
+            value = jax.lax.psum_scatter(value, FSDP, scatter_dimension=at, tiled=True)
+        return sum_over((DATA, SEQUENCE), value)
 
     return {path: one(path, value) for path, value in grads.items()}
 

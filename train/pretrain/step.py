@@ -30,6 +30,7 @@ from ..common.sharding import (
     part_of,
     scatter,
     split_over_tokens,
+    sum_over,
     to_devices,
 )
 from ..common.watch import norms_by_kind
@@ -169,7 +170,7 @@ class Trainer:
             loss, correct, grads = sums
             # Split over fsdp only now: each layer's own slices of D / fsdp would be too narrow for
             # a TPU's matrix units.
-            return *jax.lax.psum((loss, correct), TOKENS), scatter(grads)
+            return *sum_over(TOKENS, (loss, correct)), scatter(grads)
 
         run = split_over_tokens(
             local, self.mesh, (specs, P(None, BATCH), P(), P()), (P(), P(), specs)
@@ -192,7 +193,7 @@ class Trainer:
 
         def local(shards, batch):
             params = gather(shards, self.model_config.dtype)
-            return jax.lax.psum(self._forward(params, batch, None), TOKENS)
+            return sum_over(TOKENS, self._forward(params, batch, None))
 
         specs = {path: fsdp_spec(path) for path in self.shapes}
         run = split_over_tokens(local, self.mesh, (specs, P(BATCH)), (P(), P()))
