@@ -150,6 +150,11 @@ def load_composer(
 
     config_file: a FlexBertConfig or an HF config.json, for a checkpoint that holds none.
     """
+    if path.is_dir():
+        kind = "an Orbax folder, which training reads as it is; to-hf converts it"
+        if not orbax.is_orbax(path):
+            kind = "a folder; from-hf converts a Hugging Face folder"
+        raise IsADirectoryError(f"{path}: expected a Composer file (.pt), got {kind}")
     checkpoint = torch_file.read(path)
     with _naming(path):
         tensors = _OneByOne(composer.to_hf_keys(composer.model_of(checkpoint)))

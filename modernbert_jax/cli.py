@@ -28,7 +28,7 @@ COMMANDS = {
     "convert": ("convert", "convert checkpoints between Hugging Face, Orbax and Composer"),
     "export": ("modernbert_jax", "write a model together with its compiled functions"),
     "benchmark": ("modernbert_jax", "measure the cold start of a model, in two new processes"),
-    "answer": ("modernbert_jax", "answer one text and print how long it took"),
+    "answer": ("modernbert_jax", "answer one text, as JSON"),
 }
 # Optional modules that belong to another extra than the one named like the package.
 EXTRAS = {"apache_beam": "beam", "datasets": "huggingface", "gcsfs": "gcs"}

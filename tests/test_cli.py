@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train import cli, configs
+from train import cli, configs, flags
 from train.pretrain import run as loop
 from train.pretrain.config import TrainConfig
 
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def ran(monkeypatch):
     """The (configuration, name) pairs that `pretrain` would run."""
     calls = []
-    monkeypatch.setattr(loop, "run", lambda config, recipe: calls.append((config, recipe)))
+    monkeypatch.setattr(
+        loop, "run", lambda config, recipe, model_flags: calls.append((config, recipe))
+    )
     return calls
 
 
@@ -65,6 +67,43 @@ def test_help_of_a_config_teaches(capsys):
     words = " ".join(text.replace("│", " ").split())  # the box wraps with the terminal's width
     flag = words.index("--global-batch-size INT")
     assert 0 < words.index("(default: 576)", flag) - flag < 120
+
+
+def test_help_shows_what_is_used_most(capsys):
+    assert cli.main(["pretrain", "--config", "demo", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert cli.main(["pretrain", "--config", "demo", "--help-all"]) == 0
+    text = capsys.readouterr().out
+    assert short.index("--corpus ") < short.index("--workdir ") < short.index("--seed ")
+    assert "--help-all" in short and "--stall-minutes" not in short
+    assert "--stall-minutes" in text and "--model.hidden-size" in text and "--hosts.count" in text
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("2000", 2000), ("1e6", 10**6), ("160B", 160 * 10**9), ("1.5M", 1_500_000), ("4k", 4000),
+     ("160_453_000_000", 160_453_000_000), ("-1", -1)],
+)  # fmt: skip
+def test_numbers_as_people_write_them(ran, text, value):
+    assert flags.whole_number(text) == value
+    if value > 10**5:
+        assert cli.main(["pretrain", "--phases.0.tokens", text]) == 0
+        assert ran.pop()[0].phases[0].tokens == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.5", "1e-1", "2Q", "nan", "inf", "1e400", "B"])
+def test_what_is_no_whole_number(capsys, text):
+    with pytest.raises((ValueError, OverflowError)):
+        flags.whole_number(text)
+    assert cli.main(["pretrain", "--seed", text]) == 2
+
+
+def test_model_flags_are_those_that_differ_from_the_config(monkeypatch):
+    calls = []
+    monkeypatch.setattr(loop, "run", lambda config, recipe, model_flags: calls.append(model_flags))
+    args = ["--config", "demo", "--model.mlp-dropout", "0.1", "--model.vocab-size", "2048"]
+    assert cli.main(["pretrain", *args]) == 0
+    assert calls == [["mlp_dropout"]]
 
 
 @pytest.mark.parametrize(

@@ -1134,6 +1134,16 @@ def test_a_write_that_fails_leaves_dst_as_it_was(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "hf"][not overwrite :]
 
 
+def test_each_names_the_right_command(tmp_path, hf, capsys):
+    dst = tmp_path / "dst"
+    file = tmp_path / "latest.pt"
+    file.write_bytes(b"")
+    refused(capsys, "got a file; convert a Composer file with from-composer", "from-hf", file, dst)
+    refused(capsys, "got a folder; from-hf converts a Hugging", "from-composer", hf, dst)
+    ok("from-hf", hf, dst)
+    refused(capsys, "got an Orbax folder, which training", "from-composer", dst, tmp_path / "x")
+
+
 def test_interrupted(tmp_path, hf, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

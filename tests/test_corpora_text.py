@@ -10,6 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from train.corpora.readers import text as module
@@ -42,6 +44,35 @@ def refusal(path: Path, **options) -> str:
 
 
 # Formats
+
+
+def parquet(path: Path, **columns) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_beside_other_files(tmp_path):
+    write(tmp_path / "a.csv.gz", "text\none\n")
+    parquet(tmp_path / "b.parquet", id=[1, 2, 3], Note=["two", None, "three"])
+    write(tmp_path / "c.docx", b"PK")
+    write(tmp_path / "d.docx", b"PK")
+    write(tmp_path / "LICENSE", "free")
+    found = [(d.id, d.text) for d in read_documents(tmp_path)]
+    assert found == [("a.csv.gz:1", "one"), ("b.parquet:1", "two"), ("b.parquet:3", "three")]
+    source = generic("text")
+    assert source.remark(tmp_path) == (
+        "text: 2 files are read; left out: 2 .docx, 1 without a suffix"
+    )
+    examples = [e.text for p in source.parts(tmp_path) for e in source.read(p, tmp_path, Report())]
+    assert examples == ["one", "two", "three"]
+
+
+def test_parquet_that_cannot_be_read(tmp_path):
+    assert "has no column text" in refusal(parquet(tmp_path / "a.parquet", x=["secret"]))
+    path = parquet(tmp_path / "b.parquet", text=[["secret"]])
+    assert refusal(path) == f"{path}, row 1: 'text' must be a string, got list"
+    path = write(tmp_path / "c.parquet", b"PAR1 secret PAR1")
+    assert refusal(path) == f"{path}: expected a complete Parquet file; get it again"
 
 
 def test_a_folder_gives_its_documents_in_sorted_order_with_ids(tmp_path):

@@ -14,7 +14,8 @@ from train.corpora.reports.mixture import Part, budget, flags, mixture, picture,
 from train.corpora.synthetic import synthetic_notes
 from train.pretrain import run as loop
 from train.pretrain.config import Phase, TrainConfig
-from train.pretrain.setup import prepare as open_corpora
+from train.pretrain.corpora import open_corpora
+from train.pretrain.setup import open_workdir, prepare as make_tokenizer
 from train.tokens.store import open_store
 
 PARTS = [
@@ -86,7 +87,9 @@ def test_prepared_folders_and_a_run_that_obeys(prepared, tmp_path):
         phases=(phase,), sequence_length=64, global_batch_size=4, workdir=str(tmp_path),
         tokenizer=str(prepared / "tokenizer"),
     )  # fmt: skip
-    _, _, (stores,) = open_corpora(config)
+    workdir = open_workdir(config)
+    make_tokenizer(config, workdir)
+    (stores,) = open_corpora(config, workdir)
     assert set(stores) == {"a", "b"}
     once = open_store(out / "a")["train"]
     twice = stores["a"]["train"]
@@ -131,8 +134,8 @@ def test_corpora_without_an_evaluation_split(prepared, tmp_path):
         )  # fmt: skip
 
     with pytest.raises(ValueError, match="phase p: its corpora have no evaluation split"):
-        open_corpora(config(str(none)))
-    _, _, (stores,) = open_corpora(config(str(none), str(prepared / "out" / "a")))
+        open_corpora(config(str(none)), tmp_path)
+    (stores,) = open_corpora(config(str(none), str(prepared / "out" / "a")), tmp_path)
     assert not len(stores["none"]["eval"].lengths) and len(stores["a"]["eval"].lengths)
 
 

@@ -1,5 +1,6 @@
 """The main job from its command line: both phases, exact resume, refusals."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,8 @@ from train.pretrain import run as loop, setup
 from train.pretrain.checkpoint import Diverged
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.data import build_row, eval_batches
-from train.pretrain.setup import masking_of
+from train.pretrain.session import SaveClock, Session, StopSignal
+from train.pretrain.setup import masking_of, model_config_of, open_workdir, prepare as prepare_run
 from train.pretrain.step import Trainer
 from train.tokens.store import open_store
 
@@ -218,6 +220,17 @@ class TestResume:
         assert again.returncode == 0, output
         assert losses(tmp_path) == losses(pathlib.Path(finished[0].workdir))
 
+    @pytest.mark.slow
+    def test_ctrl_c_saves_and_leaves(self, finished, corpus, tmp_path):
+        process = start(corpus, tmp_path)
+        killed_after(process, tmp_path, 4, signal.SIGINT)
+        assert process.returncode  # a script must not go on as if the run were complete
+        assert (tmp_path / "checkpoints" / f"{max(losses(tmp_path)):08d}" / "config.json").exists()
+        again = start(corpus, tmp_path)
+        output = again.communicate()[0].decode()
+        assert again.returncode == 0, output
+        assert losses(tmp_path) == losses(pathlib.Path(finished[0].workdir))
+
     def test_a_half_written_checkpoint_is_not_taken(self, finished, corpus, tmp_path):
         config = small(corpus, tmp_path, phases=(small(corpus, tmp_path).phases[0],))
         loop.run(config)
@@ -239,6 +252,80 @@ class TestResume:
         write_corpus(folder, 220, seed=2)
         with pytest.raises(ValueError, match="the corpus is not the one"):
             loop.run(config)
+
+
+def test_flags_of_the_model_beside_a_checkpoint(finished, corpus, tmp_path):
+    """What applies to a run holds; what the checkpoint decides is refused by name."""
+    config = finished[0]
+    model = config.model.replace(
+        hidden_size=64, mlp_dropout=0.2, embedding_dropout=0.3, max_position_embeddings=4096
+    )
+    config = dataclasses.replace(config, model=model, init_from=config.workdir)
+    tokenizer = AutoTokenizer.from_pretrained(config.workdir + "/tokenizer")
+    flags = ["mlp_dropout", "embedding_dropout", "max_position_embeddings", "vocab_size"]
+    made = model_config_of(config, tokenizer, flags)
+    assert (made.mlp_dropout, made.embedding_dropout) == (0.2, 0.3)
+    assert (made.max_position_embeddings, made.hidden_size) == (4096, 32)
+    with pytest.raises(ValueError, match="--model.hidden-size: the checkpoint .* has 32, got 64"):
+        model_config_of(config, tokenizer, ["hidden_size"])
+
+
+class TestStopSignal:
+    def test_a_second_ctrl_c_leaves_at_once(self, capsys):
+        before = signal.getsignal(signal.SIGINT)
+        with contextlib.closing(StopSignal()) as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received and stop.interrupted
+            assert "Ctrl-C again leaves at once" in capsys.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_ctrl_c_ends_the_run_with_a_checkpoint(self, corpus, tmp_path, monkeypatch):
+        flags = Session.flags
+
+        def interrupted(session, batch):
+            if session.clock.count == 4:
+                signal.raise_signal(signal.SIGINT)
+            session.clock.count += 1
+            return flags(session, batch)
+
+        monkeypatch.setattr(Session, "flags", interrupted)
+        monkeypatch.setattr(SaveClock, "count", 0, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(small(corpus, tmp_path))
+        newest = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+        assert newest == max(losses(tmp_path)) >= 5
+
+
+def test_a_checkpoint_is_due_by_the_clock(corpus, tmp_path, monkeypatch):
+    """A clock that is due once, in the second step: seen by all hosts one step later."""
+    calls = []
+
+    def due(clock):
+        calls.append(None)
+        return len(calls) == 2
+
+    monkeypatch.setattr(SaveClock, "due", due)
+    changes = {"checkpoint_every": 1000, "keep_checkpoints": 9}
+    config = small(corpus, tmp_path, phases=small(corpus, tmp_path).phases[:1], **changes)
+    steps = loop.run(config)["steps"]
+    saved = [int(path.name) for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert saved == [3, steps] and steps > 4
+
+
+def test_a_workdir_without_a_checkpoint_is_used_again(corpus, tmp_path, capsys):
+    """A first start that ended before its first checkpoint leaves nothing that binds the next."""
+    config = small(corpus, tmp_path, phases=small(corpus, tmp_path).phases[:1])
+    other = dataclasses.replace(config.model, vocab_size=300)
+    prepare_run(dataclasses.replace(config, model=other, seed=3), open_workdir(config))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
+    loop.run(config)
+    out = capsys.readouterr().out
+    assert "no checkpoint yet, so that the run starts anew with other flags (model, seed)" in out
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 512
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == config.seed
+    assert losses(tmp_path)[1] != 1.0
 
 
 def test_nan_stops_with_the_step_and_the_last_good_checkpoint(corpus, tmp_path):
@@ -335,10 +422,35 @@ class TestBadInput:
         config = TrainConfig(workdir=str(tmp_path))
         old = json.loads(json.dumps(dataclasses.asdict(config))) | {"prng": "rbg"}
         (tmp_path / "run.json").write_text(json.dumps(old))
-        setup._open_workdir(config)
+        setup._record(config, tmp_path, setup._previous(config, tmp_path))
         assert "prng: the run began with rbg, an option that is gone" in capsys.readouterr().out
-        setup._open_workdir(config)  # said once
+        setup._previous(config, tmp_path)  # said once
         assert "prng" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "flags, expect",
+        [
+            (["--attention", "flash"], "attention: expected one of reference, xla"),
+            (["--wandb", "notes"], "pip install wandb"),
+            (["--mesh.data", "9"], "expected data x fsdp x tensor"),
+            (["--corpus", "no/such/folder"], "found none"),
+        ],
+        ids=lambda x: x[0].strip("-") if isinstance(x, list) else "",
+    )
+    def test_before_anything_is_written(self, capsys, monkeypatch, tmp_path, flags, expect):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        self.refused(capsys, tmp_path, *flags, expect=[expect])
+        assert not (tmp_path / "w").exists() or not list((tmp_path / "w").iterdir())
+
+    def test_a_mesh_that_does_not_fit_before_tokenization(self, capsys, finished, tmp_path):
+        config = finished[0]
+        tokenizer = pathlib.Path(config.workdir) / "tokenizer"
+        self.refused(
+            capsys, tmp_path, "--corpus", *config.corpus, "--tokenizer", str(tokenizer),
+            "--model.intermediate-size", "33", "--mesh.data", "1", "--mesh.tensor", "2",
+            expect=["expected 33 to be a multiple of mesh axis tensor = 2"],
+        )  # fmt: skip
+        assert not (tmp_path / "w" / "tokens").exists()
 
     def test_unknown_config_and_verb(self, capsys):
         assert cli.main(["pretrain", "--config", "nothing"]) == 2
@@ -459,9 +571,6 @@ def test_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch):
     writer.close()
     assert asked["project"] == "notes"
     assert Run.logged == [(1, {"train/loss": 2.0}), "finished"]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        MetricsWriter(tmp_path, 0, "notes")
 
 
 @pytest.mark.parametrize(

@@ -257,10 +257,18 @@ print(sum(h == "/jax/compilation_cache/cache_misses" for h in hits))
 
 
 class TestCommand:
-    def test_answer_prints_its_times(self, served, capsys):
-        before = jax.config.jax_compilation_cache_dir
+    def test_answer_prints_the_answer(self, served, embedding, capsys):
         assert main(["answer", str(served), "--exported", "--text", TEXT]) == 0
-        assert "python and imports" not in capsys.readouterr().out  # who knows when it began?
+        got = json.loads(capsys.readouterr().out)
+        want = pipeline("fill-mask", served)(TEXT)
+        assert [line["token_str"] for line in got] == [line["token_str"] for line in want]
+        assert main(["answer", str(embedding), "--task", "embed", "--text", TEXT]) == 0
+        got = json.loads(capsys.readouterr().out)
+        want = Embedder.from_pretrained(embedding).encode(TEXT)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+    def test_times_for_benchmark(self, served, capsys):
+        before = jax.config.jax_compilation_cache_dir
         assert main(["answer", str(served), "--text", TEXT, "--began", str(time.time() - 1)]) == 0
         out = capsys.readouterr().out
         for line in (

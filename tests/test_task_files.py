@@ -4,6 +4,7 @@ All texts are invented.
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 
 from tests.task_files import ann, everything, names
 from train.corpora.readers.text import read_rows
-from train.finetune.tasks import task_named
+from train.finetune.config import FinetuneConfig
+from train.finetune.run import load_data
+from train.finetune.tasks import TASKS, described, task_named
 from train.finetune.tasks.brat import BLANK_WORDS, WORDS, Span, documents, read_spans, tag
 from train.finetune.tasks.task import three_ways
 
@@ -532,6 +535,35 @@ def test_fields_of_tables_are_text(tmp_path):
     (tmp_path / "all.csv").write_text("text,label\n" + rows)
     data = task_named("classification").load(tmp_path)
     assert sorted(everything(data)) == sorted((t, label) for t in texts for label in ("NA", "01"))
+
+
+def test_columns_named_by_flags(tmp_path):
+    write = (tmp_path / "all.csv").write_text
+    write("NOTE,Finding,Verdict,text\n" + "one,a,yes,0\ntwo,b,no,1\n" * 10)
+    config = FinetuneConfig("classification", str(tmp_path), "m")
+    task = task_named("classification")
+    with pytest.raises(ValueError, match="expected a column label .* name it with --label-column"):
+        load_data(task, config)
+    config = dataclasses.replace(
+        config, text_column="note", text_pair_column="Finding", label_column="verdict"
+    )
+    data = load_data(task, config)
+    assert data.labels == ("no", "yes")
+    assert {(e.text, e.text_pair) for e in data.train} == {("one", "a"), ("two", "b")}
+    several = load_data(task_named("multilabel"), dataclasses.replace(config, task="multilabel"))
+    assert several.labels == ("no", "yes")
+    with pytest.raises(ValueError, match="expected the column of --label-column, label; it has"):
+        load_data(task, dataclasses.replace(config, label_column="label"))
+    with pytest.raises(ValueError, match="the files of task tokens have names of their own"):
+        load_data(task_named("tokens"), config)
+
+
+def test_help_describes_every_task():
+    text = described()
+    for task in TASKS:
+        assert f"  {task.name} " in text and task.title in text
+        assert bool(task.files) == bool(task.example) and task.example in text
+    assert "retrieval" in text
 
 
 def test_parquet(tmp_path):

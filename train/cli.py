@@ -9,14 +9,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
 import tyro
 
-from . import configs
+from . import configs, flags
 
 if TYPE_CHECKING:
     from .plan.run import Options
@@ -37,7 +37,8 @@ Examples:
     {prog} pretrain --config demo
     {prog} pretrain --config demo --corpus notes/ --workdir runs/notes
     {prog} pretrain --config demo --phases.0.learning-rate 1e-3 --global-batch-size 16
-    {prog} pretrain --config demo --help      every flag, with the values of that config
+    {prog} pretrain --config demo --help      the main flags, with the values of that config
+    {prog} pretrain --config demo --help-all  every flag
     {prog} VERB --help                        the flags of a verb
 
 configs: {configs}"""
@@ -73,7 +74,7 @@ def decontaminate(args: list[str], prog: str) -> int:
 
 def pretrain(args: list[str], prog: str) -> int:
     """Masked-LM pretraining in phases; resumes an interrupted run."""
-    from .pretrain.config import TrainConfig
+    from .pretrain.config import FREQUENT, TrainConfig
 
     name = _peek(args).config
     default, description = _experiment(name)
@@ -81,9 +82,13 @@ def pretrain(args: list[str], prog: str) -> int:
     def command(config: ConfigName = name, run: Flat[TrainConfig] = default) -> None:
         from .pretrain import run as loop
 
-        loop.run(run, recipe=config)
+        ours, theirs = run.model, default.model
+        names = [field.name for field in fields(ours)]
+        given = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+        loop.run(run, recipe=config, model_flags=given)
 
-    tyro.cli(command, args=args, prog=prog, description=description or pretrain.__doc__)
+    description = f"{description or pretrain.__doc__}\n\nAll other flags: {flags.ALL}"
+    _cli(command, args, prog, description, FREQUENT)
     return 0
 
 
@@ -120,7 +125,7 @@ def plan(args: list[str], prog: str) -> int:
 def plan_arguments(args: list[str], prog: str) -> "tuple[Options, str, TrainConfig]":
     """Parses the flags of `plan`: (its options, the name of the config, the run)."""
     from .plan import run as planner
-    from .pretrain.config import TrainConfig
+    from .pretrain.config import FREQUENT, TrainConfig
 
     name = _peek(args).config
     default, _ = _experiment(name)
@@ -132,7 +137,8 @@ def plan_arguments(args: list[str], prog: str) -> "tuple[Options, str, TrainConf
     ) -> tuple[planner.Options, str, TrainConfig]:
         return options, config, run
 
-    return tyro.cli(command, args=args, prog=prog, description=planner.__doc__)
+    description = f"{planner.__doc__}\n\nAll other flags: {flags.ALL}"
+    return _cli(command, args, prog, description, FREQUENT)
 
 
 def average(args: list[str], prog: str) -> int:
@@ -151,11 +157,13 @@ def finetune(args: list[str], prog: str) -> int:
             retrieval.train(run)
 
         description = retrieval.RetrievalConfig.__doc__
-        tyro.cli(command, args=args, prog=prog, description=description)
+        _cli(command, args, prog, description)
         return 0
     from .finetune import run as finetuning
+    from .finetune.tasks import described
 
-    finetuning.finetune(tyro.cli(finetuning.FinetuneConfig, args=args, prog=prog))
+    description = f"{finetuning.FinetuneConfig.__doc__}\n\n{described()}"
+    finetuning.finetune(_cli(finetuning.FinetuneConfig, args, prog, description))
     return 0
 
 
@@ -224,8 +232,22 @@ def _experiment(name: str) -> "tuple[TrainConfig, str]":
     return (configs.load(name), configs.describe(name)) if name else (TrainConfig(), "")
 
 
+def _cli(
+    function: Callable[..., T],
+    args: list[str],
+    prog: str,
+    description: str | None = None,
+    frequent: Mapping[type, tuple[str, ...]] | None = None,
+) -> T:
+    """Calls a function with its flags. frequent: what --help shows; see `flags.registry`."""
+    rules = flags.registry(args, frequent)
+    return tyro.cli(
+        function, args=flags.without_all(args), prog=prog, description=description, registry=rules
+    )
+
+
 def _print_result(function: Callable[..., str], args: list[str], prog: str) -> int:
-    print(tyro.cli(function, args=args, prog=prog))
+    print(_cli(function, args, prog))
     return 0
 
 

@@ -21,6 +21,10 @@ def resolve(
     if path.is_dir():
         return path
     text = os.fspath(path_or_repo)
+    if path.is_file():
+        file = path.suffix in (".pt", ".pth")
+        advice = "convert a Composer file with from-composer first" if file else "pass its folder"
+        raise NotADirectoryError(f"{text}: expected a checkpoint folder, got a file; {advice}")
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise FileNotFoundError(f"{text}: expected a checkpoint folder or a hub id, found neither")
     from huggingface_hub import snapshot_download

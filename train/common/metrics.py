@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases and, at the end, curves.png."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -27,7 +28,7 @@ class MetricsWriter:
 
     Lines of steps past resumed_step are discarded. A file in a bucket cannot be appended to: there
     both are in a local folder until `publish`. wandb: a Weights & Biases project to log to as well.
-    Raises ValueError if the package wandb is missing, OSError if metrics.jsonl cannot be written.
+    Raises OSError if metrics.jsonl cannot be written.
     TensorBoard and Weights & Biases are extras: the first failure of one is told on stderr and
     switches it off.
     """
@@ -128,13 +129,15 @@ def _add_scalars(board: EventsWriter, numbers: dict[str, Any], step: int) -> Non
         board.write_event(Event(step=step, summary=scalar(name, value), wall_time=time.time()))
 
 
+def check_wandb(project: str) -> None:
+    """Raises ValueError if a project is given and the package wandb is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb: expected the package wandb, found none; pip install wandb")
+
+
 def _wandb_run(project: str, workdir: Any) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "wandb: expected the package wandb, found none; pip install wandb"
-        ) from None
+    import wandb  # pyright: ignore[reportMissingImports]
+
     return wandb.init(project=project, name=workdir.name, id=workdir.name, resume="allow")
 
 

@@ -4,12 +4,11 @@ import concurrent.futures
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tqdm import tqdm
+from .progress import Progress
 
 
 def run_all(
@@ -20,7 +19,7 @@ def run_all(
     workers: number of processes; with 1, everything runs in this one. The function and the items
     are pickled. The first exception stops the run and is raised, after all workers have ended.
     """
-    with tqdm(total=len(items), desc=description, disable=not sys.stderr.isatty()) as bar:
+    with Progress(total=len(items), desc=description) as bar:
         if workers <= 1 or len(items) <= 1:
             for item in items:
                 function(item)

@@ -25,7 +25,8 @@ def recipe(model: ModernBertConfig, weight_decay: float, **fields: Any) -> Train
     model = model.replace(dtype="bfloat16", param_dtype="float32", attention_out_dropout=0.1)
     optimizer = Optimizer(b1=0.9, b2=0.98, eps=1e-6, weight_decay=weight_decay)
     settings: dict[str, Any] = {
-        "tokenizer": "answerdotai/ModernBERT-base",  # large uses the same one
+        # That of the checkpoint; large uses the same one as base.
+        "tokenizer": "" if fields.get("init_from") else "answerdotai/ModernBERT-base",
         "eval_mlm_probability": 0.15,
         "eval_fraction": 0.005,
         "synthetic_notes": 0,

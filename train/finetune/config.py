@@ -13,13 +13,13 @@ class FinetuneConfig:
     The defaults are those of BioClinical ModernBERT's evaluation.
     """
 
-    # chemprot, phenotype, cos, social_history, deid, negex or specialty; with your own files
-    # classification (also of text pairs), multilabel, tokens or qa. `--task retrieval` has its own
-    # flags.
-    task: str
+    task: str  # one of the tasks above; `--task retrieval` has its own flags
     data: str  # folder with the files of the task
     model: str  # checkpoint: an HF or Orbax folder, a pretraining workdir, or a hub id
     out: str = ""  # output folder; runs/finetune/TASK by default
+    text_column: str = ""  # column of the text; empty tries text, sentence, notes, ...
+    text_pair_column: str = ""  # column of the second text; empty tries text_pair, sentence2, ...
+    label_column: str = ""  # column of the label; empty tries label, class, ...
     backend: Literal["jax", "torch"] = "jax"  # torch fine-tunes any model of transformers
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)  # one run each
     learning_rate: float = 2e-5  # peak; decays linearly to 0 without warm-up

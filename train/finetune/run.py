@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.hf import write_card
 from modernbert_jax.tokenizer import max_tokens
 
+from ..common.progress import Progress
 from ..common.records import read_object
 from .card import finetuning_facts
 from .config import FinetuneConfig
@@ -32,7 +31,7 @@ from .jax_backend import JaxBackend, JaxModel
 from .report import plot, point_name, summarize, table
 from .scores import task_scores
 from .tasks import task_named
-from .tasks.task import with_shown_labels
+from .tasks.task import USUAL, Columns, Data, Task, with_shown_labels
 from .torch_backend import TorchBackend, TorchModel
 
 # These settings change no run's result, so a command may be resumed with other values.
@@ -84,6 +83,19 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     return summary
 
 
+def load_data(task: Task, config: FinetuneConfig) -> Data:
+    """Reads the files of a task. Raises ValueError for columns that the task does not take."""
+    columns = Columns(config.text_column, config.text_pair_column, config.label_column)
+    if task.takes_columns:
+        return task.load(pathlib.Path(config.data), columns)
+    if columns != USUAL:
+        raise ValueError(
+            f"--text-column, --text-pair-column, --label-column: the files of task {task.name} "
+            "have names of their own; leave them out, or use --task classification or multilabel"
+        )
+    return task.load(pathlib.Path(config.data))
+
+
 class Experiment:
     """What the runs of a command share: the data, the backend and the best model so far."""
 
@@ -92,7 +104,7 @@ class Experiment:
         self.config = config
         self.out = pathlib.Path(config.out or f"runs/finetune/{config.task}")
         self.task = task_named(config.task)
-        data = self.task.load(pathlib.Path(config.data))
+        data = load_data(self.task, config)
         self.data = with_shown_labels(data, config.data, config.allow_long_labels)
         backend = JaxBackend if config.backend == "jax" else TorchBackend
         self.backend = backend(config, self.task.kind, self.data.labels)
@@ -134,10 +146,7 @@ class Experiment:
         losses: list[float] = []
         seconds: list[float] = []
         epochs: list[dict[str, float]] = []
-        bar = tqdm(
-            total=steps, desc=f"{folder.parent.name} seed {seed}", unit=" steps",
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        bar = Progress(total=steps, desc=f"{folder.parent.name} seed {seed}", unit=" steps")
         for epoch in range(1, config.epochs + 1):
             order = np.random.default_rng((seed, epoch - 1)).permutation(len(train))
             for micro_batches in _steps(order, config):

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from modernbert_jax import ModernBertConfig
+from modernbert_jax.attention import IMPLEMENTATIONS
 
 from ..common.hosts import Hosts
 from ..common.sharding import MeshShape
@@ -17,7 +18,8 @@ class Phase:
     name: str = "phase"  # Name in logs, metrics and the model card.
     tokens: int = 10_000_000  # Token budget, without padding.
     mlm_probability: float = 0.30  # Probability that a token is selected for prediction.
-    learning_rate: float = 3e-4  # Peak learning rate.
+    learning_rate: float | None = 3e-4
+    """Peak learning rate; None: 1e-4, or 5e-5 for a model at least 1,024 wide."""
     corpus: tuple[str, ...] = ()  # Corpora of this phase; empty uses the run's --corpus. See there.
     warmup_tokens: int = 0  # Tokens over which the learning rate rises linearly from 0.
     decay_tokens: int = 0
@@ -52,6 +54,7 @@ class Phase:
             x = min(1.0, (tokens - start) / self.decay_tokens)
             x = math.sqrt(x) if self.decay == "one_minus_sqrt" else x
             factor = self.final_lr_ratio + (1.0 - self.final_lr_ratio) * (1.0 - x)
+        assert self.learning_rate is not None  # derive.derived has set it
         return self.learning_rate * factor
 
     def batch_size_at(self, tokens: int, batch_size: int, micro_batch_size: int) -> int:
@@ -96,13 +99,13 @@ class TrainConfig:
     workdir: str = "runs/pretrain"
     """Folder or bucket (gs://...) for checkpoints, metrics, curves and the exported model."""
     corpus: tuple[str, ...] = ()
-    """Corpora of phases that name none: folders or files of .txt, .jsonl, .csv or .tsv, folders
-    written by `prepare`, or MDS folders. A corpus listed n times is repeated n times per epoch.
-    Empty trains on synthetic notes."""
+    """Corpora of phases that name none: folders or files of .txt, .jsonl, .csv, .tsv or .parquet,
+    folders written by `prepare`, or MDS folders. A corpus listed n times is repeated n times per
+    epoch. Empty trains on synthetic notes."""
     synthetic_notes: int = 12_000
     """Number of synthetic notes written when no corpus is given; 0 raises an error instead."""
     text_column: str = ""
-    """Column or key of the text in .jsonl, .csv and .tsv; empty tries text, notes, note, ..."""
+    """Column or key of the text in tables and .jsonl; empty tries text, notes, note, ..."""
     tokenizer: str = ""
     """Folder or hub id; empty uses the one of --init-from, or trains a byte-level BPE."""
     init_from: str = ""
@@ -114,8 +117,16 @@ class TrainConfig:
     seed: int = 17  # Seed used for initialization, order of the data, masks and dropout.
     sequence_length: int = 1024  # Tokens per packed sequence.
     global_batch_size: int = 32  # Packed sequences per step, over all devices and micro-batches.
+    epochs: float | None = None
+    """Budget as passes over the training text: rescales each phase, its warm-up and its decay, to
+    its share of the phases' tokens times this many epochs of its corpora. None: the phases'
+    tokens."""
+    fit_to_corpus: bool = False
+    """Shorten sequence_length to the power of two that holds the longest chunk, with as many tokens
+    per step, and then halve the step until the budget has 300."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per step. The loss does not depend on it with loss_weighting=tokens."""
+    """Micro-batches per step; 0 chooses them by the memory of the devices. The loss does not depend
+    on it with loss_weighting=tokens."""
     round_batch: bool = False
     """Change global_batch_size to the nearest number that the devices divide, and the learning rate
     by the square root of the ratio; both are logged."""
@@ -141,9 +152,14 @@ class TrainConfig:
     eval_fraction: float = 0.05
     """Fraction of documents in the evaluation set, chosen by a hash of the text."""
     eval_mlm_probability: float = 0.15  # mlm_probability of the evaluation set.
+    general_text: str = ""
+    """Text of another kind (a file or folder as for --corpus), scored before and after to show what
+    the model forgets; never trained on."""
     eval_every: int = 200  # Steps between evaluations; each phase also ends with one.
     eval_sequences: int = 128  # Maximum number of packed sequences per evaluation set.
     checkpoint_every: int = 200  # Steps between checkpoints; each phase also ends with one.
+    checkpoint_minutes: float = 20.0
+    """Minutes after which a checkpoint is written also between those; 0: never."""
     keep_checkpoints: int = 2  # Number of newest checkpoints to keep.
     log_every: int = 10  # Steps between updates of the progress line.
     stall_minutes: float = 15.0
@@ -161,7 +177,7 @@ class TrainConfig:
     @property
     def micro_batch_size(self) -> int:
         """Sequences per micro-batch; the last micro-batch of a step may have fewer."""
-        return -(-self.global_batch_size // self.gradient_accumulation_steps)
+        return -(-self.global_batch_size // max(1, self.gradient_accumulation_steps))
 
     def rounded(self, unit: int) -> tuple["TrainConfig", str]:
         """Returns this with the multiple of `unit` nearest to global_batch_size, and a log line.
@@ -178,7 +194,7 @@ class TrainConfig:
         phases = [
             dataclasses.replace(
                 phase,
-                learning_rate=phase.learning_rate * factor,
+                learning_rate=(phase.learning_rate or 0.0) * factor,
                 # Batch-size warm-up goes from one multiple of the micro-batch to another.
                 batch_size_warmup_start=-(-phase.batch_size_warmup_start // micro) * micro,
             )
@@ -199,14 +215,25 @@ class TrainConfig:
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
         for name in (
-            "sequence_length", "global_batch_size", "gradient_accumulation_steps", "log_every",
+            "sequence_length", "global_batch_size", "log_every",
             "checkpoint_every", "eval_every", "keep_checkpoints", "loss_chunk", "eval_sequences",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.gradient_accumulation_steps > self.global_batch_size:
+        rates = [phase.learning_rate for phase in self.phases]
+        if self.round_batch and (self.fit_to_corpus or not all(rates)):
             raise ValueError(
-                f"gradient_accumulation_steps: expected at most global_batch_size "
+                "round_batch: expected a batch size and learning rates that are set; pass "
+                "--no-fit-to-corpus and --phases.0.learning-rate and so on"
+            )
+        if self.attention not in ("", *IMPLEMENTATIONS):
+            raise ValueError(
+                f"attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {self.attention!r}"
+            )
+        if not 0 <= self.gradient_accumulation_steps <= self.global_batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps: expected at least 1, or 0 to choose, and at most "
+                f"global_batch_size "
                 f"{self.global_batch_size}, got {self.gradient_accumulation_steps}"
             )
         optimizer = self.optimizer
@@ -224,6 +251,8 @@ class TrainConfig:
             ("optimizer.max_learning_rate", optimizer.max_learning_rate, math.inf),
             ("global_rope_theta", self.global_rope_theta, math.inf),
             ("stall_minutes", self.stall_minutes, math.inf),
+            ("checkpoint_minutes", self.checkpoint_minutes, math.inf),
+            ("epochs", self.epochs or 0.0, math.inf),
             ("synthetic_notes", self.synthetic_notes, math.inf),
             ("profile_step", self.profile_step, math.inf),
             ("profile_steps", self.profile_steps, math.inf),
@@ -258,7 +287,7 @@ class TrainConfig:
         step_tokens = batch_size * self.sequence_length
         if not 0 < phase.mlm_probability < 1:
             return f"mlm_probability: expected above 0 and below 1, got {phase.mlm_probability}"
-        if not 0 < phase.learning_rate < math.inf:
+        if phase.learning_rate is not None and not 0 < phase.learning_rate < math.inf:
             return f"learning_rate: expected above 0, got {phase.learning_rate}"
         if not 0 <= phase.final_lr_ratio <= 1:
             return f"final_lr_ratio: expected 0 to 1, got {phase.final_lr_ratio}"
@@ -267,7 +296,7 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(phase, name) < 0:
                 return f"{name}: expected at least 0, got {getattr(phase, name)}"
-        if phase.tokens < step_tokens:
+        if phase.tokens < step_tokens and not (self.epochs or self.fit_to_corpus):
             return (
                 f"a budget of {phase.tokens:,} tokens is below one step of {step_tokens:,} "
                 "(global_batch_size x sequence_length); raise tokens or lower --global-batch-size"
@@ -290,3 +319,19 @@ class TrainConfig:
                 f"of the micro-batch size {micro_batch_size}"
             )
         return ""
+
+
+# What `pretrain --help` shows of each part, the most used first; --help-all shows the rest.
+FREQUENT: dict[type, tuple[str, ...]] = {
+    TrainConfig: (
+        "corpus", "workdir", "init_from", "epochs", "tokenizer", "text_column", "general_text",
+        "phases", "sequence_length", "fit_to_corpus",
+        "global_batch_size", "gradient_accumulation_steps", "mesh", "model", "remat", "attention",
+        "eval_every", "checkpoint_every", "checkpoint_minutes", "wandb", "seed",
+    ),
+    Phase: (
+        "corpus", "tokens", "mlm_probability", "learning_rate", "warmup_tokens", "decay_tokens",
+        "decay",
+    ),
+    ModernBertConfig: ("dtype", "attention_out_dropout"),
+}  # fmt: skip

@@ -22,19 +22,35 @@ from .config import TrainConfig
 Corpora = Mapping[str, Mapping[str, TokenStore]]  # {name: {split: its chunks}}
 
 
+def check_corpora(config: TrainConfig) -> None:
+    """Raises FileNotFoundError or ValueError for a corpus that does not exist or cannot be used."""
+    unnamed = [phase.name for phase in config.phases if not phase.corpus and not config.corpus]
+    if unnamed and not config.synthetic_notes:
+        raise ValueError(
+            f"corpus: expected one for each phase, got none for {', '.join(unnamed)}; pass "
+            "--corpus, or --phases.0.corpus and so on"
+        )
+    named = [c for p in config.phases for c in p.corpus or config.corpus]
+    for corpus in dict.fromkeys([*named, *filter(None, [config.general_text])]):
+        if not os.path.exists(corpus):
+            raise FileNotFoundError(
+                f"corpus {corpus}: expected a folder or file of .txt, .jsonl, .csv, .tsv or "
+                ".parquet, a token folder or an MDS folder, found none"
+            )
+        if is_remote(config.workdir) and not is_store(corpus):
+            raise ValueError(
+                f"corpus {corpus}: a workdir in a bucket needs a corpus of tokens; run "
+                "`python -m train prepare` and pass its folder"
+            )
+
+
 def with_corpora(config: TrainConfig, workdir: Any) -> TrainConfig:
     """Returns the configuration with each phase's corpora; writes synthetic notes if none is given.
 
-    Raises FileNotFoundError or ValueError for a corpus that does not exist or cannot be used.
+    config: one that `check_corpora` accepts.
     """
     default = config.corpus
     if not default and not all(phase.corpus for phase in config.phases):
-        if not config.synthetic_notes:
-            names = ", ".join(phase.name for phase in config.phases if not phase.corpus)
-            raise ValueError(
-                f"corpus: expected one for each phase, got none for {names}; pass --corpus, or "
-                "--phases.0.corpus and so on"
-            )
         folder = pathlib.Path(workdir) / "synthetic"
         if not (folder / "done").exists():
             log(f"writing {config.synthetic_notes:,} synthetic clinical notes")
@@ -42,27 +58,17 @@ def with_corpora(config: TrainConfig, workdir: Any) -> TrainConfig:
             (folder / "done").write_text("")
         default = (str(folder),)
     phases = tuple(dataclasses.replace(p, corpus=p.corpus or default) for p in config.phases)
-    for corpus in dict.fromkeys(corpus for phase in phases for corpus in phase.corpus):
-        if not os.path.exists(corpus):
-            raise FileNotFoundError(
-                f"corpus {corpus}: expected a folder or file of .txt, .jsonl, .csv or .tsv, a "
-                "token folder or an MDS folder, found none"
-            )
-        if is_remote(workdir) and not is_store(corpus):
-            raise ValueError(
-                f"corpus {corpus}: a workdir in a bucket needs a corpus of tokens; run "
-                "`python -m train prepare` and pass its folder"
-            )
     return dataclasses.replace(config, phases=phases)
 
 
 def open_corpora(config: TrainConfig, workdir: Any) -> list[Corpora]:
     """Returns the corpora of each phase, tokenized on the first call.
 
-    config: of `with_corpora`. Raises ValueError for a phase without an evaluation set.
+    Raises ValueError for a phase without an evaluation set.
     """
+    config = with_corpora(config, workdir)
     paths = dict.fromkeys(corpus for phase in config.phases for corpus in phase.corpus)
-    opened = {path: _open(config, workdir, path) for path in paths}
+    opened = {path: open_corpus(config, workdir, path) for path in paths}
     out = []
     for phase in config.phases:
         # A corpus listed n times is repeated n times per epoch, with new masks each time.
@@ -80,15 +86,16 @@ def open_corpora(config: TrainConfig, workdir: Any) -> list[Corpora]:
                 f"phase {phase.name}: its corpora have no evaluation split; prepare them with a "
                 "larger --eval-fraction"
             )
+        budget = f"{config.epochs:g} epochs" if config.epochs else f"{phase.tokens:,} tokens"
         log(
             f"phase {phase.name}: {len(train.lengths):,} chunks, {train.lengths.sum():,} tokens "
-            f"for training, {evaluation.lengths.sum():,} for evaluation; budget "
-            f"{phase.tokens:,} tokens"
+            f"for training, {evaluation.lengths.sum():,} for evaluation; budget {budget}"
         )
     return out
 
 
-def _open(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, TokenStore]:
+def open_corpus(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, TokenStore]:
+    """Returns the splits of a corpus; text is tokenized on the first call."""
     if is_store(corpus):
         cache = None if is_remote(workdir) else workdir / "tokens"
         return open_store(corpus, config.eval_fraction, cache)

@@ -8,9 +8,10 @@ import numpy as np
 
 from modernbert_jax.packing import IGNORE_INDEX
 
-from ..common.hosts import total
-from ..tokens.store import TokenStore
+from ..common.hosts import first_then_others, total
+from ..tokens.store import TokenStore, joined
 from .config import TrainConfig
+from .corpora import open_corpus
 from .data import eval_batches
 from .masking import Masking
 from .step import Trainer
@@ -63,6 +64,17 @@ class Evaluation:
         labels = np.concatenate([batch["labels"].ravel() for batch in batches])
         correct, count = total([(labels == counts.argmax()).sum(), (labels != IGNORE_INDEX).sum()])
         return float(correct / max(count, 1.0))  # a small set may have no masked token
+
+
+def general_evaluation(
+    config: TrainConfig, trainer: Trainer, masking: Masking, workdir: Any
+) -> Evaluation | None:
+    """Returns the evaluation of --general-text; None without one."""
+    if not config.general_text:
+        return None
+    parts = first_then_others("general", lambda: open_corpus(config, workdir, config.general_text))
+    store = joined([part for part in parts.values() if len(part.lengths)])
+    return Evaluation(config, trainer, masking, {"general": store})
 
 
 def _means(sums: np.ndarray) -> dict[str, float]:

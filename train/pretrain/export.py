@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ from modernbert_jax import FillMask, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.files import write_bytes, write_text
 from modernbert_jax.checkpoint.params import module_of
 
-from ..common.hosts import log, to_host
-from ..common.metrics import plot
+from ..common.hosts import from_first, is_first, log, to_host
+from ..common.metrics import plot, read_metrics
 from ..common.sharding import describe
 from ..tokens.store import TokenStore
 from .card import pretraining_facts
@@ -34,21 +35,13 @@ def finish(
     corpora: Sequence[Mapping[str, Mapping[str, TokenStore]]],
     train: Sequence[TokenStore],
     evaluations: Sequence[Evaluation],
+    general: Evaluation | None,
     recipe: str,
 ) -> dict[str, Any]:
-    """Evaluates each phase's sets, exports the model, draws curves.png; returns result.json."""
+    """Collects each phase's scores, exports the model, draws curves.png; returns result.json."""
     config, workdir, tokenizer = session.config, session.workdir, session.tokenizer
-    phases = []
-    for phase, store, evaluation in zip(config.phases, train, evaluations, strict=True):
-        scores, unigram = evaluation(state.params), evaluation.unigram_accuracy(store)
-        check_evaluation(
-            scores["loss"], int(state.optimizer.step), session.trainer.model_config.vocab_size
-        )
-        phases.append({"phase": phase.name, **scores, "unigram_accuracy": unigram})
-        log(
-            f"evaluation, {phase.name}: masked accuracy {scores['accuracy']:.1%}, unigram "
-            f"baseline {unigram:.1%}, loss {scores['loss']:.3f}"
-        )
+    phases = _phases(session, state, train, evaluations)
+    general_after = general(state.params) if general else None
     params = {path: to_host(value) for path, value in state.params.items()}
     steps = int(state.optimizer.step)
     result: dict[str, Any] = {
@@ -56,6 +49,11 @@ def finish(
     }  # fmt: skip
     if session.writer is None:
         return result
+    if general_after is not None:
+        lines = [m for m in read_metrics(workdir) if m["kind"] == "general"]
+        result["general"] = {"before": _scores(lines[0]) if lines else None, **general_after}
+    for line in before_and_after(result):
+        log(line)
     model = module_of(ModernBertForMaskedLM, session.trainer.model_config, params)
     hardware = describe(session.trainer.mesh)
     facts = pretraining_facts(config, result, corpora, recipe=recipe, hardware=hardware)
@@ -68,8 +66,64 @@ def finish(
     session.writer.publish()
     curves = plot(workdir, {p["phase"]: p["unigram_accuracy"] for p in phases})
     write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    log(f"curves: {curves}\nmodel in the Hugging Face format: {workdir / 'export'}")
+    folder = workdir / "export"
+    log(f"curves: {curves}\nmodel in the Hugging Face format: {folder}")
+    log(f'  transformers:           AutoModelForMaskedLM.from_pretrained("{folder}")')
+    log(f'  sentence-transformers:  SentenceTransformer("{folder}")')
+    log(f'  modernbert_jax:         pipeline("fill-mask", "{folder}")')
     return result
+
+
+def _phases(
+    session: Session,
+    state: TrainState,
+    train: Sequence[TokenStore],
+    evaluations: Sequence[Evaluation],
+) -> list[dict[str, Any]]:
+    """Returns the scores of each phase at its own end and, if there are any, before the run."""
+    config, step = session.config, int(state.optimizer.step)
+    session.publish()
+    lines = [m for m in read_metrics(session.workdir) if m["kind"] == "eval"] if is_first() else []
+    found = []
+    for phase, store, evaluation in zip(config.phases, train, evaluations, strict=True):
+        own = [line for line in lines if line["phase"] == phase.name]
+        unigram = evaluation.unigram_accuracy(store)
+        if from_first(int(not own)):  # its line of metrics.jsonl is damaged
+            scores = evaluation(state.params)
+            check_evaluation(scores["loss"], step, session.trainer.model_config.vocab_size)
+        else:
+            scores = _scores(own[-1]) if own else {}
+        row = {"phase": phase.name, **scores, "unigram_accuracy": unigram}
+        if own and own[0]["total_tokens"] == 0:
+            row["before"] = _scores(own[0])
+        found.append(row)
+    return found
+
+
+def _scores(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns loss and accuracy, of all sets and of each, from a line of metrics.jsonl."""
+    return {k: v for k, v in line.items() if k.rpartition("/")[2] in ("loss", "accuracy")}
+
+
+def before_and_after(result: Mapping[str, Any]) -> list[str]:
+    """Returns a table of masked accuracy and perplexity, a line for each set of each phase."""
+    rows = [(p["phase"], p.get("before"), p) for p in result["phases"]]
+    if "general" in result:
+        rows.append(("general text", result["general"]["before"], result["general"]))
+    lines = [f"{'evaluation':<32}{'masked accuracy':>22}{'perplexity':>22}"]
+    for name, before, after in rows:
+        for key in [k for k in after if k.rpartition("/")[2] == "loss"]:
+            prefix = key[: -len("loss")]
+            label = f"{name} {prefix.rstrip('/')}".strip()
+            accuracy = f"{after[prefix + 'accuracy']:.1%}"
+            perplexity = f"{math.exp(min(after[key], 50.0)):.2f}"
+            if before:
+                accuracy = f"{before[prefix + 'accuracy']:.1%} -> {accuracy}"
+                perplexity = f"{math.exp(min(before[key], 50.0)):.2f} -> {perplexity}"
+            lines.append(f"{label:<32}{accuracy:>22}{perplexity:>22}")
+        if "unigram_accuracy" in after:
+            lines.append(f"{name + ', commonest token':<32}{after['unigram_accuracy']:>22.1%}")
+    return lines
 
 
 def _export(

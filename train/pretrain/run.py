@@ -11,12 +11,16 @@ Every process of a job calls it; the first one writes.
 import contextlib
 import dataclasses
 import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax.checkpoint.params import param_shapes
 from modernbert_jax.tokenizer import fingerprint
 
 from ..common.hosts import (
@@ -26,28 +30,43 @@ from ..common.hosts import (
     code_digest,
     connect,
     first_then_others,
+    is_first,
     log,
 )
-from ..common.sharding import batch_shards, describe, make_mesh
+from ..common.lease import Lease
+from ..common.metrics import check_wandb
+from ..common.sharding import batch_shards, describe, make_mesh, param_shardings
 from ..tokens.store import TokenStore, joined
 from .checkpoint import Checkpoints, Diverged, check_evaluation
 from .config import TrainConfig
+from .corpora import Corpora, open_corpora
 from .data import Batches, Position
-from .evaluate import Evaluation
+from .derive import changes, derived
+from .evaluate import Evaluation, general_evaluation
 from .export import finish
 from .session import Session, StepLog
-from .setup import masking_of, model_config_of, prepare, settle_attention, start_state
+from .setup import (
+    masking_of,
+    model_config_of,
+    open_workdir,
+    prepare,
+    settle_attention,
+    start_state,
+    within_positions,
+)
 from .step import Trainer, TrainState
 
 
-def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
+def run(config: TrainConfig, recipe: str = "", model_flags: Collection[str] = ()) -> dict[str, Any]:
     """Trains through all phases and returns the content of result.json.
 
     A workdir with checkpoints resumes its run. recipe: name of the experiment in train/configs, for
-    the model card. Raises ValueError, FileNotFoundError or OSError with one line for bad input,
-    before training; Diverged (with the step and the last good checkpoint) if the loss, a weight or
-    a moment is not finite or far too large, which is never saved; OSError if a checkpoint or
-    metrics.jsonl cannot be written. Returns {"stopped": True} after SIGTERM.
+    the model card. model_flags: fields of config.model that were set by hand; those that
+    init_from decides otherwise are refused. Raises ValueError, FileNotFoundError or OSError with
+    one line for bad input, before training; Diverged (with the step and the last good checkpoint)
+    if the loss, a weight or a moment is not finite or far too large, which is never saved; OSError
+    if a checkpoint or metrics.jsonl cannot be written. Returns {"stopped": True} after SIGTERM;
+    after Ctrl-C raises KeyboardInterrupt, once a checkpoint is saved.
     """
     config.validate()
     connect(config.hosts)
@@ -60,8 +79,35 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
         config, change = config.rounded(batch_shards(mesh) * config.gradient_accumulation_steps)
         log(change)
         config.validate()
-    workdir, tokenizer, corpora = first_then_others("prepare", lambda: prepare(config))
+    check_wandb(config.wandb)
+    workdir = open_workdir(config)
     check_shared(workdir)
+    lease = Lease(workdir, log) if is_first() else None
+    with contextlib.closing(lease) if lease else contextlib.nullcontext():
+        barrier("lease")
+        return _run(config, recipe, model_flags, mesh, workdir, lease)
+
+
+def _run(
+    config: TrainConfig,
+    recipe: str,
+    model_flags: Collection[str],
+    mesh: Mesh,
+    workdir: Any,
+    lease: Lease | None,
+) -> dict[str, Any]:
+    config = first_then_others("checkpoint", lambda: within_positions(config))
+    tokenizer = first_then_others("prepare", lambda: prepare(config, workdir))
+    model_config = model_config_of(config, tokenizer, model_flags)
+    # Refuses a mesh that does not divide the model before hours of tokenization.
+    param_shardings(param_shapes(ModernBertForMaskedLM, model_config), mesh)
+    corpora = first_then_others("corpora", lambda: open_corpora(config, workdir))
+    given, config = config, _derived(config, model_config, corpora, mesh)
+    for line in changes(given, config):
+        log(line)
+    config.validate()
+    config = settle_attention(config, model_config, mesh, workdir)
+    trainer = Trainer(config, model_config, mesh)
     stores = [(n, s["train"], s["eval"]) for part in corpora for n, s in part.items()]
     agree(
         {
@@ -70,9 +116,6 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
             "the kind of device": sorted({d.device_kind for d in jax.local_devices()}),
         }
     )
-    model_config = model_config_of(config, tokenizer)
-    config = settle_attention(config, model_config, mesh, workdir)
-    trainer = Trainer(config, model_config, mesh)
     checkpoints = Checkpoints(workdir, trainer, config.keep_checkpoints, log)
     restored = checkpoints.restore()
     if restored:
@@ -80,10 +123,14 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
         log(f"resuming from {restored[2]} (step {int(state.optimizer.step):,})")
     else:
         state, position = start_state(config, trainer), Position()
+    parameters = sum(math.prod(p.shape) for p in trainer.shapes.values())
+    step_tokens = config.global_batch_size * config.sequence_length
+    steps = sum(-(-phase.tokens // step_tokens) for phase in config.phases)
     log(
-        f"{sum(math.prod(p.shape) for p in trainer.shapes.values()):,} parameters on "
-        f"{describe(mesh)}; a step has {config.global_batch_size} sequences of "
-        f"{config.sequence_length} tokens in {config.gradient_accumulation_steps} micro-batches"
+        f"{parameters:,} parameters on {describe(mesh)}; a step has {config.global_batch_size} "
+        f"sequences of {config.sequence_length} tokens ({step_tokens:,}) in "
+        f"{config.gradient_accumulation_steps} micro-batches; about {steps:,} steps; "
+        f"checkpoints take up to {12 * parameters * (config.keep_checkpoints + 1) / 2**30:.1f} GiB"
     )
     train = [joined([store["train"] for store in stores.values()]) for stores in corpora]
     masking = masking_of(config, tokenizer, config.eval_mlm_probability)
@@ -91,10 +138,13 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
         Evaluation(config, trainer, masking, {name: s["eval"] for name, s in stores.items()})
         for stores in corpora
     ]
-    session = Session(config, trainer, workdir, tokenizer, int(state.optimizer.step))
+    general = general_evaluation(config, trainer, masking, workdir)
+    session = Session(config, trainer, workdir, tokenizer, int(state.optimizer.step), lease)
     with contextlib.closing(checkpoints), contextlib.closing(session):
         barrier("start")
         try:
+            if config.init_from and not restored:
+                _evaluate_start(session, evaluations, general, state)
             for index in range(position.phase, len(config.phases)):
                 state, position = _train_phase(
                     session, checkpoints, index, train[index], evaluations[index], state, position
@@ -103,15 +153,53 @@ def run(config: TrainConfig, recipe: str = "") -> dict[str, Any]:
                     checkpoints.wait()
                     barrier("stopped")
                     log(f"stopped; the same command resumes from {checkpoints.last_good()}")
+                    if session.signal.interrupted:
+                        raise KeyboardInterrupt
                     return {"stopped": True}
             checkpoints.wait()
-            return finish(session, state, position, corpora, train, evaluations, recipe)
+            return finish(session, state, position, corpora, train, evaluations, general, recipe)
         except Diverged as error:
             checkpoints.wait()  # the last one may still be written, and the one before it removed
             raise Diverged(
                 f"{error}; last good checkpoint: {checkpoints.last_good()}. Lower the learning "
                 "rate and pass that checkpoint as --init-from with a new --workdir"
             ) from None
+
+
+def _derived(
+    config: TrainConfig, model: ModernBertConfig, corpora: Sequence[Corpora], mesh: Mesh
+) -> TrainConfig:
+    stores = [[store for parts in c.values() for store in parts.values()] for c in corpora]
+    lengths = [store.lengths for stores_ in stores for store in stores_ if len(store.lengths)]
+    device = mesh.local_devices[0]
+    memory = device.memory_stats() if device.platform != "cpu" else None
+    return derived(
+        config,
+        model,
+        [sum(int(s["train"].lengths.sum(dtype=np.int64)) for s in c.values()) for c in corpora],
+        max(int(x.max()) for x in lengths),
+        batch_shards(mesh),
+        memory["bytes_limit"] if memory else None,
+    )
+
+
+def _evaluate_start(
+    session: Session,
+    evaluations: Sequence[Evaluation],
+    general: Evaluation | None,
+    state: TrainState,
+) -> None:
+    """Scores the checkpoint that the run starts from, so that there is a before."""
+    step = int(state.optimizer.step)  # not 0 if the checkpoint came with its moments
+    known: dict[tuple[str, ...], dict[str, float]] = {}
+    for phase, evaluation in zip(session.config.phases, evaluations, strict=True):
+        names = tuple(evaluation.batches)
+        if names not in known:
+            known[names] = evaluation(state.params)
+            log(f"before, {phase.name}: masked accuracy {known[names]['accuracy']:.1%}")
+        session.write("eval", step, **known[names], phase=phase.name, total_tokens=0)
+    if general is not None:
+        session.write("general", step, **general(state.params), total_tokens=0)
 
 
 def _train_phase(
@@ -151,8 +239,9 @@ def _train_phase(
         with session.goodput.doing("saving"):
             checkpoints.save(state, dataclasses.asdict(position))
         session.goodput.commit(step)
-        if session.writer is not None:
-            session.writer.publish()
+        session.clock.saved()
+        session.save_due = False
+        session.publish()
         session.stall.beat()
 
     with contextlib.closing(batches), contextlib.closing(steps):
@@ -162,8 +251,8 @@ def _train_phase(
             session.profile.before(step + 1, state)
             learning_rate = phase.learning_rate_at(position.phase_tokens)
             with session.goodput.doing("steps" if steps.count else "compiling"):
-                # Every host learns from the step's sum of "stop" that one of them has to stop.
-                arrays = batch.arrays | {"stop": session.signal.flags(batch)}
+                # Every host learns from the step's sums whether to stop or to save.
+                arrays = batch.arrays | session.flags(batch)
                 state, metrics = trainer.train_step(
                     state, trainer.to_devices(arrays), np.float32(learning_rate), peak
                 )
@@ -173,7 +262,7 @@ def _train_phase(
             if step % config.eval_every == 0:
                 steps.flush()
                 evaluate()
-            if step % config.checkpoint_every == 0:
+            if step % config.checkpoint_every == 0 or session.save_due:
                 steps.flush()
                 save()
         steps.flush()

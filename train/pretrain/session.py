@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from ..common import flops
 from ..common.hosts import is_first, log
+from ..common.lease import Lease
 from ..common.metrics import MetricsWriter
+from ..common.progress import Progress
 from ..common.watch import Goodput, Profile, Spikes, Stall
 from .checkpoint import Diverged
 from .config import Phase, TrainConfig
@@ -34,21 +36,40 @@ class Session:
         workdir: Any,
         tokenizer: PreTrainedTokenizerFast,
         step: int,
+        lease: Lease | None = None,
     ):
         self.config, self.trainer = config, trainer
-        self.workdir, self.tokenizer = workdir, tokenizer
+        self.workdir, self.tokenizer, self.lease = workdir, tokenizer, lease
         self.writer = MetricsWriter(workdir, step, config.wandb) if is_first() else None
         self.goodput = Goodput(workdir / "goodput.jsonl" if is_first() else None, step)
         self.spikes = Spikes()
         self.stall = Stall(config.stall_minutes)
         self.profile = Profile(config.profile_step, config.profile_steps, str(workdir / "profile"))
         self.signal = StopSignal()
-        self.stopped = False  # whether a process received the stop signal, as all processes know
+        self.clock = SaveClock(config.checkpoint_minutes)
+        # What all processes know to be wanted, because a step has summed their flags.
+        self.stopped = self.save_due = False
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes metrics, on the first process only."""
         if self.writer is not None:
             self.writer.write(kind, step, **values)
+
+    def publish(self) -> None:
+        """Copies the metrics to a workdir in a bucket."""
+        if self.writer is not None:
+            self.writer.publish()
+
+    def flags(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Returns {"stop", "save"}: [A, local, 1], with a positive sum over the batch if wanted.
+
+        The hosts' clocks differ: the first one's decides when to save.
+        """
+        shape = (*batch.arrays["labels"].shape[:2], 1)
+        if self.lease is not None:
+            self.lease.check()
+        wanted = {"stop": self.signal.received, "save": is_first() and self.clock.due()}
+        return {name: np.full(shape, flag, np.int32) for name, flag in wanted.items()}
 
     def close(self) -> None:
         """Ends the monitors and closes the files."""
@@ -60,27 +81,47 @@ class Session:
 
 
 class StopSignal:
-    """Notes SIGTERM (preemption), so that the loop saves a checkpoint and stops."""
+    """Notes SIGTERM (preemption) and Ctrl-C, so that the loop saves a checkpoint and stops.
+
+    A second Ctrl-C leaves at once, as KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
-        self.received = False
-        self._previous = None
+        self.received = self.interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
         try:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
         except ValueError:  # not the main thread, which alone may handle signals
             pass
 
-    def _receive(self, *_) -> None:
+    def _receive(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            if self.received:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            print("saving after this step; Ctrl-C again leaves at once", file=sys.stderr)
         self.received = True
 
-    def flags(self, batch: Batch) -> np.ndarray:
-        """Returns [A, local, 1], with a positive sum over all processes once one received it."""
-        return np.full((*batch.arrays["labels"].shape[:2], 1), self.received, np.int32)
-
     def close(self) -> None:
-        """Restores the previous handler."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Restores the previous handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class SaveClock:
+    """Tells when the next checkpoint is due by the clock; 0 minutes: never."""
+
+    def __init__(self, minutes: float):
+        self.seconds, self._saved = 60.0 * minutes, time.monotonic()
+
+    def due(self) -> bool:
+        """Returns whether `seconds` have passed since the last save."""
+        return 0 < self.seconds <= time.monotonic() - self._saved
+
+    def saved(self) -> None:
+        """Starts again from 0."""
+        self._saved = time.monotonic()
 
 
 class StepLog:
@@ -96,10 +137,9 @@ class StepLog:
         self._pending: tuple[int, dict[str, jax.Array], dict[str, Any], Batch] | None = None
         self._tokens = 0  # since the first step, which compiles
         self._first: dict[str, float] = {}  # goodput's seconds at the end of the first step
-        self.bar = tqdm(
-            total=phase.tokens, initial=tokens, unit=" tok", unit_scale=True, dynamic_ncols=True,
+        self.bar = Progress(
+            total=phase.tokens, initial=tokens, unit=" tok", unit_scale=True,
             desc=f"{phase.name} (mask {phase.mlm_probability:.0%})", disable=not is_first(),
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
         )  # fmt: skip
 
     def add(
@@ -128,6 +168,7 @@ class StepLog:
         with session.goodput.doing("steps"):
             values = {name: float(value) for name, value in metrics.items()}
         session.stopped = values.pop("stop") > 0
+        session.save_due = values.pop("save") > 0
         speeds = self._speeds(batch, values["masked"])
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise Diverged(

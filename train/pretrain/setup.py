@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import tempfile
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.attention import IMPLEMENTATIONS, KERNELS, check, passes
-from modernbert_jax.checkpoint.files import copy_tokenizer, write_text
+from modernbert_jax.checkpoint.files import copy_tokenizer, remove_tree, write_text
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.tokenizer import AutoTokenizer, absent_ids, vocab_size
@@ -29,7 +30,7 @@ from ..common.records import read_object
 from ..common.sharding import place
 from ..common.workdir import committed, is_remote, start_folder
 from .config import TrainConfig
-from .corpora import Corpora, open_corpora, train_tokenizer, with_corpora
+from .corpora import check_corpora, train_tokenizer, with_corpora
 from .masking import Masking
 from .step import Trainer, TrainState
 
@@ -39,31 +40,20 @@ if TYPE_CHECKING:
 # What may change when a run is resumed: where it runs and how a step is split changes no example
 # and, apart from rounding, no loss.
 _FREE = {
-    "workdir", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "fill_mask",
-    "mesh", "round_batch", "hosts", "gradient_accumulation_steps", "scan_layers", "remat",
-    "loss_chunk", "attention", "fused_local_layers", "stall_minutes", "profile_step",
-    "profile_steps", "wandb",
+    "workdir", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes",
+    "keep_checkpoints", "fill_mask", "mesh", "round_batch", "hosts", "gradient_accumulation_steps",
+    "scan_layers", "remat", "loss_chunk", "attention", "fused_local_layers", "stall_minutes",
+    "profile_step", "profile_steps", "wandb",
 }  # fmt: skip
+# What a start that got no further than its data leaves in a workdir.
+_DERIVED = ("tokenizer", "tokens", "synthetic")
 
 
-def prepare(config: TrainConfig) -> tuple[Any, PreTrainedTokenizerFast, list[Corpora]]:
-    """Returns (workdir, tokenizer, each phase's corpora), made by the first call for a workdir."""
-    workdir = _open_workdir(config)
-    config = with_corpora(config, workdir)
-    tokenizer = _tokenizer(config, workdir)
-    for number, sentence in enumerate(config.fill_mask, start=1):
-        if str(tokenizer.mask_token) not in sentence:
-            raise ValueError(
-                f"fill_mask: expected {tokenizer.mask_token} in each sentence, sentence {number} "
-                "has none"
-            )
-    return workdir, tokenizer, open_corpora(config, workdir)
+def open_workdir(config: TrainConfig) -> Any:
+    """Creates the workdir, a local path or one in a bucket (gs://...), and returns it.
 
-
-def _open_workdir(config: TrainConfig) -> Any:
-    """Creates the workdir, a local path or one in a bucket (gs://...), and its run.json.
-
-    Raises OSError if it cannot be written, ValueError if it belongs to another run.
+    Writes nothing that outlives the call but the folder. Raises OSError if it cannot be written,
+    ValueError if it holds checkpoints of another configuration.
     """
     remote = is_remote(config.workdir)
     workdir: Any = epath.Path(config.workdir) if remote else pathlib.Path(config.workdir).absolute()
@@ -77,32 +67,84 @@ def _open_workdir(config: TrainConfig) -> Any:
             f"workdir {workdir}: cannot be written ({error.strerror or error}); choose another "
             "--workdir"
         ) from None
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    record = workdir / "run.json"
-    if record.exists():
-        found = read_object(record, remedy="delete it and pass the flags that the run had")
-        if prng := found.pop("prng", None):
-            log(
-                f"prng: the run began with {prng}, an option that is gone; dropout draws other "
-                "random numbers from here on"
+    return workdir
+
+
+def prepare(config: TrainConfig, workdir: Any) -> PreTrainedTokenizerFast:
+    """Returns the run's tokenizer, made by the first call for a workdir, which writes run.json.
+
+    Raises ValueError or FileNotFoundError, before anything is written, if the workdir has
+    checkpoints of another configuration or a corpus does not exist.
+    """
+    previous = _previous(config, workdir)
+    check_corpora(config)
+    if is_first():
+        _record(config, workdir, previous)
+    tokenizer = _tokenizer(with_corpora(config, workdir), workdir)
+    for number, sentence in enumerate(config.fill_mask, start=1):
+        if str(tokenizer.mask_token) not in sentence:
+            raise ValueError(
+                f"fill_mask: expected {tokenizer.mask_token} in each sentence, sentence {number} "
+                "has none"
             )
-        for name in sorted((set(wanted) | set(found)) - _FREE):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"workdir {workdir} belongs to a run with another configuration: {name} "
-                    f"{_difference(found.get(name), wanted.get(name))}; choose another --workdir, "
-                    "or pass the old value to resume"
-                )
-        if isinstance(found.get("mesh"), dict):
-            found["mesh"].setdefault("sequence", 1)  # the record of an older run
+    return tokenizer
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _previous(config: TrainConfig, workdir: Any) -> dict[str, Any] | None:
+    """Returns run.json of an earlier start; None without one.
+
+    Raises ValueError if it is another configuration whose checkpoints would be resumed.
+    """
+    record = workdir / "run.json"
+    if not record.exists():
+        if committed(workdir):
+            log(f"workdir {workdir}: no run.json; its run is resumed with the flags as given")
+        return None
+    found = read_object(record, remedy="delete it and pass the flags that the run had")
+    if prng := found.pop("prng", None):
+        log(
+            f"prng: the run began with {prng}, an option that is gone; dropout draws other "
+            "random numbers from here on"
+        )
+    if isinstance(found.get("mesh"), dict):
+        found["mesh"].setdefault("sequence", 1)  # the record of an older run
+    wanted = _as_json(config)
+    if committed(workdir):
+        for name in _changed(found, wanted):
+            raise ValueError(
+                f"workdir {workdir} belongs to a run with another configuration: {name} "
+                f"{_difference(found.get(name), wanted.get(name))}; choose another --workdir, "
+                "or pass the old value to resume"
+            )
         for name in ("mesh", "gradient_accumulation_steps"):
             if wanted[name] != found.get(name):
                 log(f"{name}: {_difference(found.get(name), wanted[name])}")
-    elif committed(workdir):
-        log(f"workdir {workdir}: no run.json; its run is resumed with the flags as given")
-    if is_first():
-        write_text(record, json.dumps(wanted, indent=2) + "\n")
-    return workdir
+    return found
+
+
+def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the fields that differ and may not when a run is resumed."""
+    names = sorted((set(wanted) | set(found)) - _FREE)
+    return [name for name in names if wanted.get(name) != found.get(name)]
+
+
+def _record(config: TrainConfig, workdir: Any, previous: dict[str, Any] | None) -> None:
+    """Writes run.json. A workdir without a checkpoint starts anew if its flags have changed."""
+    wanted = _as_json(config)
+    if not committed(workdir) and (changed := _changed(previous or {}, wanted)):
+        if previous is not None:
+            log(
+                f"workdir {workdir}: no checkpoint yet, so that the run starts anew with other "
+                f"flags ({', '.join(changed)})"
+            )
+        for name in _DERIVED:
+            if (workdir / name).exists():
+                remove_tree(workdir / name)
+    write_text(workdir / "run.json", json.dumps(wanted, indent=2) + "\n")
 
 
 def settle_attention(
@@ -161,9 +203,7 @@ def _tokenizer(config: TrainConfig, workdir: Any) -> PreTrainedTokenizerFast:
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         if config.tokenizer or config.init_from:
-            tokenizer = AutoTokenizer.from_pretrained(
-                config.tokenizer or start_folder(config.init_from)
-            )
+            tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config))
         else:
             tokenizer = train_tokenizer(config, workdir)
         with tempfile.TemporaryDirectory() as made:
@@ -188,13 +228,36 @@ def _tokenizer(config: TrainConfig, workdir: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def model_config_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> ModernBertConfig:
-    """Returns the model that is trained: init_from's architecture, the run's dtypes and dropout."""
+# Fields of the model that hold for a run although its weights come from a checkpoint.
+_OF_THE_RUN = (
+    "dtype", "param_dtype", "residual_dtype", "embedding_dropout", "attention_dropout",
+    "attention_out_dropout", "mlp_dropout",
+)  # fmt: skip
+# Those that change how far a checkpoint sees, for context extension.
+_CONTEXT = ("global_rope_theta", "local_rope_theta", "max_position_embeddings")
+
+
+def model_config_of(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, model_flags: Collection[str] = ()
+) -> ModernBertConfig:
+    """Returns the model that is trained: init_from's architecture, the run's dtypes and dropout.
+
+    model_flags: the fields of config.model that were set by hand. Raises ValueError for one that
+    the checkpoint decides otherwise.
+    """
     model = config.model
     if config.init_from:
         start = ModernBertConfig.from_json(start_folder(config.init_from) / "config.json")
-        ours = ("dtype", "param_dtype", "residual_dtype", "attention_out_dropout")
-        model = start.replace(**{name: getattr(model, name) for name in ours})
+        for name in model_flags:
+            ours, theirs = getattr(model, name), getattr(start, name)
+            if name not in (*_OF_THE_RUN, *_CONTEXT) and ours != theirs:
+                flag = f"--model.{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag}: the checkpoint {config.init_from} has {theirs}, got {ours}; leave "
+                    f"{flag} out, or train a new model without --init-from"
+                )
+        taken = {*_OF_THE_RUN, *set(_CONTEXT).intersection(model_flags)}
+        model = start.replace(**{name: getattr(model, name) for name in taken})
         if config.global_rope_theta:
             model = model.replace(global_rope_theta=config.global_rope_theta)
         if config.sequence_length > model.max_position_embeddings:
@@ -215,6 +278,36 @@ def model_config_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> 
         eos_token_id=tokenizer.sep_token_id,
         sep_token_id=tokenizer.sep_token_id,
     )
+
+
+def _tokenizer_source(config: TrainConfig) -> Any:
+    """Returns --tokenizer, or else the folder of --init-from.
+
+    Raises FileNotFoundError if the checkpoint has none.
+    """
+    if config.tokenizer:
+        return config.tokenizer
+    folder = start_folder(config.init_from)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(
+            f"init_from {config.init_from}: expected a tokenizer.json beside the weights, found "
+            "none; pass --tokenizer answerdotai/ModernBERT-base, or the folder of the checkpoint's "
+            "own tokenizer"
+        )
+    return folder
+
+
+def within_positions(config: TrainConfig) -> TrainConfig:
+    """Returns the configuration with sequences that the checkpoint's positions allow.
+
+    Only with fit_to_corpus; tokens per step stay the same.
+    """
+    if not (config.fit_to_corpus and config.init_from):
+        return config
+    start = ModernBertConfig.from_json(start_folder(config.init_from) / "config.json")
+    length = min(config.sequence_length, start.max_position_embeddings)
+    sequences = config.global_batch_size * config.sequence_length // length
+    return dataclasses.replace(config, sequence_length=length, global_batch_size=sequences)
 
 
 def masking_of(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, rate: float) -> Masking:

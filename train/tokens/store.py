@@ -11,15 +11,14 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import sys
 from typing import Any, Protocol
 
 import numpy as np
 from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (a compiled module)
 )
-from tqdm import tqdm
 
+from ..common.progress import Progress
 from ..common.records import read_object
 from .mds import MdsShards
 
@@ -176,9 +175,9 @@ def _split_by_hash(
     if kept and kept.is_file():
         is_eval = np.load(kept)
     else:
-        bar = tqdm(
+        bar = Progress(
             shards.in_order(), desc=f"split {shards.folder.name}", unit=" chunks",
-            total=len(shards.lengths), disable=not sys.stderr.isatty(),
+            total=len(shards.lengths),
         )  # fmt: skip
         is_eval = np.fromiter((_unit_hash(ids) < fraction for ids in bar), bool)
         if kept:

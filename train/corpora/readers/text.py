@@ -1,4 +1,4 @@
-"""Read documents from .txt, .jsonl, .csv and .tsv files, each also as .gz.
+"""Read documents from .txt, .jsonl, .csv, .tsv (each also as .gz) and .parquet files.
 
 A .txt file is one document. In the other formats each record is one, and a column holds its text:
 see `read_documents`. Errors name the file and the line or record, and never show text, which may be
@@ -6,6 +6,7 @@ clinical.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -14,15 +15,18 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow.lib import ArrowException
+from pyarrow.parquet import ParquetFile
+
 from ...common.names import listed
 from ..source import files_below, name_of
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 # The usual names of the text column, in order of preference; case is ignored.
 TEXT_COLUMNS = (
     "text",
@@ -55,7 +59,8 @@ NOT_TEXT = "save it as UTF-8 text, or move it out of the corpus"
 class Document:
     """A text and its origin: "path in the corpus:record", with records numbered from 1.
 
-    The record number is the line in a .jsonl file, and the row below the header in .csv and .tsv.
+    The record number is the line in a .jsonl file, the row below the header in .csv and .tsv, and
+    the row in .parquet.
     """
 
     id: str
@@ -106,7 +111,7 @@ def find_files(
 
 
 def _find(path: Path) -> list[TextFile]:
-    known = ", ".join(SUFFIXES) + " (and each with .gz)"
+    known = ", ".join(SUFFIXES) + " (all but the last also with .gz)"
     if path.is_file():
         suffix = _suffix(path)
         if suffix is None:
@@ -125,8 +130,16 @@ def _find(path: Path) -> list[TextFile]:
 
 
 def _suffix(path: Path) -> str | None:
-    name = path.name.lower().removesuffix(".gz")
+    name = path.name.lower()
+    name = name if name.endswith(".parquet.gz") else name.removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def not_read(path: Path, read: Collection[Path]) -> str:
+    """Counts the files below a folder that are not among those read: "3 .docx, 1 .pdf"."""
+    others = (file for file in files_below(path) if file not in read) if path.is_dir() else ()
+    counts = Counter(file.suffix.lower() or "without a suffix" for file in others)
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
 
 def _with_columns(sources: list[TextFile], text_column: str | None) -> list[TextFile]:
@@ -156,6 +169,10 @@ def _with_columns(sources: list[TextFile], text_column: str | None) -> list[Text
 
 def _find_column(source: TextFile, wanted: tuple[str, ...]) -> tuple[str | None, list[str] | None]:
     """The first wanted column, and the columns of the first record; None if there are none."""
+    if source.suffix == ".parquet":
+        with _parquet(source.path) as file:
+            columns = file.schema_arrow.names
+        return find_column(columns, wanted), columns
     if source.suffix != ".jsonl":
         _, columns = next(read_rows(source.path, _delimiter(source)), (0, None))
         return None if columns is None else find_column(columns, wanted), columns
@@ -189,6 +206,7 @@ def read_file(file: TextFile) -> Iterator[tuple[int, str]]:
         ".jsonl": _read_jsonl,
         ".csv": _read_table,
         ".tsv": _read_table,
+        ".parquet": _read_parquet,
     }
     return readers[file.suffix](file)
 
@@ -210,13 +228,41 @@ def _read_txt(source: TextFile) -> Iterator[tuple[int, str]]:
 
 def _read_jsonl(source: TextFile) -> Iterator[tuple[int, str]]:
     for number, record in read_objects(source.path):
-        text = record.get(source.column)
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"{source.path}, line {number}: {source.column!r} must be a string, "
-                f"got {type(text).__name__}"
-            )
-        yield number, text or ""
+        yield number, _string(record.get(source.column), source, f"line {number}")
+
+
+def _read_parquet(source: TextFile) -> Iterator[tuple[int, str]]:
+    for number, record in enumerate(parquet_rows(source.path, [source.column]), start=1):
+        yield number, _string(record[source.column], source, f"row {number}")
+
+
+def _string(value: Any, source: TextFile, place: str) -> str:
+    """A text; null is an empty one. Raises ValueError for other types."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(
+            f"{source.path}, {place}: {source.column!r} must be a string, got "
+            f"{type(value).__name__}"
+        )
+    return value or ""
+
+
+def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a .parquet file with these columns (by default all), a few at a time.
+
+    Raises ValueError for a file that is no complete Parquet file.
+    """
+    with _parquet(path) as file:
+        for batch in file.iter_batches(1024, columns=columns):
+            yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[ParquetFile]:
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (ArrowException, UnicodeDecodeError):  # their messages may quote data
+        raise ValueError(f"{path}: expected a complete Parquet file; get it again") from None
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -115,9 +115,9 @@ def decontaminate(
 
     Args:
         corpus: an output of `prepare`, or a folder or file of text; tokens alone need a tokenizer.
-        task: the test set: a file or folder of .txt, .jsonl, .csv or .tsv.
+        task: the test set: a file or folder of .txt, .jsonl, .csv, .tsv or .parquet.
         task_column: its text column; empty: text, notes, note, ...
-        text_column: text column of the corpus, if it is .jsonl, .csv or .tsv.
+        text_column: text column of the corpus, if it is a table or .jsonl.
         tokenizer: folder or hub id, for a token folder without its text.
         out: file for the report: a line of JSON for each document found, with ids and counts.
         words: number of words in a span.

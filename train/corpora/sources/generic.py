@@ -1,6 +1,7 @@
 """Local files of text, jsonl and csv, and anything that `datasets` reads.
 
-    text         a file or folder of .txt (one document), .jsonl, .csv and .tsv, also as .gz
+    text         a file or folder of .txt (one document), .jsonl, .csv, .tsv (all also as .gz) and
+                 .parquet
     jsonl        .jsonl only
     csv          .csv and .tsv only
     huggingface  a data set as a clone of its repository or from `save_to_disk`, a folder or file of
@@ -29,6 +30,7 @@ from ..readers.text import (
     TEXT_COLUMNS,
     find_column,
     find_files,
+    not_read,
     parse_object,
     read_file,
 )
@@ -66,6 +68,12 @@ class FilesSource(Source):
         if not files:
             raise ValueError(f"{root}: expected files of {', '.join(self.suffixes)} with text")
         return [file.path for file in files]
+
+    def remark(self, root: pathlib.Path) -> str:
+        """Counts the files that are not read."""
+        parts = set(self.parts(root))
+        others = not_read(root, parts)
+        return f"{self.name}: {len(parts)} files are read; left out: {others}" if others else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from modernbert_jax import ModernBertModel
 from modernbert_jax.checkpoint.files import write_text
@@ -25,6 +23,7 @@ from modernbert_jax.tokenizer import AutoTokenizer, check_ids, max_tokens
 
 from ...common.card import NOT_FOR_CARE, start_facts, versions
 from ...common.optimizer import adamw
+from ...common.progress import Progress
 from ...common.workdir import start_folder
 from .config import RetrievalConfig
 from .data import read_judged, read_records
@@ -84,7 +83,7 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
 
     update = jax.jit(apply, donate_argnums=(0, 1))
     before, losses, started = score(), [], time.perf_counter()
-    bar = tqdm(total=steps, desc="retrieval", unit=" steps", disable=not sys.stderr.isatty())
+    bar = Progress(total=steps, desc="retrieval", unit=" steps")
     for epoch in range(config.epochs):
         order = np.random.default_rng((config.seed, epoch)).permutation(len(pairs))
         for first in range(0, len(order) - batch + 1, batch):

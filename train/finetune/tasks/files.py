@@ -24,20 +24,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pyarrow.lib import ArrowException
-from pyarrow.parquet import ParquetFile
 
 from ...common.names import listed, shown_columns
 from ...corpora.readers.text import (
     TEXT_COLUMNS,
     find_column,
+    parquet_rows,
     read_lines,
     read_objects,
     read_rows,
 )
 from ...corpora.source import files_below
 from .brat import WORDS, documents, in_order, tag
-from .task import Data, Example, Task, hf_split, make_data, three_ways
+from .task import USUAL, Columns, Data, Example, Task, hf_split, make_data, three_ways
 
 SPLITS = {
     "train": ("train", "training"),
@@ -120,10 +119,10 @@ def token_data(
 # Your own files.
 
 
-def load_classification(path: pathlib.Path) -> Data:
+def load_classification(path: pathlib.Path, columns: Columns = USUAL) -> Data:
     """One label per example; see the module."""
     skipped: Counter[str] = Counter()
-    splits = read_splits(path, TABLES, lambda file: _classified(file, skipped))
+    splits = read_splits(path, TABLES, lambda file: _classified(file, skipped, columns))
     labels = _sorted({name for split in splits for _, name in split})
     ids = {label: i for i, label in enumerate(labels)}
     examples = (
@@ -133,17 +132,17 @@ def load_classification(path: pathlib.Path) -> Data:
     return make_data(labels, examples, skipped, path)
 
 
-def load_multilabel(path: pathlib.Path) -> Data:
+def load_multilabel(path: pathlib.Path, columns: Columns = USUAL) -> Data:
     """Any number of labels per example; see the module."""
     skipped: Counter[str] = Counter()
-    splits = read_splits(path, TABLES, lambda file: _labelled(file, skipped))
+    splits = read_splits(path, TABLES, lambda file: _labelled(file, skipped, columns))
     flags = [names for split in splits for _, names in split if isinstance(names, dict)]
     if flags and len(flags) < sum(map(len, splits)):
         raise ValueError(f"{path}: expected a column {' or '.join(LABEL)} in each file, or in none")
     # Without a label column: the columns that hold 0 or 1 in every record.
-    columns = sorted({name for names in flags for name in names})
-    common = {name for name in columns if all(names.get(name) is not None for names in flags)}
-    if others := [name for name in columns if name not in common]:
+    named = sorted({name for names in flags for name in names})
+    common = {name for name in named if all(names.get(name) is not None for names in flags)}
+    if others := [name for name in named if name not in common]:
         more = ", ..." * (len(others) > 5)
         listing = ", ".join(shown_columns(others)[:5]) + more
         skipped[f"columns with other values than 0 and 1, so no labels: {listing}"] = len(others)
@@ -283,22 +282,34 @@ def _objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, record in read_objects(path):
             yield f"{path}, line {number}", record
         return
-    try:
-        rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}, row {number}", row
-    except (ArrowException, UnicodeDecodeError):  # their messages may quote data
-        raise ValueError(f"{path}: expected a complete Parquet file; get it again") from None
+    for number, row in enumerate(parquet_rows(path), start=1):
+        yield f"{path}, row {number}", row
 
 
-def _texts(path: pathlib.Path, skipped: Counter[str]) -> Iterator[tuple[str, Example, dict]]:
+def _column(at: str, found: list[str], flag: str, named: str, usual: tuple[str, ...]) -> str | None:
+    """The column that a flag names, or one of the usual names; None without either.
+
+    Raises ValueError if the named one is missing.
+    """
+    column = find_column(found, (named,) if named else usual)
+    if column is None and named:
+        raise ValueError(f"{at}: expected the column of {flag}, {named}; {listed(found)}")
+    return column
+
+
+def _texts(
+    path: pathlib.Path, skipped: Counter[str], columns: Columns
+) -> Iterator[tuple[str, Example, dict]]:
     """(where it is, example without its label, the other fields); skips empty texts."""
     for at, record in _records(path):
-        columns = list(record)
-        first = find_column(columns, FIRST)
-        second = find_column(columns, SECOND)
+        found = list(record)
+        first = _column(at, found, "--text-column", columns.text, FIRST)
+        second = _column(at, found, "--text-pair-column", columns.text_pair, SECOND)
         if first is None:
-            raise ValueError(f"{at}: expected a column {' or '.join(FIRST)}; {listed(columns)}")
+            raise ValueError(
+                f"{at}: expected a column {' or '.join(FIRST)}; {listed(found)}; name it with "
+                "--text-column"
+            )
         text, pair = _text(record.pop(first), at), None
         if second is not None:
             pair = _text(record.pop(second), at)
@@ -314,13 +325,16 @@ def _text(value: Any, at: str) -> str:
     return value or ""
 
 
-def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example, str]]:
+def _classified(
+    path: pathlib.Path, skipped: Counter[str], columns: Columns
+) -> list[tuple[Example, str]]:
     found = []
-    for at, example, record in _texts(path, skipped):
-        column = find_column(list(record), LABEL)
+    for at, example, record in _texts(path, skipped, columns):
+        column = _column(at, list(record), "--label-column", columns.label, LABEL)
         if column is None:
             raise ValueError(
-                f"{at}: expected a column {' or '.join(LABEL)}; {listed(list(record))}"
+                f"{at}: expected a column {' or '.join(LABEL)}; {listed(list(record))}; name it "
+                "with --label-column"
             )
         value = record[column]
         if isinstance(value, list | dict | float):
@@ -335,13 +349,13 @@ def _classified(path: pathlib.Path, skipped: Counter[str]) -> list[tuple[Example
 
 
 def _labelled(
-    path: pathlib.Path, skipped: Counter[str]
+    path: pathlib.Path, skipped: Counter[str], columns: Columns
 ) -> list[tuple[Example, set[str] | dict[str, bool | None]]]:
     """(example, its labels or, of each column, whether it is 1, 0 or neither)."""
     found: list[tuple[Example, set[str] | dict[str, bool | None]]] = []
     ones = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
-    for at, example, record in _texts(path, skipped):
-        column = find_column(list(record), LABEL)
+    for at, example, record in _texts(path, skipped, columns):
+        column = _column(at, list(record), "--label-column", columns.label, LABEL)
         if column is None:
             flags = {k: ones.get(str(v).strip().lower()) for k, v in record.items()}
             found.append((example, flags))
@@ -437,6 +451,9 @@ CLASSIFICATION = Task(
     metric="weighted_f1",
     homepage="",
     load=load_classification,
+    files=f"{' '.join(TABLES)}: columns text, maybe text_pair, and label",
+    example='text,label / "No sign of fracture.",absent',
+    takes_columns=True,
 )
 MULTILABEL = Task(
     name="multilabel",
@@ -445,6 +462,9 @@ MULTILABEL = Task(
     metric="weighted_f1",
     homepage="",
     load=load_multilabel,
+    files=f"{' '.join(TABLES)}: as above with several labels, or a column of 0 and 1 per label",
+    example='text,label / "Cough and fever.",cough|fever',
+    takes_columns=True,
 )
 TOKENS = Task(
     name="tokens",
@@ -453,4 +473,6 @@ TOKENS = Task(
     metric="f1",
     homepage="",
     load=load_tokens,
+    files="a word and its tag per line, a blank line between sentences; .jsonl; or brat's files",
+    example="Fever B-SYMPTOM / since O / Monday B-DATE",
 )

@@ -86,4 +86,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, Any, Any, Any, Any, tupl
         raise ValueError(f"{path}: expected JSON in SQuAD's form (data, paragraphs, qas)") from None
 
 
-TASK = Task("qa", "Extractive questions", "qa", "f1", "", load)
+TASK = Task(
+    "qa", "Extractive questions", "qa", "f1", "", load,
+    files="SQuAD's .json, or .jsonl lines",
+    example='{"question": "Who?", "context": "Mary ran.", "answer": "Mary", "answer_start": 0}',
+)  # fmt: skip

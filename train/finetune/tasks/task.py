@@ -56,12 +56,25 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of your own tables; empty: the usual names, see `files`."""
+
+    text: str = ""
+    text_pair: str = ""
+    label: str = ""
+
+
+USUAL = Columns()
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """How the files of a task are read and how its predictions are scored.
 
     metric: selects the best epoch by its value on validation; `published` has its test scores from
     the literature. load(folder): raises FileNotFoundError that says where to get the files, or
-    ValueError with one line for files in another form.
+    ValueError with one line for files in another form; load(folder, Columns(...)) if takes_columns.
+    files and example: the form of your own files and a row of one, for --help.
     """
 
     name: str
@@ -69,8 +82,11 @@ class Task:
     kind: KIND
     metric: Literal["weighted_f1", "micro_f1", "accuracy", "f1"]
     homepage: str
-    load: Callable[[pathlib.Path], Data]
+    load: Callable[..., Data]
     published: dict[str, float] = dataclasses.field(default_factory=dict)  # see `published`
+    files: str = ""
+    example: str = ""
+    takes_columns: bool = False
 
 
 def hf_split(n: int, test_share: float, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
