@@ -14,7 +14,7 @@ from train.configs._recipe import large
 from train.pretrain.config import Phase, TrainConfig
 
 B = 10**9
-NAMES = [name for name in configs.names() if name not in ("demo", "notebook")]
+NAMES = [name for name in configs.names() if name not in ("demo", "notebook", "continue")]
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
 # Published numbers, not taken from train/configs. For each phase of a run: tokens and epochs of its

@@ -432,7 +432,7 @@ class TestBadInput:
         [
             (["--attention", "flash"], "attention: expected one of reference, xla"),
             (["--wandb", "notes"], "pip install wandb"),
-            (["--mesh.data", "9"], "expected data x fsdp x tensor"),
+            (["--mesh.data", "9"], "expected data x fsdp x sequence x tensor"),
             (["--corpus", "no/such/folder"], "found none"),
         ],
         ids=lambda x: x[0].strip("-") if isinstance(x, list) else "",
