@@ -299,3 +299,27 @@ def test_a_measured_kernel_is_not_run(kernel, monkeypatch):
     kernel(raises)
     monkeypatch.setitem(op.PROVEN, (NAME, "cpu"), op.MEASURED)
     assert check().name == NAME and kernel.calls == 0
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_the_form_that_training_uses_is_checked_too(monkeypatch, tmp_path, rotates):
+    """A kernel that is right by itself but forgets the rotation of a packed call fails."""
+    monkeypatch.setenv("MODERNBERT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(first_use, "LENGTH", 90)
+    monkeypatch.setattr(first_use, "_OUTCOMES", {})
+
+    def turned(x_BLHK, rope):
+        first, second = jnp.split(x_BLHK, 2, axis=-1)
+        z = (first + 1j * second) * (rope[0] + 1j * rope[1])[:, :, None]
+        return jnp.concatenate([z.real, z.imag], axis=-1).astype(x_BLHK.dtype)
+
+    def kernel(q, k, v, bounds, *, scale, rope=None):
+        if k is None:
+            q, k, v = (q[:, :, :, i].reshape(*q.shape[:2], -1, q.shape[-1]) for i in range(3))
+        if rope is not None and rotates:
+            q, k = turned(q, rope), turned(k, rope)
+        return right(q, k, v, bounds, scale=scale)
+
+    outcome = first_use.examine(NAME, kernel, jax.devices()[0], "float32", 8, per_block=4)
+    assert outcome.passed is rotates
+    assert first_use.examine(NAME, kernel, jax.devices()[0], "float32", 8).passed

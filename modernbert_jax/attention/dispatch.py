@@ -158,7 +158,8 @@ def passes(
         return True
     outcome = first_use.remembered(name, device, dtype, head_dim)
     if outcome is None:
-        outcome = first_use.examine(name, _function(name), device, dtype, head_dim)
+        per_block = _kernels(name).heads_in_a_block(head_dim) if name == "pallas_tpu" else 0
+        outcome = first_use.examine(name, _function(name), device, dtype, head_dim, per_block)
         if not outcome.passed:
             warnings.warn(
                 f"{name}: failed its check on {device.device_kind} ({outcome.reason}); it is not "

@@ -26,6 +26,7 @@ import numpy as np
 
 from modernbert_jax.attention import reference
 from modernbert_jax.attention.bounds import Bounds, make_bounds
+from modernbert_jax.attention.rope import Rope, apply_rope, rope_tables
 from modernbert_jax.cache import cache_folder
 
 # Relative to the reference's largest value; allows for rounding of inputs and products.
@@ -78,14 +79,18 @@ def both_passes(attention: Callable[..., Any], bounds: Bounds) -> Callable[..., 
     return jax.jit(run)
 
 
-def error_of(attention: Callable[..., Any], *arrays: Any) -> float:
+def error_of(
+    attention: Callable[..., Any],
+    *arrays: Any,
+    reference: Callable[..., Any] = reference.attention,
+) -> float:
     """Returns the largest error of out, dq, dk and dv, relative to the reference's largest value.
 
     arrays: of `case`. The reference computes in float32. NaN if a result has a NaN.
     """
     *inputs, bounds = arrays
     got = both_passes(attention, bounds)(*inputs)
-    want = both_passes(reference.attention, bounds)(*(x.astype(jnp.float32) for x in inputs))
+    want = both_passes(reference, bounds)(*(x.astype(jnp.float32) for x in inputs))
     errors = [
         float(jnp.max(jnp.abs(g.astype(jnp.float32) - w)) / jnp.max(jnp.abs(w)))
         for g, w in zip(got, want, strict=True)
@@ -93,19 +98,55 @@ def error_of(attention: Callable[..., Any], *arrays: Any) -> float:
     return float(np.max(errors))
 
 
+def packed(attention: Callable[..., Any], per_block: int, rope: Rope) -> Callable[..., Any]:
+    """Returns `attention` called as layers do: q, k and v in one array, rotated by the kernel."""
+
+    def run(q, k, v, bounds, *, scale):
+        B, L, H, K = q.shape
+        qkv_BLTGJK = jnp.stack([q, k, v], axis=2).reshape(B, L, 3, H // per_block, per_block, K)
+        qkv_BLGTJK = jnp.swapaxes(qkv_BLTGJK, 2, 3)
+        out = attention(qkv_BLGTJK, None, None, bounds, scale=scale, rope=rope)
+        return out.reshape(q.shape)
+
+    return run
+
+
+def rotated(rope: Rope) -> Callable[..., Any]:
+    """Returns the reference for q and k that are rotated first."""
+
+    def run(q, k, v, bounds, *, scale):
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return reference.attention(q, k, v, bounds, scale=scale)
+
+    return run
+
+
 def examine(
-    name: str, attention: Callable[..., Any], device: Any, dtype: str, head_dim: int
+    name: str,
+    attention: Callable[..., Any],
+    device: Any,
+    dtype: str,
+    head_dim: int,
+    per_block: int = 0,
 ) -> Outcome:
     """Runs the check of the kernel `name` on `device` now, and remembers and returns its outcome.
 
-    A record on disk that it has begun is found by the next process if this one crashes or hangs.
+    per_block: if not 0, the kernel also takes so many heads in one block of q, k and v together,
+    and rotates them; this form, which training uses, is then checked too. A record on disk that the
+    check has begun is found by the next process if this one crashes or hangs.
     """
     facts = _facts(name, device, dtype, head_dim)
     _write(facts, {"started": [time.time(), socket.gethostname(), os.getpid()]})
-    of = functools.partial(case, 2, LENGTH, dtype=dtype, heads=_HEADS, head_dim=head_dim)
+    heads = max(_HEADS, per_block)
+    of = functools.partial(case, 2, LENGTH, dtype=dtype, heads=heads, head_dim=head_dim)
     try:
         with jax.default_device(device):
-            error = float(np.max([error_of(attention, *of(window)) for window in WINDOWS]))
+            errors = [error_of(attention, *of(window)) for window in WINDOWS]
+            if per_block:
+                rope = rope_tables(jnp.arange(LENGTH)[None], head_dim, 10_000.0)
+                trained = packed(attention, per_block, rope)
+                errors += [error_of(trained, *of(w), reference=rotated(rope)) for w in WINDOWS]
+            error = float(np.max(errors))
     except Exception as failure:  # whatever a compiler or a driver raises
         first = str(failure).strip().split("\n")[0][:200]
         outcome = Outcome(False, f"{type(failure).__name__}: {first}")
