@@ -16,8 +16,8 @@ def recipe(model: ModernBertConfig, weight_decay: float, **fields: Any) -> Train
     (0.9, 0.98) and eps 1e-6, without weight decay on norms and biases; evaluation masks 15 % of the
     tokens. eval_fraction, remat and scan_layers are our choices: the recipes publish no validation
     split, and rematerialization saves memory. save_attention does not run the attention kernel
-    twice, for 13 MB per sequence of 8192 tokens and layer of the base model; with the micro-batches
-    of the recipes it takes 2 GB of a v5e more than `layers`. save_dots_and_attention needs fewer
+    twice, for 13 MB per sequence of 8192 tokens and layer of the base model; with six sequences per
+    device the step of base takes 12.5 of a v5e's 15.8 GiB. save_dots_and_attention needs fewer
     sequences per device; `python -m train plan --search` finds how many.
     Source: the training configurations of AnswerDotAI/ModernBERT (branch
     pretraining_documentation) and arXiv 2412.13663, table 3.
