@@ -19,7 +19,7 @@ from modernbert_jax.checkpoint.files import write_text
 
 RENEW_SECONDS = 10.0
 # How long a lease of another host is watched. Its own clock may be wrong, so that only a change
-# tells whether it is alive; a file system on a network may show a change some seconds late.
+# shows whether it is alive; a file system on a network may show a change some seconds late.
 WATCH_SECONDS = 35.0
 _FILE = "lease.json"
 

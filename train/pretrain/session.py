@@ -110,7 +110,7 @@ class StopSignal:
 
 
 class SaveClock:
-    """Tells when the next checkpoint is due by the clock; 0 minutes: never."""
+    """Reports when the next checkpoint is due by the clock; 0 minutes: never."""
 
     def __init__(self, minutes: float):
         self.seconds, self._saved = 60.0 * minutes, time.monotonic()
