@@ -30,6 +30,7 @@ from ..common.hosts import (
     code_digest,
     connect,
     first_then_others,
+    from_first,
     is_first,
     log,
 )
@@ -82,10 +83,22 @@ def run(config: TrainConfig, recipe: str = "", model_flags: Collection[str] = ()
     check_wandb(config.wandb)
     workdir = open_workdir(config)
     check_shared(workdir)
-    lease = Lease(workdir, log) if is_first() else None
+    lease = _lease(workdir)
     with contextlib.closing(lease) if lease else contextlib.nullcontext():
-        barrier("lease")
         return _run(config, recipe, model_flags, mesh, workdir, lease)
+
+
+def _lease(workdir: Any) -> Lease | None:
+    """Takes the workdir on the first process; raises ValueError on all if another run has it."""
+    lease = refusal = None
+    if is_first():
+        try:
+            lease = Lease(workdir, log)
+        except ValueError as error:
+            refusal = error
+    if from_first(int(refusal is not None)):
+        raise refusal or ValueError(f"workdir {workdir}: another run is using it")
+    return lease
 
 
 def _run(
