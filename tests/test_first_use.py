@@ -64,7 +64,8 @@ def kernel(monkeypatch, tmp_path):
             install.calls += 1
             return function(*arrays, scale=scale)
 
-        monkeypatch.setattr(dispatch, "_function", lambda n: counted if n == NAME else own(n))
+        rotated = functools.partial(dispatch._rotated, counted)
+        monkeypatch.setattr(dispatch, "_function", lambda n: rotated if n == NAME else own(n))
 
     install.calls = 0
     install.forget = first_use._OUTCOMES.clear
