@@ -115,7 +115,7 @@ def test_from_notes_to_a_model(checkpoint, notes, tmp_path, capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert "text: 4 files are read; left out: 1 .pdf" in err
     assert "phase adapt: " in out and "peak learning rate 0.0001" in out
-    assert " steps; checkpoints take up to " in out
+    assert " steps; checkpoints need up to " in out
     result = json.loads((workdir / "result.json").read_text())
     assert [p["phase"] for p in result["phases"]] == ["adapt", "decay"]
     for phase in result["phases"]:

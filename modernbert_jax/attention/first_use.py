@@ -131,7 +131,7 @@ def examine(
 ) -> Outcome:
     """Runs the check of the kernel `name` on `device` now, and remembers and returns its outcome.
 
-    per_block: if not 0, the kernel also takes so many heads in one block of q, k and v together,
+    per_block: if not 0, the number of heads of one block in which the kernel also takes q, k and v,
     and rotates them; this form, which training uses, is then checked too. A record on disk that the
     check has begun is found by the next process if this one crashes or hangs.
     """

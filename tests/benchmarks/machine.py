@@ -1,4 +1,4 @@
-"""The CPU at hand, for the records of benchmarks: ratios differ from one CPU to the next."""
+"""This machine's CPU, for the records of benchmarks: ratios differ from one CPU to the next."""
 
 import os
 import pathlib

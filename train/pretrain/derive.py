@@ -78,7 +78,7 @@ def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
 
 
 def _rescaled(phase: Any, tokens: int) -> Any:
-    """Returns a phase of so many tokens; warm-up and decay keep their share of it."""
+    """Returns a phase with this budget in tokens; warm-up and decay keep their share of it."""
     names = ("warmup_tokens", "decay_tokens", "batch_size_warmup_tokens")
     scaled = {name: getattr(phase, name) * tokens // phase.tokens for name in names}
     return dataclasses.replace(phase, tokens=tokens, **scaled)

@@ -143,7 +143,7 @@ def _run(
         f"{parameters:,} parameters on {describe(mesh)}; a step has {config.global_batch_size} "
         f"sequences of {config.sequence_length} tokens ({step_tokens:,}) in "
         f"{config.gradient_accumulation_steps} micro-batches; about {steps:,} steps; "
-        f"checkpoints take up to {12 * parameters * (config.keep_checkpoints + 1) / 2**30:.1f} GiB"
+        f"checkpoints need up to {12 * parameters * (config.keep_checkpoints + 1) / 2**30:.1f} GiB"
     )
     train = [joined([store["train"] for store in stores.values()]) for stores in corpora]
     masking = masking_of(config, tokenizer, config.eval_mlm_probability)
