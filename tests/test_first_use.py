@@ -14,6 +14,7 @@ from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertModel, attention as op
 from modernbert_jax.attention import dispatch, first_use, reference
+from modernbert_jax.attention.rope import rotated
 from train.common.sharding import make_mesh
 from train.pretrain.config import TrainConfig
 from train.pretrain.setup import settle_attention
@@ -64,8 +65,8 @@ def kernel(monkeypatch, tmp_path):
             install.calls += 1
             return function(*arrays, scale=scale)
 
-        rotated = functools.partial(dispatch._rotated, counted)
-        monkeypatch.setattr(dispatch, "_function", lambda n: rotated if n == NAME else own(n))
+        turning = functools.partial(rotated, counted)
+        monkeypatch.setattr(dispatch, "_function", lambda n: turning if n == NAME else own(n))
 
     install.calls = 0
     install.forget = first_use._OUTCOMES.clear

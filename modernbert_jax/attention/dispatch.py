@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from modernbert_jax.attention import cudnn, first_use, reference, xla
 from modernbert_jax.attention.bounds import Bounds
-from modernbert_jax.attention.rope import Rope, apply_rope
+from modernbert_jax.attention.rope import Rope, rotated
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_hopper", "pallas_triton", "cudnn")
 KERNELS = IMPLEMENTATIONS[2:5]  # ours; on each device the first that can run is the fastest
@@ -375,12 +375,4 @@ def _function(name: str) -> Callable[..., jax.Array]:
         # It rotates q and k itself.
         return functools.partial(_with_all_queries, _kernels(name).attention)
     own = {"reference": reference.attention, "xla": xla.attention, "cudnn": cudnn.attention}
-    return functools.partial(_rotated, own[name] if name in own else _kernels(name).attention)
-
-
-def _rotated(
-    run, q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope: Rope | None = None
-):
-    if rope is not None:
-        q_BLHK, k_BMHK = apply_rope(q_BLHK, rope), apply_rope(k_BMHK, rope)
-    return run(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)
+    return functools.partial(rotated, own[name] if name in own else _kernels(name).attention)

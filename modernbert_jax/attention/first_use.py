@@ -26,7 +26,7 @@ import numpy as np
 
 from modernbert_jax.attention import reference
 from modernbert_jax.attention.bounds import Bounds, make_bounds
-from modernbert_jax.attention.rope import Rope, apply_rope, rope_tables
+from modernbert_jax.attention.rope import Rope, rope_tables, rotated
 from modernbert_jax.cache import cache_folder
 
 # Relative to the reference's largest value; allows for rounding of inputs and products.
@@ -111,16 +111,6 @@ def packed(attention: Callable[..., Any], per_block: int, rope: Rope) -> Callabl
     return run
 
 
-def rotated(rope: Rope) -> Callable[..., Any]:
-    """Returns the reference for q and k that are rotated first."""
-
-    def run(q, k, v, bounds, *, scale):
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        return reference.attention(q, k, v, bounds, scale=scale)
-
-    return run
-
-
 def examine(
     name: str,
     attention: Callable[..., Any],
@@ -145,7 +135,8 @@ def examine(
             if per_block:
                 rope = rope_tables(jnp.arange(LENGTH)[None], head_dim, 10_000.0)
                 trained = packed(attention, per_block, rope)
-                errors += [error_of(trained, *of(w), reference=rotated(rope)) for w in WINDOWS]
+                outside = functools.partial(rotated, reference.attention, rope=rope)
+                errors += [error_of(trained, *of(w), reference=outside) for w in WINDOWS]
             error = float(np.max(errors))
     except Exception as failure:  # whatever a compiler or a driver raises
         first = str(failure).strip().split("\n")[0][:200]

@@ -1,7 +1,11 @@
 """Rotary position embeddings: the tables, and the rotation of q and k."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from modernbert_jax.attention.bounds import Bounds
 
 Rope = tuple[jax.Array, jax.Array]  # cos and sin from `rope_tables`
 
@@ -32,3 +36,19 @@ def apply_rope(x_BLHK: jax.Array, tables: Rope) -> jax.Array:
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BLHK.dtype)
+
+
+def rotated(
+    attention: Callable[..., jax.Array],
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    bounds: Bounds,
+    *,
+    scale: float,
+    rope: Rope | None = None,
+) -> jax.Array:
+    """Calls an attention function that does not rotate with q and k rotated by `rope`."""
+    if rope is not None:
+        q_BLHK, k_BMHK = apply_rope(q_BLHK, rope), apply_rope(k_BMHK, rope)
+    return attention(q_BLHK, k_BMHK, v_BMHK, bounds, scale=scale)

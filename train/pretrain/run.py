@@ -112,14 +112,15 @@ def _run(
     config = first_then_others("checkpoint", lambda: within_positions(config))
     tokenizer = first_then_others("prepare", lambda: prepare(config, workdir))
     model_config = model_config_of(config, tokenizer, model_flags)
-    # Refuses a mesh that does not divide the model before hours of tokenization.
+    # A mesh that does not divide the model, or a kernel that fails, is refused before hours of
+    # tokenization.
     param_shardings(param_shapes(ModernBertForMaskedLM, model_config), mesh)
+    config = settle_attention(config, model_config, mesh, workdir)
     corpora = first_then_others("corpora", lambda: open_corpora(config, workdir))
     given, config = config, _derived(config, model_config, corpora, mesh)
     for line in changes(given, config):
         log(line)
     config.validate()
-    config = settle_attention(config, model_config, mesh, workdir)
     trainer = Trainer(config, model_config, mesh)
     stores = [(n, s["train"], s["eval"]) for part in corpora for n, s in part.items()]
     agree(
