@@ -30,6 +30,7 @@ from train.finetune.tasks import task_named
 from train.finetune.tasks.task import with_shown_labels
 from train.pretrain import setup
 from train.pretrain.config import Phase, TrainConfig
+from train.pretrain.corpora import open_corpora
 from train.tokens.store import open_store
 
 MARK = "Zzyqname Qvornak"
@@ -253,12 +254,14 @@ def test_pretraining_shows_no_text_of_a_note(tmp_path, seen):
         phases=(Phase("one", tokens=100),), eval_fraction=0.1, workdir=str(tmp_path / "run"),
     )  # fmt: skip
     with seen():
-        _, tokenizer, _ = setup.prepare(config)
-        assert len(tokenizer) < 500
+        workdir = setup.open_workdir(config)
+        assert len(setup.prepare(config, workdir)) < 500
+        open_corpora(config, workdir)
     seen.check(tmp_path / "run")
     (corpus / "x.csv").write_bytes(CONTENTS["no header"])
     with seen():
-        setup.prepare(config)
+        setup.prepare(config, workdir)
+        open_corpora(config, workdir)
     seen.check(tmp_path / "run")
 
 

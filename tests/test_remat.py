@@ -1,5 +1,6 @@
 """What each rematerialization policy computes again, counted in the program of the gradient."""
 
+import functools
 import re
 import typing
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from modernbert_jax import ModernBertConfig
 from modernbert_jax.attention import xla
+from modernbert_jax.attention.rope import rotated
 from modernbert_jax.attention.vjp import with_vjp
 from modernbert_jax.model import ModernBertModel
 from train.pretrain.config import TrainConfig
@@ -24,7 +26,7 @@ def kernel(q, k, v, bounds, scale):
     return xla.forward(q, k, v, bounds, scale)
 
 
-attention = with_vjp(jax.jit(kernel, static_argnums=4), xla.backward)
+attention = functools.partial(rotated, with_vjp(jax.jit(kernel, static_argnums=4), xla.backward))
 
 
 def gradient(remat, scan):
@@ -48,9 +50,9 @@ def counts(remat):
     patterns = {
         "kernel": r"call @kernel(_\d+)?\(",
         "Wqkv": r"dot_general .* = \[2\] x \[0\].*-> tensor<2x32x3x4x32xf32>",
-        "attn.Wo": r"dot_general .* = \[2, 3\] x \[0, 1\].*-> tensor<2x32x128xf32>",
+        "attn.Wo": r"dot_general .* = \[2\] x \[0\].*tensor<128x128xf32>\) -> tensor<2x32x128xf32>",
         "Wi": r"dot_general .* = \[2\] x \[0\].*-> tensor<2x32x2x192xf32>",
-        "mlp.Wo": r"dot_general .* = \[2\] x \[0\].*-> tensor<2x32x128xf32>",
+        "mlp.Wo": r"dot_general .* = \[2\] x \[0\].*tensor<192x128xf32>\) -> tensor<2x32x128xf32>",
     }
     return {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
 
