@@ -28,6 +28,7 @@ from modernbert_jax.model import (
 )
 from modernbert_jax.precision import einsum
 
+POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 _HEAD_KEY = 1_000_000  # the number of the head's dropout key, beyond those of any layer
 
 
@@ -190,28 +191,52 @@ def check_num_segments(num_segments: Any, segment_ids: Array | None) -> None:
 
 
 def pool(
-    hidden_states: Array, segment_ids: Array, num_segments: int = 1, pooling: str = "mean"
+    hidden_states: Array,
+    segment_ids: Array,
+    num_segments: int = 1,
+    pooling: str = "mean",
+    *,
+    skip: int = 0,
 ) -> jax.Array:
-    """Pools each segment into one float32 vector, hidden_BSD: its first token or its mean.
+    """Pools each segment into one float32 vector, hidden_BSD.
 
     hidden_states: [B, L, D]. segment_ids: [B, L]. num_segments: S; segment s (counted from 1, as in
-    segment_ids) is at index s - 1, and is 0 if the row has no such segment. pooling: "cls" or
-    "mean". Raises ValueError if segment_ids has larger ids than S; in a jax array, whose values are
-    not read, those segments are left out.
+    segment_ids) is at index s - 1, and is 0 if the row has no such segment. pooling: "mean", "cls"
+    (the first token), "lasttoken", "max", "mean_sqrt_len_tokens" (the sum divided by the root of
+    the length) or "weightedmean" (token n of a segment has the weight n). skip: leaves out the
+    first tokens of each segment, such as a prompt; they keep their weights. Raises ValueError for
+    another pooling and if segment_ids has larger ids than S; in a jax array, whose values are not
+    read, those segments are left out.
     """
     check_num_segments(num_segments, segment_ids)
-    s_1S1 = jnp.arange(1, num_segments + 1)[None, :, None]
-    member_BSL = jnp.asarray(segment_ids)[:, None, :] == s_1S1
-    if pooling == "cls":
-        first_BS = jnp.argmax(member_BSL, axis=-1)
-        picked_BSD = jnp.take_along_axis(jnp.asarray(hidden_states), first_BS[..., None], axis=1)
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: expected {', '.join(POOLINGS)}, got {pooling!r}")
+    segment_ids = jnp.asarray(segment_ids)
+    member_BSL = segment_ids[:, None, :] == jnp.arange(1, num_segments + 1)[None, :, None]
+    weight_BSL = member_BSL
+    if skip or pooling == "weightedmean":
+        number_BSL = jnp.cumsum(member_BSL, axis=-1) * member_BSL
+        member_BSL = number_BSL > skip
+        weight_BSL = number_BSL * member_BSL if pooling == "weightedmean" else member_BSL
+    if pooling in ("cls", "lasttoken"):
+        at_BS = jnp.argmax(member_BSL, axis=-1)
+        if pooling == "lasttoken":
+            at_BS = member_BSL.shape[-1] - 1 - jnp.argmax(member_BSL[..., ::-1], axis=-1)
+        picked_BSD = jnp.take_along_axis(jnp.asarray(hidden_states), at_BS[..., None], axis=1)
         present_BS1 = jnp.any(member_BSL, axis=-1, keepdims=True)
         return jnp.where(present_BS1, picked_BSD.astype(jnp.float32), 0.0)
-    if pooling != "mean":
-        raise ValueError(f"pooling: expected 'cls' or 'mean', got {pooling!r}")
     hidden_BLD = jnp.asarray(hidden_states, jnp.float32)
-    sum_BSD = einsum("BSL,BLD->BSD", member_BSL.astype(jnp.float32), hidden_BLD)
-    return sum_BSD / jnp.maximum(jnp.sum(member_BSL, axis=-1, keepdims=True), 1)
+    if pooling == "max":
+        ids_BL = jnp.where(jnp.any(member_BSL, axis=1), segment_ids, 0)
+        max_BSD = jax.vmap(lambda x, ids: jax.ops.segment_max(x, ids, num_segments + 1))(
+            hidden_BLD, ids_BL
+        )[:, 1:]
+        return jnp.where(jnp.any(member_BSL, axis=-1, keepdims=True), max_BSD, 0.0)
+    sum_BSD = einsum("BSL,BLD->BSD", weight_BSL.astype(jnp.float32), hidden_BLD)
+    total_BS1 = jnp.maximum(jnp.sum(weight_BSL, axis=-1, keepdims=True), 1)
+    if pooling == "mean_sqrt_len_tokens":
+        total_BS1 = jnp.sqrt(total_BS1.astype(jnp.float32))
+    return sum_BSD / total_BS1
 
 
 class _Classifier(Pretrained, nnx.Module):

@@ -141,6 +141,17 @@ def max_tokens(tokenizer: PreTrainedTokenizerFast, limit: int) -> int:
     return most
 
 
+def lower_case(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes a tokenizer read text in lower case, except special tokens, unless it does already."""
+    from tokenizers import normalizers
+
+    backend: Any = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    steps = list(own) if type(own).__name__ == "Sequence" else [own] if own else []
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Returns one more than the largest id, which exceeds the number of tokens if ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -83,6 +83,15 @@ def parse_json(text: bytes) -> Any:
 
 def read_json(path: Any, limit: int = MAX_JSON) -> dict[str, Any]:
     """Reads the JSON object in a file. Raises ValueError that names the file, OSError."""
+    return _read_json(path, limit, dict, "a JSON object")
+
+
+def read_json_list(path: Any, limit: int = MAX_JSON) -> list[Any]:
+    """Reads the JSON array in a file. Raises as `read_json` does."""
+    return _read_json(path, limit, list, "a JSON array")
+
+
+def _read_json(path: Any, limit: int, kind: type, expected: str) -> Any:
     refuse_pointer(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
@@ -90,8 +99,8 @@ def read_json(path: Any, limit: int = MAX_JSON) -> dict[str, Any]:
         if len(content) > limit:
             raise ValueError(f"expected at most {limit:,} bytes, got more")
         data = parse_json(content)
-        if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object, got {type(data).__name__}")
+        if not isinstance(data, kind):
+            raise ValueError(f"expected {expected}, got {type(data).__name__}")
     except ValueError as error:
         raise ValueError(f"{path}: {printable(error)}") from None
     return data

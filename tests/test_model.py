@@ -235,6 +235,22 @@ class TestPooling:
         cls = mj.pool(self.hidden, self.ids, 4, "cls")[0]
         np.testing.assert_array_equal(cls, [h[1], h[3], h[4], np.zeros(3)])
 
+    def test_other_poolings_without_a_prompt(self):
+        h = self.hidden[0]
+        pooled = {
+            mode: mj.pool(self.hidden, self.ids, 4, mode, skip=1)[0]
+            for mode in ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
+        }
+        want = {
+            "cls": h[5], "lasttoken": h[6], "max": h[5:].max(0), "mean": h[5:].mean(0),
+            "mean_sqrt_len_tokens": h[5:].sum(0) / 2**0.5,
+            "weightedmean": (2 * h[5] + 3 * h[6]) / 5,
+        }  # fmt: skip
+        for mode, got in pooled.items():
+            np.testing.assert_allclose(got[2], want[mode], atol=1e-6)
+            np.testing.assert_allclose(got[0], h[2], atol=1e-6)
+            assert not np.any(got[1]) and not np.any(got[3])  # no token left, and no segment
+
     @pytest.mark.parametrize("pooling", ["cls", "mean"])
     @pytest.mark.parametrize(
         "cls", [mj.ModernBertForSequenceClassification, mj.ModernBertForMultipleChoice]

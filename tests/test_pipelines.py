@@ -461,8 +461,8 @@ class TestEmbedder:
         assert embedder.encode([]).shape == (0, 32)
 
     def test_refusals(self, folder):
-        with pytest.raises(ValueError, match="pooling: expected mean or cls"):
-            Embedder.from_pretrained(folder, pooling="max")
+        with pytest.raises(ValueError, match="pooling: expected cls, max, mean.* got 'sum'"):
+            Embedder.from_pretrained(folder, pooling="sum")
         with pytest.raises(ValueError, match="layer: expected -5 to 4, got 7"):
             Embedder.from_pretrained(folder, layer=7)
         with pytest.raises(TypeError, match="normalize_embeddings: expected batch_tokens and show"):

@@ -32,6 +32,8 @@ def resolve(
 
     try:
         patterns = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, ADAPTER_FILE]
+        # What sentence-transformers adds: its settings, and a numbered folder for each module.
+        patterns += ["modules.json", "*sentence_*.json", "[0-9]*_*.json", "[0-9]*_*.safetensors"]
         return pathlib.Path(
             snapshot_download(text, revision=revision, allow_patterns=patterns, **hub)
         )

@@ -200,6 +200,17 @@ def save(folder: str | os.PathLike[str], model: Any, tokenizer: PreTrainedTokeni
     model.save_pretrained(folder, tokenizer=tokenizer)
 
 
+def check_exported(model: Any) -> None:
+    """Raises ValueError unless `model` is a local folder with exported functions."""
+    local = pathlib.Path(model).expanduser() if isinstance(model, str | os.PathLike) else None
+    if local is None or not (local / FUNCTIONS).is_dir():
+        raise ValueError(
+            "exported: expected a local folder with functions that you exported, got "
+            f"{type(model).__name__ if local is None else model}; write one with "
+            "`modernbert-jax export`"
+        )
+
+
 def load(
     cls: type,
     model: Any,
@@ -217,13 +228,7 @@ def load(
     if compile_cache is not None:
         use_compile_cache(compile_cache)
     if exported:
-        local = pathlib.Path(model).expanduser() if isinstance(model, str | os.PathLike) else None
-        if local is None or not (local / FUNCTIONS).is_dir():
-            raise ValueError(
-                "exported: expected a local folder with functions that you exported, got "
-                f"{type(model).__name__ if local is None else model}; write one with "
-                "`modernbert-jax export`"
-            )
+        check_exported(model)
     folder = None
     if isinstance(model, str | os.PathLike):
         folder = resolve(model, options.get("revision"))

@@ -18,7 +18,7 @@ from modernbert_jax import ModernBertConfig, ModernBertModel
 from modernbert_jax.attention import sharded
 from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import pool
-from modernbert_jax.inference.embedder import unit
+from modernbert_jax.inference.sentence import unit
 from modernbert_jax.packing import fill_rows
 
 from ...common.sharding import DATA, MeshShape, make_mesh

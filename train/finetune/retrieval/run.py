@@ -19,6 +19,7 @@ import optax
 from modernbert_jax import ModernBertModel
 from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.params import flatten, module_of
+from modernbert_jax.inference.sentence import Normalize, Pooling, SentenceModel, write_sentence
 from modernbert_jax.tokenizer import AutoTokenizer, check_ids, max_tokens
 
 from ...common.card import NOT_FOR_CARE, start_facts, versions
@@ -155,24 +156,8 @@ def save(
     facts: of the model card.
     """
     model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
-    parts = [
-        ("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"),
-    ]  # fmt: skip
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(parts)
-    ]
-    pooling = {
-        "word_embedding_dimension": model.config.hidden_size,
-        "pooling_mode_cls_token": config.pooling == "cls",
-        "pooling_mode_mean_tokens": config.pooling == "mean",
-    }
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "2_Normalize").mkdir(exist_ok=True)
-    write_text(folder / "1_Pooling" / "config.json", json.dumps(pooling, indent=2) + "\n")
-    length = {"max_seq_length": config.max_length, "do_lower_case": False}
-    write_text(folder / "sentence_bert_config.json", json.dumps(length, indent=2) + "\n")
-    write_text(folder / "modules.json", json.dumps(modules, indent=2) + "\n")
+    sentence = SentenceModel((Pooling((config.pooling,)), Normalize()))
+    write_sentence(folder, sentence, model.config.hidden_size, config.max_length)
 
 
 def retrieval_facts(
