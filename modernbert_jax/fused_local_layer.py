@@ -112,6 +112,8 @@ class FusedLocalLayers:
     ):
         self.attention, self.mesh, self.interpret = attention, mesh, interpret
         self.rows = (rows,) if isinstance(rows, str) else tuple(rows)
+        if hasattr(attention, "heads_in_a_block"):  # for the global layers, see `packed_heads`
+            self.heads_in_a_block = attention.heads_in_a_block
         for axis, size in {} if mesh is None else dict(mesh.shape).items():
             if size > 1 and axis not in self.rows:
                 raise ValueError(

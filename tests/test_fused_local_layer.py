@@ -13,7 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from modernbert_jax import ModernBertConfig, ModernBertModel
-from modernbert_jax.attention import attention, make_bounds
+from modernbert_jax.attention import (
+    attention,
+    context_parallel,
+    make_bounds,
+    packed_heads,
+    row_major,
+)
 from modernbert_jax.attention.rope import rope_tables
 from modernbert_jax.fused_local_layer import FusedLocalLayers, refusal
 from modernbert_jax.layers import EncoderLayer
@@ -149,6 +155,24 @@ def test_refuses_a_mesh_that_splits_more_than_rows():
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     with pytest.raises(ValueError, match="splits rows only .*, got tensor=2"):
         FusedLocalLayers(REFERENCE, mesh, "data")
+
+
+@pytest.mark.parametrize("wrap", [FusedLocalLayers, lambda a: context_parallel(a, "sequence")])
+def test_wrappers_keep_the_layouts_of_a_kernel_for_tpus(wrap):
+    """XLA would otherwise copy what the global layers' kernels read."""
+
+    def kernel(*args, **kwargs):
+        raise AssertionError("not called")
+
+    def pins(attention):
+        program = jax.jit(lambda x: row_major(attention, x)).lower(jnp.zeros((2, 8, 4)))
+        return "LayoutConstraint" in program.as_text()
+
+    assert not pins(wrap(kernel))
+    kernel.heads_in_a_block = lambda q, bounds: 2
+    assert pins(wrap(kernel))
+    packed = packed_heads(wrap(kernel), jnp.zeros((2, 8, 4, 64)), None)
+    assert packed == (2 if wrap is FusedLocalLayers else 0)
 
 
 def test_the_trainer_passes_it_on():

@@ -73,7 +73,9 @@ def with_vjp(forward: Forward, backward: Backward) -> Attention:
 
     def save(q, k, v, bounds, rope, scale):
         out, lse = forward(q, k, v, bounds, scale, *rope)
-        out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
+        # Saved as [B, L, H * K], because arrays whose last axis is K fill half of a TPU's lanes.
+        out_BLP = checkpoint_name(out.reshape(*out.shape[:2], -1), OUT)
+        out, lse = out_BLP.reshape(out.shape), checkpoint_name(lse, LSE)
         return out, (q, k, v, out, lse, bounds, rope)
 
     def pull(scale, saved, d_out):
