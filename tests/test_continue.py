@@ -5,7 +5,9 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import re
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,6 +17,7 @@ from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, pipeline
 from train import cli, configs
 from train.common.metrics import read_metrics
 from train.corpora.synthetic import synthetic_notes
+from train.pretrain import export
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.derive import changes, derived
 from train.pretrain.export import before_and_after
@@ -37,7 +40,7 @@ def checkpoint(tmp_path_factory, small_tokenizer):
 def notes(tmp_path_factory):
     """A folder of notes in four formats, and a file that is not read."""
     folder = tmp_path_factory.mktemp("notes")
-    texts = [note.text if hasattr(note, "text") else str(note) for note in synthetic_notes(80, 5)]
+    texts = list(synthetic_notes(80, 5))
     (folder / "one.txt").write_text(texts[0])
     with gzip.open(folder / "two.csv.gz", "wt", newline="") as file:
         csv.writer(file).writerows([["id", "note"], *([i, t] for i, t in enumerate(texts[1:20]))])
@@ -115,7 +118,15 @@ def test_from_notes_to_a_model(checkpoint, notes, tmp_path, capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert "text: 4 files are read; left out: 1 .pdf" in err
     assert "phase adapt: " in out and "peak learning rate 0.0001" in out
-    assert " steps; checkpoints need up to " in out
+    for part in ("80 documents of 80 records", "a step has 8 sequences of ", "plan: ", "adapt: "):
+        assert part in out
+    assert re.search(r"in total [\d,]+ tokens, about \d+ steps; checkpoints need up to ", out)
+    # Once, and after ten steps that were timed.
+    (line,) = re.findall(r"about \d+ s of training remain: ([\d,]+) tokens at [\d,]+ tokens/s", out)
+    rest = {m["step"]: m["total_tokens"] for m in read_metrics(workdir) if m["kind"] == "train"}
+    record = json.loads((workdir / "run.json").read_text())
+    total = sum(phase["tokens"] for phase in record["derived"]["phases"])
+    assert int(line.replace(",", "")) == total - rest[11]
     result = json.loads((workdir / "result.json").read_text())
     assert [p["phase"] for p in result["phases"]] == ["adapt", "decay"]
     for phase in result["phases"]:
@@ -128,8 +139,12 @@ def test_from_notes_to_a_model(checkpoint, notes, tmp_path, capsys, monkeypatch)
     assert result["general"]["before"]["loss"] != result["general"]["loss"]
     for line in before_and_after(result):
         assert line in out
-    epochs = json.loads((workdir / "run.json").read_text())["epochs"]
-    assert epochs == 2.0
+    assert (workdir / "before_after.png").read_bytes().startswith(b"\x89PNG")
+    assert str(workdir / "before_after.png") in out
+    card = (workdir / "export" / "README.md").read_text()
+    before = result["phases"][0]["before"]["accuracy"]
+    assert f"| {result['phases'][0]['accuracy']:.1%} | {before:.1%} |" in card
+    assert record["epochs"] == 2.0
     answers = pipeline("fill-mask", workdir / "export")("the patient has [MASK] fever")
     assert len(answers) == 5
     # Again: nothing to do, the same table.
@@ -154,3 +169,28 @@ def test_recipes_take_the_tokenizer_of_their_checkpoint():
         config = configs.load(name)
         assert not (config.init_from and config.tokenizer), name
     assert pathlib.Path(configs.__file__).with_name("continue.py").exists()
+
+
+def test_the_bars_are_the_scores(tmp_path, monkeypatch):
+    """Two corpora and a general text: each bar has the length of its score."""
+    seen = []
+    monkeypatch.setattr(export, "save_figure", lambda figure, path: seen.append((figure, path)))
+    part = {"accuracy": 0.25, "loss": 1.0, "a/accuracy": 0.3, "a/loss": 0.5, "b/accuracy": 0.2,
+            "b/loss": 2.0}  # fmt: skip
+    after = {key: value / 2 for key, value in part.items()}
+    general = {"before": {"accuracy": 0.5, "loss": 0.0}, "accuracy": 0.4, "loss": 0.1}
+    phase = {"phase": "one", **after, "before": part, "unigram_accuracy": 0.1}
+    export.plot_before_and_after(tmp_path, {"phases": [phase], "general": general})
+    (figure, path) = seen.pop()
+    assert path == tmp_path / "before_after.png"
+    accuracy, perplexity = figure.axes
+    assert [t.get_text() for t in accuracy.get_yticklabels()] == [
+        "one", "one a", "one b", "general text",
+    ]  # fmt: skip
+    widths = [bar.get_width() for bar in accuracy.patches]
+    np.testing.assert_allclose(widths, [25, 30, 20, 50, 12.5, 15, 10, 40])
+    widths = [bar.get_width() for bar in perplexity.patches]
+    want = np.exp([1.0, 0.5, 2.0, 0.0, 0.5, 0.25, 1.0, 0.1])
+    np.testing.assert_allclose(widths, want)
+    del phase["before"]
+    assert export.plot_before_and_after(tmp_path, {"phases": [phase]}) is None and not seen

@@ -6,7 +6,7 @@ import pytest
 
 from train.common import progress
 from train.common.parallel import run_all
-from train.common.progress import Progress
+from train.common.progress import Progress, duration
 
 
 @pytest.fixture
@@ -38,3 +38,12 @@ def test_run_all_counts_items(quick, capsys):
     run_all(lambda item: time.sleep(0.1), [1, 2, 3], "tokenize")
     seen = capsys.readouterr().err
     assert "tokenize" in seen and "/3 " in seen
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.2, "1 s"), (100, "100 s"), (130, "2 min"), (3_599, "60 min"), (12_000, "3 h 20 min"),
+     (86_399, "24 h 0 min"), (90_000, "1 d 1 h")],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert duration(seconds) == text

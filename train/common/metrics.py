@@ -174,7 +174,11 @@ def plot(workdir: Any, baselines: dict[str, float]) -> Any:
         previous = line
     axes[0].set_ylabel("nats per masked token")
     axes[1].legend(fontsize=8)
-    path = workdir / "curves.png"
+    return save_figure(figure, workdir / "curves.png")
+
+
+def save_figure(figure: Any, path: Any) -> Any:
+    """Writes a figure of matplotlib as PNG, also to a bucket, and returns the path."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
     write_bytes(path, picture.getvalue())

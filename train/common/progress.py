@@ -51,3 +51,13 @@ class Progress(tqdm):
         """Prints the last state."""
         self._end.set()
         super().close()
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words, in its two largest units: "3 h 20 min"."""
+    total = max(1, round(seconds))
+    for unit, size, part, parts in (("d", 86_400, "h", 24), ("h", 3_600, "min", 60)):
+        if total >= size:
+            rounded = round(total / size * parts)
+            return f"{rounded // parts} {unit} {rounded % parts} {part}"
+    return f"{round(total / 60)} min" if total >= 120 else f"{total} s"

@@ -136,6 +136,8 @@ def _evaluation(phases: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "loss, nats": f"{scores[f'{prefix}loss']:.3f}",
                 "accuracy": f"{scores[f'{prefix}accuracy']:.1%}",
             }
+            if before := scores.get("before"):
+                row["accuracy before"] = f"{before[f'{prefix}accuracy']:.1%}"
             if not prefix:
                 row["unigram accuracy"] = f"{scores['unigram_accuracy']:.1%}"
             rows.append(row)

@@ -11,6 +11,7 @@ commit, so that a crash could leave a committed checkpoint that `from_pretrained
 cannot read.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -34,6 +35,7 @@ from ..common.hosts import from_first, is_first
 from ..common.optimizer import StableAdamWState
 from ..common.workdir import committed, is_checkpoint_name
 from .data import Position
+from .extend import Past, kept
 from .step import Trainer, TrainState
 
 # No ModernBERT comes near these root mean squares of one array; a run that has exploded passes
@@ -66,12 +68,13 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_is_news)
         self._saving: Future[None] | None = None
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, state: TrainState, position: dict[str, Any], past: Past | None = None) -> None:
         """Copies the state off the devices and writes it in the background.
 
-        Waits for the previous save. Once a checkpoint is committed, all but the newest `keep` are
-        removed. Raises Diverged, and writes and removes nothing, if a weight or a moment is not
-        finite or far too large; OSError, here or at the next call, if it cannot be written.
+        past: what its last step was. Waits for the previous save. Once a checkpoint is committed,
+        all but the newest `keep` and those for larger budgets are removed. Raises Diverged, and
+        writes and removes nothing, if a weight or a moment is not finite or far too large; OSError,
+        here or at the next call, if it cannot be written.
         """
         self.wait()
         step = int(state.optimizer.step)
@@ -89,6 +92,7 @@ class Checkpoints:
             return _sealed(
                 {
                     "position": position,
+                    **({"past": dataclasses.asdict(past)} if past else {}),
                     "fingerprints": marks,
                     "files": _sizes(folder),
                     "config_sha256": _digest(_config_values(self.trainer.model_config)),
@@ -112,11 +116,19 @@ class Checkpoints:
             finish()
             if is_first():
                 _check_files(folder)  # before an older one is removed
-                for old in committed(self.workdir)[: -self.keep]:
-                    (old / CONFIG_FILE).unlink()  # no longer committed
-                    remove_tree(old)
+                for old in self._outdated():
+                    _remove(old)
 
         self._saving = self._thread.submit(commit)
+
+    def _outdated(self) -> list[Any]:
+        every = committed(self.workdir)
+        older = every[: -self.keep]
+        if not older:
+            return []
+        pasts = {folder.name: past for folder in every if (past := past_of(folder))}
+        wanted = kept(pasts, self.trainer.config.phases)
+        return [folder for folder in older if folder.name not in wanted]
 
     def wait(self) -> None:
         """Returns once nothing is being written. Raises OSError if the last save failed."""
@@ -142,6 +154,22 @@ class Checkpoints:
     def close(self) -> None:
         """Lets a save in progress end, whether it succeeds or not."""
         self._thread.shutdown()
+
+    def newest(self, suits: Callable[[Past], bool]) -> tuple[Any, Past] | None:
+        """Returns the newest checkpoint whose past suits, with it; None without one."""
+        for folder in reversed(committed(self.workdir)):
+            if (past := past_of(folder)) and suits(past):
+                with contextlib.suppress(Damaged):
+                    _check_files(folder)
+                    return folder, past
+        return None
+
+    def discard_after(self, folder: Any) -> int:
+        """Removes all checkpoints that are newer than one, and returns the newest one's step."""
+        newer = [path for path in committed(self.workdir) if int(path.name) > int(folder.name)]
+        for path in reversed(newer):
+            _remove(path)
+        return int((newer or [folder])[-1].name)
 
     def restore(self) -> tuple[TrainState, dict[str, Any], Any] | None:
         """Returns (state, position, folder) of the newest intact checkpoint; None without one.
@@ -256,6 +284,19 @@ def _sealed(data: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def past_of(folder: Any) -> Past | None:
+    """Returns what the last step of a checkpoint was; None if that is unknown."""
+    try:
+        return Past.from_json(_read_state(folder)["past"])
+    except (Damaged, KeyError, TypeError):
+        return None
+
+
+def _remove(folder: Any) -> None:
+    (folder / CONFIG_FILE).unlink()  # no longer committed
+    remove_tree(folder)
 
 
 def _read_state(folder: Any) -> dict[str, Any]:

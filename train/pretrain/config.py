@@ -108,6 +108,9 @@ class TrainConfig:
     """Column or key of the text in tables and .jsonl; empty tries text, notes, note, ..."""
     tokenizer: str = ""
     """Folder or hub id; empty uses the one of --init-from, or trains a byte-level BPE."""
+    extend: bool = False
+    """Continue the run in --workdir with further phases at its end, or with a larger budget: then
+    from the last checkpoint before the decay. Without it, such a change is refused."""
     init_from: str = ""
     """Checkpoint to start from: HF or Orbax folder, a run's workdir, or hub id; empty: random."""
     init_optimizer: bool = False
@@ -324,8 +327,8 @@ class TrainConfig:
 # What `pretrain --help` shows of each part, the most used first; --help-all shows the rest.
 FREQUENT: dict[type, tuple[str, ...]] = {
     TrainConfig: (
-        "corpus", "workdir", "init_from", "epochs", "tokenizer", "text_column", "general_text",
-        "phases", "sequence_length", "fit_to_corpus",
+        "corpus", "workdir", "init_from", "epochs", "extend", "tokenizer", "text_column",
+        "general_text", "phases", "sequence_length", "fit_to_corpus",
         "global_batch_size", "gradient_accumulation_steps", "mesh", "model", "remat", "attention",
         "eval_every", "checkpoint_every", "checkpoint_minutes", "wandb", "seed",
     ),

@@ -16,7 +16,7 @@ from ..corpora.build.prepare import prepare, prepare_text, read_texts
 from ..corpora.source import files_below
 from ..corpora.sources import find
 from ..corpora.synthetic import write_corpus
-from ..tokens.store import SPLITS, TokenStore, is_store, joined, open_store
+from ..tokens.store import SPLITS, TokenStore, is_store, joined, manifest_of, open_store
 from .config import TrainConfig
 
 Corpora = Mapping[str, Mapping[str, TokenStore]]  # {name: {split: its chunks}}
@@ -98,6 +98,8 @@ def open_corpus(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, Tok
     """Returns the splits of a corpus; text is tokenized on the first call."""
     if is_store(corpus):
         cache = None if is_remote(workdir) else workdir / "tokens"
+        if documents := manifest_of(corpus).get("documents"):
+            log(f"{corpus}: {documents:,} documents")
         return open_store(corpus, config.eval_fraction, cache)
     out = _prepared(workdir, corpus)
     summary = prepare(

@@ -6,12 +6,13 @@ that a run is the same on any hardware.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modernbert_jax import ModernBertConfig
 
 from .config import TrainConfig
+from .extend import begun
 
 FEWEST_STEPS = 300  # below it, a larger batch costs more than it gains
 FEWEST_SEQUENCES, SHORTEST = 8, 128
@@ -34,12 +35,15 @@ def derived(
     longest: int,
     devices: int = 1,
     memory_bytes: int | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Returns a configuration in which every number is set.
 
     tokens: of each phase's training text. longest: tokens of the longest chunk. devices: that split
-    the sequences of a step. memory_bytes: of one of them; None for a CPU.
+    the sequences of a step. memory_bytes: of one of them; None for a CPU. record: run.json of a
+    run that has begun.
     """
+    given = config
     rate = LARGE_RATE if model.hidden_size >= LARGE_WIDTH else BASE_RATE
     phases = [
         dataclasses.replace(phase, learning_rate=phase.learning_rate or rate)
@@ -52,7 +56,9 @@ def derived(
             for phase, count in zip(phases, tokens, strict=True)
         ]
     config = dataclasses.replace(config, phases=tuple(phases))
-    if config.fit_to_corpus:
+    if record is not None:
+        config = begun(config, given, record)
+    elif config.fit_to_corpus:
         config = _fitted(config, sum(phase.tokens for phase in phases), longest)
     if config.gradient_accumulation_steps:
         return config

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modernbert_jax import FillMask, ModernBertForMaskedLM
@@ -14,7 +14,7 @@ from modernbert_jax.checkpoint.files import write_bytes, write_text
 from modernbert_jax.checkpoint.params import module_of
 
 from ..common.hosts import from_first, is_first, log, to_host
-from ..common.metrics import plot, read_metrics
+from ..common.metrics import plot, read_metrics, save_figure
 from ..common.sharding import describe
 from ..tokens.store import TokenStore
 from .card import pretraining_facts
@@ -38,7 +38,7 @@ def finish(
     general: Evaluation | None,
     recipe: str,
 ) -> dict[str, Any]:
-    """Collects each phase's scores, exports the model, draws curves.png; returns result.json."""
+    """Collects each phase's scores, exports the model, draws the figures; returns result.json."""
     config, workdir, tokenizer = session.config, session.workdir, session.tokenizer
     phases = _phases(session, state, train, evaluations)
     general_after = general(state.params) if general else None
@@ -66,6 +66,8 @@ def finish(
     session.writer.publish()
     curves = plot(workdir, {p["phase"]: p["unigram_accuracy"] for p in phases})
     write_text(workdir / "result.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if compared := plot_before_and_after(workdir, result):
+        log(f"before and after: {compared}")
     folder = workdir / "export"
     log(f"curves: {curves}\nmodel in the Hugging Face format: {folder}")
     log(f'  transformers:           AutoModelForMaskedLM.from_pretrained("{folder}")')
@@ -84,6 +86,7 @@ def _phases(
     config, step = session.config, int(state.optimizer.step)
     session.publish()
     lines = [m for m in read_metrics(session.workdir) if m["kind"] == "eval"] if is_first() else []
+    sets = {p.name: tuple(e.batches) for p, e in zip(config.phases, evaluations, strict=True)}
     found = []
     for phase, store, evaluation in zip(config.phases, train, evaluations, strict=True):
         own = [line for line in lines if line["phase"] == phase.name]
@@ -94,8 +97,11 @@ def _phases(
         else:
             scores = _scores(own[-1]) if own else {}
         row = {"phase": phase.name, **scores, "unigram_accuracy": unigram}
-        if own and own[0]["total_tokens"] == 0:
-            row["before"] = _scores(own[0])
+        # A phase that was added later has the score before the run of one with the same sets.
+        starts = [line for line in lines if line["total_tokens"] == 0]
+        before = next((m for m in starts if sets[m["phase"]] == sets[phase.name]), None)
+        if before:
+            row["before"] = _scores(before)
         found.append(row)
     return found
 
@@ -105,25 +111,67 @@ def _scores(line: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in line.items() if k.rpartition("/")[2] in ("loss", "accuracy")}
 
 
-def before_and_after(result: Mapping[str, Any]) -> list[str]:
-    """Returns a table of masked accuracy and perplexity, a line for each set of each phase."""
+def _rows(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None, dict[str, Any]]]:
+    """Yields (label, before, after) of each evaluation set; scores: {"accuracy", "loss"}."""
     rows = [(p["phase"], p.get("before"), p) for p in result["phases"]]
     if "general" in result:
         rows.append(("general text", result["general"]["before"], result["general"]))
-    lines = [f"{'evaluation':<32}{'masked accuracy':>22}{'perplexity':>22}"]
     for name, before, after in rows:
         for key in [k for k in after if k.rpartition("/")[2] == "loss"]:
             prefix = key[: -len("loss")]
-            label = f"{name} {prefix.rstrip('/')}".strip()
-            accuracy = f"{after[prefix + 'accuracy']:.1%}"
-            perplexity = f"{math.exp(min(after[key], 50.0)):.2f}"
-            if before:
-                accuracy = f"{before[prefix + 'accuracy']:.1%} -> {accuracy}"
-                perplexity = f"{math.exp(min(before[key], 50.0)):.2f} -> {perplexity}"
-            lines.append(f"{label:<32}{accuracy:>22}{perplexity:>22}")
-        if "unigram_accuracy" in after:
-            lines.append(f"{name + ', commonest token':<32}{after['unigram_accuracy']:>22.1%}")
+            scores = [
+                {k: one[prefix + k] for k in ("accuracy", "loss")} if one else None
+                for one in (before, after)
+            ]
+            yield f"{name} {prefix.rstrip('/')}".strip(), scores[0], scores[1] or {}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0))
+
+
+def before_and_after(result: Mapping[str, Any]) -> list[str]:
+    """Returns a table of masked accuracy and perplexity, a line for each set of each phase."""
+    lines = [f"{'evaluation':<32}{'masked accuracy':>22}{'perplexity':>22}"]
+    for label, before, after in _rows(result):
+        accuracy = f"{after['accuracy']:.1%}"
+        perplexity = f"{_perplexity(after['loss']):.2f}"
+        if before:
+            accuracy = f"{before['accuracy']:.1%} -> {accuracy}"
+            perplexity = f"{_perplexity(before['loss']):.2f} -> {perplexity}"
+        lines.append(f"{label:<32}{accuracy:>22}{perplexity:>22}")
+    for phase in result["phases"]:
+        label = f"{phase['phase']}, commonest token"
+        lines.append(f"{label:<32}{phase['unigram_accuracy']:>22.1%}")
     return lines
+
+
+def plot_before_and_after(workdir: Any, result: Mapping[str, Any]) -> Any:
+    """Writes WORKDIR/before_after.png, the same as bars, and returns its path.
+
+    A run from random weights has no before: it gets no figure, and None is returned.
+    """
+    rows = [(label, before, after) for label, before, after in _rows(result) if before]
+    if not rows:
+        return None
+    from matplotlib.figure import Figure  # pyplot would change a notebook's settings
+
+    figure = Figure(figsize=(10, 1.2 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, title, value in (
+        (axes[0], "masked accuracy (%)", lambda scores: 100 * scores["accuracy"]),
+        (axes[1], "perplexity", lambda scores: _perplexity(scores["loss"])),
+    ):
+        for offset, column, name, color in ((-0.2, 1, "before", "0.7"), (0.2, 2, "after", "C0")):
+            values = [value(row[column]) for row in rows]
+            places = [index + offset for index in range(len(rows))]
+            bars = axis.barh(places, values, 0.38, label=name, color=color)
+            axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        axis.set(title=title, yticks=range(len(rows)), yticklabels=[row[0] for row in rows])
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8)
+    return save_figure(figure, workdir / "before_after.png")
 
 
 def _export(

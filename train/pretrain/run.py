@@ -3,7 +3,7 @@
 Everything that can be refused is refused before the first step. What a run writes to its workdir:
 
     run.json  attention.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  goodput.jsonl
-    tensorboard/  curves.png  export/  result.json
+    tensorboard/  curves.png  before_after.png  export/  result.json
 
 Every process of a job calls it; the first one writes.
 """
@@ -11,7 +11,7 @@ Every process of a job calls it; the first one writes.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -38,22 +38,25 @@ from ..common.lease import Lease
 from ..common.metrics import check_wandb
 from ..common.sharding import batch_shards, describe, make_mesh, param_shardings
 from ..tokens.store import TokenStore, joined
-from .checkpoint import Checkpoints, Diverged, check_evaluation
-from .config import TrainConfig
+from .checkpoint import Checkpoints, Diverged, check_evaluation, past_of
+from .config import Phase, TrainConfig
 from .corpora import Corpora, open_corpora
 from .data import Batches, Position
 from .derive import changes, derived
 from .evaluate import Evaluation, general_evaluation
 from .export import finish
-from .session import Session, StepLog
+from .extend import Past, count_kept, first_larger, precedes, resumed
+from .session import TIMED_STEPS, Session, StepLog
 from .setup import (
     masking_of,
     model_config_of,
     open_workdir,
     prepare,
+    read_record,
     settle_attention,
     start_state,
     within_positions,
+    write_record,
 )
 from .step import Trainer, TrainState
 
@@ -109,7 +112,9 @@ def _run(
     workdir: Any,
     lease: Lease | None,
 ) -> dict[str, Any]:
-    config = first_then_others("checkpoint", lambda: within_positions(config))
+    flags = first_then_others("checkpoint", lambda: within_positions(config))
+    config = flags
+    record = read_record(workdir)
     tokenizer = first_then_others("prepare", lambda: prepare(config, workdir))
     model_config = model_config_of(config, tokenizer, model_flags)
     # A mesh that does not divide the model, or a kernel that fails, is refused before hours of
@@ -117,10 +122,11 @@ def _run(
     param_shardings(param_shapes(ModernBertForMaskedLM, model_config), mesh)
     config = settle_attention(config, model_config, mesh, workdir)
     corpora = first_then_others("corpora", lambda: open_corpora(config, workdir))
-    given, config = config, _derived(config, model_config, corpora, mesh)
+    given, config = config, _derived(config, model_config, corpora, mesh, record)
     for line in changes(given, config):
         log(line)
     config.validate()
+    train = [joined([store["train"] for store in stores.values()]) for stores in corpora]
     trainer = Trainer(config, model_config, mesh)
     stores = [(n, s["train"], s["eval"]) for part in corpora for n, s in part.items()]
     agree(
@@ -131,22 +137,18 @@ def _run(
         }
     )
     checkpoints = Checkpoints(workdir, trainer, config.keep_checkpoints, log)
+    if config.extend:
+        _extend(config, record, checkpoints, train)
+    if is_first():
+        write_record(workdir, flags, config)
     restored = checkpoints.restore()
     if restored:
-        state, position = restored[0], Position(**restored[1])
+        state, past = restored[0], past_of(restored[2])
+        position = resumed(Position(**restored[1]), past, config.phases)
         log(f"resuming from {restored[2]} (step {int(state.optimizer.step):,})")
     else:
         state, position = start_state(config, trainer), Position()
-    parameters = sum(math.prod(p.shape) for p in trainer.shapes.values())
-    step_tokens = config.global_batch_size * config.sequence_length
-    steps = sum(-(-phase.tokens // step_tokens) for phase in config.phases)
-    log(
-        f"{parameters:,} parameters on {describe(mesh)}; a step has {config.global_batch_size} "
-        f"sequences of {config.sequence_length} tokens ({step_tokens:,}) in "
-        f"{config.gradient_accumulation_steps} micro-batches; about {steps:,} steps; "
-        f"checkpoints need up to {12 * parameters * (config.keep_checkpoints + 1) / 2**30:.1f} GiB"
-    )
-    train = [joined([store["train"] for store in stores.values()]) for stores in corpora]
+    log(_plan(config, trainer))
     masking = masking_of(config, tokenizer, config.eval_mlm_probability)
     evaluations = [
         Evaluation(config, trainer, masking, {name: s["eval"] for name, s in stores.items()})
@@ -181,7 +183,11 @@ def _run(
 
 
 def _derived(
-    config: TrainConfig, model: ModernBertConfig, corpora: Sequence[Corpora], mesh: Mesh
+    config: TrainConfig,
+    model: ModernBertConfig,
+    corpora: Sequence[Corpora],
+    mesh: Mesh,
+    record: Mapping[str, Any] | None,
 ) -> TrainConfig:
     stores = [[store for parts in c.values() for store in parts.values()] for c in corpora]
     lengths = [store.lengths for stores_ in stores for store in stores_ if len(store.lengths)]
@@ -194,7 +200,68 @@ def _derived(
         max(int(x.max()) for x in lengths),
         batch_shards(mesh),
         memory["bytes_limit"] if memory else None,
+        record,
     )
+
+
+def _extend(
+    config: TrainConfig,
+    record: Mapping[str, Any] | None,
+    checkpoints: Checkpoints,
+    train: Sequence[TokenStore],
+) -> None:
+    """Removes the checkpoints that a larger budget makes useless, and logs what is discarded.
+
+    Raises ValueError, before anything is removed, if the run cannot be extended.
+    """
+    if record is None:
+        raise ValueError(
+            "extend: expected run.json with what was derived for the run, found none of it: an "
+            "earlier version began this run; pass its last checkpoint as --init-from instead"
+        )
+    index = first_larger(config.phases, record)
+    if index is None:
+        for phase in config.phases[len(record["derived"]["phases"]) :]:
+            log(f"extend: a further phase, {phase.name}; nothing is discarded")
+        return
+    before = [Phase(**old) for old in record["derived"]["phases"]]
+    found = checkpoints.newest(lambda past: precedes(past, before, index))
+    if from_first(int(found is None)) or found is None:
+        raise ValueError(
+            f"extend: phase {config.phases[index].name} has a larger budget, but no checkpoint "
+            "from before its decay is left; train it in a new --workdir"
+        )
+    folder, past = found
+    name, where = config.phases[past.position.phase].name, past.position.phase
+    if past.position.phase_tokens < config.phases[where].tokens:
+        _on_corpus(past.position, name, train[where])
+    barrier("extend")  # all processes have found it
+    newest = checkpoints.discard_after(folder) if is_first() else 0
+    step, newest = int(folder.name), from_first(newest)
+    log(
+        f"extend: phase {name} starts again from step {step:,}, before the decay; "
+        + (f"steps {step + 1:,} to {newest:,} are discarded" if newest > step else "")
+        + ("nothing is discarded" if newest == step else "")
+    )
+
+
+def _plan(config: TrainConfig, trainer: Trainer) -> str:
+    """Returns what the run will do and need; the corpora have been logged before."""
+    parameters = sum(math.prod(p.shape) for p in trainer.shapes.values())
+    step_tokens = config.global_batch_size * config.sequence_length
+    steps = {phase.name: -(-phase.tokens // step_tokens) for phase in config.phases}
+    count = config.keep_checkpoints + 1 + count_kept(config.phases)
+    lines = [
+        f"plan: {parameters:,} parameters on {describe(trainer.mesh)}",
+        f"a step has {config.global_batch_size} sequences of {config.sequence_length} tokens "
+        f"({step_tokens:,}) in {config.gradient_accumulation_steps} micro-batches",
+        *(f"{p.name}: {p.tokens:,} tokens, about {steps[p.name]:,} steps" for p in config.phases),
+        f"in total {sum(phase.tokens for phase in config.phases):,} tokens, about "
+        f"{sum(steps.values()):,} steps; checkpoints need up to "
+        f"{12 * parameters * count / 2**30:.1f} GiB; the remaining time follows after "
+        f"{TIMED_STEPS} steps",
+    ]
+    return "\n    ".join(lines)
 
 
 def _evaluate_start(
@@ -228,7 +295,8 @@ def _train_phase(
     """Trains until the phase's budget is spent; returns the state and where the next one starts."""
     config, trainer, phase = session.config, session.trainer, session.config.phases[index]
     position = _on_corpus(position, phase.name, store)
-    step = int(state.optimizer.step)
+    step, began = int(state.optimizer.step), position.phase_tokens
+    constant = phase.tokens - phase.decay_tokens
     peak = np.float32(config.optimizer.max_learning_rate or phase.learning_rate)
     batches = Batches(
         store,
@@ -240,7 +308,7 @@ def _train_phase(
         tokens=position.phase_tokens,
         slots=trainer.local_slots(),
     )
-    steps = StepLog(session, phase, position.phase_tokens)
+    steps = StepLog(session, index, position.phase_tokens)
 
     def evaluate() -> None:
         with session.goodput.doing("evaluating"):
@@ -249,9 +317,9 @@ def _train_phase(
         session.write("eval", step, **scores, phase=phase.name, total_tokens=position.total_tokens)
         session.stall.beat()
 
-    def save() -> None:
+    def save(past: Position) -> None:
         with session.goodput.doing("saving"):
-            checkpoints.save(state, dataclasses.asdict(position))
+            checkpoints.save(state, dataclasses.asdict(position), Past(past, began))
         session.goodput.commit(step)
         session.clock.saved()
         session.save_due = False
@@ -270,20 +338,23 @@ def _train_phase(
                 state, metrics = trainer.train_step(
                     state, trainer.to_devices(arrays), np.float32(learning_rate), peak
                 )
+                began = position.phase_tokens
                 step, position = step + 1, position.after(batch)
                 steps.add(step, metrics, batch, position, learning_rate)
             session.stall.beat()
             if step % config.eval_every == 0:
                 steps.flush()
                 evaluate()
-            if step % config.checkpoint_every == 0 or session.save_due:
+            decays = began < constant <= position.phase_tokens < phase.tokens
+            if step % config.checkpoint_every == 0 or session.save_due or decays:
                 steps.flush()
-                save()
+                save(position)
         steps.flush()
+    past = position
     if not session.stopped:
         evaluate()
         position = Position(phase=index + 1, total_tokens=position.total_tokens)
-    save()
+    save(past)
     return state, position
 
 

@@ -15,15 +15,18 @@ from ..common import flops
 from ..common.hosts import is_first, log
 from ..common.lease import Lease
 from ..common.metrics import MetricsWriter
-from ..common.progress import Progress
+from ..common.progress import Progress, duration
 from ..common.watch import Goodput, Profile, Spikes, Stall
 from .checkpoint import Diverged
-from .config import Phase, TrainConfig
+from .config import TrainConfig
 from .data import Batch, Position
 from .step import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+TIMED_STEPS = 10  # after which the remaining time is known well enough
 
 
 class Session:
@@ -49,6 +52,7 @@ class Session:
         self.clock = SaveClock(config.checkpoint_minutes)
         # What all processes know to be wanted, because a step has summed their flags.
         self.stopped = self.save_due = False
+        self.timed = 0  # steps of this start whose time counts
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Writes metrics, on the first process only."""
@@ -128,11 +132,12 @@ class StepLog:
     """Logs the steps of a phase, each once the next one has been dispatched.
 
     The host thus never makes the devices wait: it fetches numbers of a step while the next one
-    runs. tokens: the phase's clock at the start.
+    runs. index: of the phase. tokens: its clock at the start.
     """
 
-    def __init__(self, session: Session, phase: Phase, tokens: int):
-        self.session, self.phase = session, phase
+    def __init__(self, session: Session, index: int, tokens: int):
+        self.session, self.phase = session, session.config.phases[index]
+        phase, self._later = self.phase, sum(p.tokens for p in session.config.phases[index + 1 :])
         self.count = 0  # steps added
         self._pending: tuple[int, dict[str, jax.Array], dict[str, Any], Batch] | None = None
         self._tokens = 0  # since the first step, which compiles
@@ -179,6 +184,7 @@ class StepLog:
             log(spike)
         goodput = session.goodput.share()
         session.write("train", step, **values, **facts, **speeds, goodput=goodput)
+        self._log_remaining(facts["phase_tokens"], speeds["tokens_per_second"])
         self.bar.update(batch.tokens)
         if step % session.config.log_every == 0 or sys.stderr.isatty():
             mfu = f" mfu {speeds['mfu']:.1%}" if "mfu" in speeds else ""
@@ -187,6 +193,16 @@ class StepLog:
                 f"{speeds['tokens_per_second'] / 1e3:.1f}k tok/s{mfu} pad {facts['padding']:.1%} "
                 f"wait {speeds['waiting']:.0%}",
                 refresh=False,
+            )
+
+    def _log_remaining(self, tokens: int, speed: float) -> None:
+        """Logs once the time that the rest of the run will take. tokens: the phase's clock."""
+        self.session.timed += speed > 0  # not the first step, which compiles
+        rest = max(0, self.phase.tokens - tokens) + self._later
+        if speed > 0 and self.session.timed == TIMED_STEPS and rest:
+            log(
+                f"about {duration(rest / speed)} of training remain: {rest:,} tokens at "
+                f"{speed:,.0f} tokens/s"
             )
 
     def _speeds(self, batch: Batch, masked: float) -> dict[str, float]:

@@ -31,6 +31,7 @@ from ..common.sharding import place
 from ..common.workdir import committed, is_remote, start_folder
 from .config import TrainConfig
 from .corpora import check_corpora, train_tokenizer, with_corpora
+from .extend import check_flags, derived_record
 from .masking import Masking
 from .step import Trainer, TrainState
 
@@ -43,7 +44,7 @@ _FREE = {
     "workdir", "log_every", "eval_every", "checkpoint_every", "checkpoint_minutes",
     "keep_checkpoints", "fill_mask", "mesh", "round_batch", "hosts", "gradient_accumulation_steps",
     "scan_layers", "remat", "loss_chunk", "attention", "fused_local_layers", "stall_minutes",
-    "profile_step", "profile_steps", "wandb",
+    "profile_step", "profile_steps", "wandb", "extend", "derived",
 }  # fmt: skip
 # What a start that got no further than its data leaves in a workdir.
 _DERIVED = ("tokenizer", "tokens", "synthetic")
@@ -71,7 +72,7 @@ def open_workdir(config: TrainConfig) -> Any:
 
 
 def prepare(config: TrainConfig, workdir: Any) -> PreTrainedTokenizerFast:
-    """Returns the run's tokenizer, made by the first call for a workdir, which writes run.json.
+    """Returns the run's tokenizer, made by the first call for a workdir, which begins run.json.
 
     Raises ValueError or FileNotFoundError, before anything is written, if the workdir has
     checkpoints of another configuration or a corpus does not exist.
@@ -100,6 +101,11 @@ def _previous(config: TrainConfig, workdir: Any) -> dict[str, Any] | None:
     Raises ValueError if it is another configuration whose checkpoints would be resumed.
     """
     record = workdir / "run.json"
+    if config.extend and not (record.exists() and committed(workdir)):
+        raise ValueError(
+            f"extend: expected a workdir with run.json and checkpoints, {workdir} has none; leave "
+            "--extend out to begin a run"
+        )
     if not record.exists():
         if committed(workdir):
             log(f"workdir {workdir}: no run.json; its run is resumed with the flags as given")
@@ -114,12 +120,18 @@ def _previous(config: TrainConfig, workdir: Any) -> dict[str, Any] | None:
         found["mesh"].setdefault("sequence", 1)  # the record of an older run
     wanted = _as_json(config)
     if committed(workdir):
+        budget = {"epochs", "phases"}
         for name in _changed(found, wanted):
+            if config.extend and name in budget:
+                continue
+            remedy = ", or --extend for a larger budget or further phases" if name in budget else ""
             raise ValueError(
                 f"workdir {workdir} belongs to a run with another configuration: {name} "
                 f"{_difference(found.get(name), wanted.get(name))}; choose another --workdir, "
-                "or pass the old value to resume"
+                f"or pass the old value to resume{remedy}"
             )
+        if config.extend:
+            check_flags(found, wanted)
         for name in ("mesh", "gradient_accumulation_steps"):
             if wanted[name] != found.get(name):
                 log(f"{name}: {_difference(found.get(name), wanted[name])}")
@@ -133,8 +145,13 @@ def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
 
 
 def _record(config: TrainConfig, workdir: Any, previous: dict[str, Any] | None) -> None:
-    """Writes run.json. A workdir without a checkpoint starts anew if its flags have changed."""
+    """Writes run.json unless the run has checkpoints, whose run.json `write_record` replaces.
+
+    A workdir without a checkpoint starts anew if its flags have changed.
+    """
     wanted = _as_json(config)
+    if committed(workdir) and previous is not None:
+        return
     if not committed(workdir) and (changed := _changed(previous or {}, wanted)):
         if previous is not None:
             log(
@@ -145,6 +162,18 @@ def _record(config: TrainConfig, workdir: Any, previous: dict[str, Any] | None) 
             if (workdir / name).exists():
                 remove_tree(workdir / name)
     write_text(workdir / "run.json", json.dumps(wanted, indent=2) + "\n")
+
+
+def read_record(workdir: Any) -> dict[str, Any] | None:
+    """Returns run.json of a run with checkpoints and derived numbers; None without one."""
+    record = read_object(workdir / "run.json") if committed(workdir) else {}
+    return record if "derived" in record else None
+
+
+def write_record(workdir: Any, given: TrainConfig, config: TrainConfig) -> None:
+    """Writes run.json: the flags, and what was derived from them."""
+    record = _as_json(given) | {"derived": derived_record(config)}
+    write_text(workdir / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def settle_attention(
