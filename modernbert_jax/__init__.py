@@ -30,6 +30,7 @@ from modernbert_jax.inference.embedder import Embedder as Embedder
 from modernbert_jax.inference.inspect import capture as capture
 from modernbert_jax.inference.pipelines import (
     FillMask as FillMask,
+    Reranker as Reranker,
     TextClassification as TextClassification,
     TokenClassification as TokenClassification,
     pipeline as pipeline,

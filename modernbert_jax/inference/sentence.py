@@ -47,6 +47,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "Softplus": jax.nn.softplus,
     "Hardtanh": jax.nn.hard_tanh,
 }
+# The settings of the Transformer module that mean what SentenceModel computes.
+_ENCODER = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": TOKENS,
+}
 # The flags of releases before 6, in the order in which those concatenate.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -263,23 +269,30 @@ def read_sentence(folder: pathlib.Path) -> SentenceModel:
     path = folder / MODULES_FILE
     if not path.exists():
         return SentenceModel()
-    entries = read_json_list(path, MAX_MODEL_JSON)
-    modules: list[Module] = []
-    start: dict[str, Any] = {}
-    for number, entry in enumerate(entries):
-        kind, inner = _entry(path, entry)
-        if (number == 0) != (kind == "Transformer"):
-            raise ValueError(
-                f"{path}: expected one Transformer, the first module, got {kind} as module "
-                f"{number + 1}"
-            )
-        if kind == "Transformer":
-            start = {"encoder": inner, **_read_encoder(folder / inner)}
-        elif kind != "Dropout":  # which has no effect outside training
-            modules.append(_READERS[kind](folder / inner))
+    (kind, inner), *entries = read_modules(folder)
+    modules = tuple(_READERS[kind](folder / inner) for kind, inner in entries if kind != "Dropout")
     if not any(isinstance(module, Pooling) for module in modules):
         raise ValueError(f"{path}: expected a Pooling, found none")
-    return SentenceModel(tuple(modules), **start, **_read_settings(folder / SETTINGS_FILE))
+    settings = read_settings(folder / SETTINGS_FILE, "SentenceTransformer")
+    if settings.pop("activation_fn"):
+        raise ValueError(f"{folder / SETTINGS_FILE}: activation_fn is not supported")
+    return SentenceModel(
+        modules, encoder=inner, **settings, **read_encoder(folder / inner, _ENCODER)
+    )
+
+
+def read_modules(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """Returns the (kind, folder) of each module in modules.json, the first a Transformer.
+
+    Raises ValueError for a module that is not supported and for a damaged file.
+    """
+    path = folder / MODULES_FILE
+    entries = [_entry(path, entry) for entry in read_json_list(path, MAX_MODEL_JSON)]
+    kinds = [kind for kind, _ in entries]
+    if kinds[:1] != ["Transformer"] or kinds.count("Transformer") > 1:
+        found = ", ".join(kinds) or "none"
+        raise ValueError(f"{path}: expected one Transformer, the first module, got {found}")
+    return entries
 
 
 def _entry(path: pathlib.Path, entry: Any) -> tuple[str, str]:
@@ -303,8 +316,11 @@ def _entry(path: pathlib.Path, entry: Any) -> tuple[str, str]:
     return kind, inner
 
 
-def _read_encoder(folder: pathlib.Path) -> dict[str, Any]:
-    """Reads the length and the case from the settings of the Transformer module."""
+def read_encoder(folder: pathlib.Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {"max_length", "lower_case"} of the settings of the Transformer module.
+
+    known: the other settings that the caller supports. Raises ValueError for any other.
+    """
     # The name of the architecture was part of it before release 1.
     names = sorted(folder.glob("sentence_*_config.json"))
     path = next(iter(names), folder / ENCODER_FILE)
@@ -316,12 +332,6 @@ def _read_encoder(folder: pathlib.Path) -> dict[str, Any]:
         )
     if not isinstance(lower, bool):
         raise ValueError(f"{path}: do_lower_case: expected true or false, got {shown(lower)}")
-    text = {"method": "forward", "method_output_name": "last_hidden_state"}
-    known = {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"text": text},
-        "module_output_name": TOKENS,
-    }
     for key, value in data.items():
         if key in ("max_seq_length", "do_lower_case", "unpad_inputs"):  # the last changes the speed
             continue
@@ -330,18 +340,24 @@ def _read_encoder(folder: pathlib.Path) -> dict[str, Any]:
     return {"max_length": length, "lower_case": lower}
 
 
-def _read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the prompts and the similarity."""
+def read_settings(path: pathlib.Path, kind: str) -> dict[str, Any]:
+    """Returns {"prompts", "default_prompt_name", "similarity", "activation_fn"} of a model.
+
+    kind: its class in sentence-transformers. Raises ValueError for another class and for values
+    that are not supported.
+    """
     data = read_json(path, MAX_MODEL_JSON) if path.exists() else {}
-    kind = data.get("model_type") or "SentenceTransformer"
-    if kind != "SentenceTransformer":
-        raise ValueError(f"{path}: model_type: expected SentenceTransformer, got {shown(kind)}")
+    found = data.get("model_type") or kind
+    if found != kind:
+        raise ValueError(f"{path}: model_type: expected {kind}, got {shown(found)}")
     prompts = data.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(
         isinstance(prompt, str | None) for prompt in prompts.values()
     ):
         raise ValueError(f"{path}: prompts: expected texts by name, got {shown(prompts)}")
-    prompts = {"query": "", "document": "", **{k: v or "" for k, v in prompts.items()}}
+    prompts = {k: v or "" for k, v in prompts.items()}
+    if kind == "SentenceTransformer":
+        prompts = {"query": "", "document": ""} | prompts
     default = data.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise ValueError(
@@ -354,7 +370,30 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
             f"{path}: similarity_fn_name: expected {', '.join(SIMILARITIES)}, got "
             f"{shown(similarity)}"
         )
-    return {"prompts": prompts, "default_prompt_name": default, "similarity": similarity}
+    return {
+        "prompts": prompts,
+        "default_prompt_name": default,
+        "similarity": similarity,
+        "activation_fn": data.get("activation_fn"),
+    }
+
+
+def resolve_prompt(
+    prompts: Mapping[str, str], default: str | None, prompt: str | None, name: str | None
+) -> str:
+    """Returns the prompt of a call: the given one, the named one, or the default one.
+
+    Raises ValueError for an unknown name, and if a call has both.
+    """
+    if prompt is not None and name is not None:
+        raise ValueError("prompt, prompt_name: expected one of them, got both")
+    if prompt is not None:
+        return prompt
+    name = default if name is None else name
+    if name is not None and name not in prompts:
+        known = ", ".join(prompts) or "none, as the model has no prompts"
+        raise ValueError(f"prompt_name: expected {known}, got {shown(name)}")
+    return "" if name is None else prompts[name]
 
 
 def _read_pooling(folder: pathlib.Path) -> Pooling:
@@ -505,8 +544,8 @@ def write_sentence(
             names = {"weight": "linear.weight", "bias": "linear.bias"}
             tensors = {names.get(k, "residual.weight"): v for k, v in module.weights.items()}
             _write_tensors(root / inner, tensors)
-        _write_json(root / inner / "config.json", config)
-    _write_json(
+        write_json(root / inner / "config.json", config)
+    write_json(
         root / ENCODER_FILE, {"max_seq_length": max_length, "do_lower_case": model.lower_case}
     )
     settings = {
@@ -515,13 +554,13 @@ def write_sentence(
         "default_prompt_name": model.default_prompt_name,
         "similarity_fn_name": model.similarity,
     }
-    _write_json(root / SETTINGS_FILE, settings)
+    write_json(root / SETTINGS_FILE, settings)
     # The names of releases before 6, which the later ones read too.
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(entries)
     ]
-    _write_json(root / MODULES_FILE, modules)
+    write_json(root / MODULES_FILE, modules)
 
 
 def _pooling_config(module: Pooling, width: int) -> dict[str, Any]:
@@ -552,5 +591,6 @@ def _write_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> N
     write_bytes(folder / WEIGHTS_FILE, content)
 
 
-def _write_json(path: pathlib.Path, data: Any) -> None:
+def write_json(path: pathlib.Path, data: Any) -> None:
+    """Writes a file of settings."""
     write_text(path, json.dumps(data, indent=2) + "\n")

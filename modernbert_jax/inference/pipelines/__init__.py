@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from modernbert_jax.inference.export import load
 from modernbert_jax.inference.pipelines.fill_mask import FillMask
 from modernbert_jax.inference.pipelines.text_classification import TextClassification
+from modernbert_jax.inference.pipelines.text_ranking import Reranker
 from modernbert_jax.inference.pipelines.token_classification import TokenClassification
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 TASKS: dict[str, Any] = {
     "fill-mask": FillMask,
     "text-classification": TextClassification,
+    "text-ranking": Reranker,
     "token-classification": TokenClassification,
     "ner": TokenClassification,
 }
@@ -48,9 +50,10 @@ def pipeline(
     ignore_labels: Sequence[str] | None = None,
     **unsupported: Any,
 ) -> Any:
-    """Returns FillMask, TextClassification or TokenClassification, as transformers' `pipeline`.
+    """Returns FillMask, TextClassification, TokenClassification or Reranker, as transformers does.
 
-    task: "fill-mask", "text-classification", "token-classification" or "ner". model: a folder, a
+    task: "fill-mask", "text-classification", "token-classification" or "ner", or "text-ranking",
+    which is sentence-transformers' CrossEncoder. model: a folder, a
     hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
     programs for later processes. exported: use the functions that you have exported into the folder
@@ -83,6 +86,11 @@ def pipeline(
     if top_k != "":  # None is a value: all labels
         options["top_k"] = top_k
     cls = TASKS[task]
+    if cls is Reranker and isinstance(model, str | os.PathLike) and tokenizer is None:
+        if given := [name for name in ("torch_dtype", "param_dtype") if loading.pop(name)]:
+            raise TypeError(f"{', '.join(given)}: expected none for {task}, which takes dtype")
+        cached = {"compile_cache": compile_cache, "exported": exported}
+        return Reranker.from_pretrained(model, **loading, **cached, **options)
     return cls(
         *load(cls.model_class, model, tokenizer, loading, compile_cache, exported), **options
     )
