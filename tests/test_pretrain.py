@@ -108,7 +108,10 @@ class TestRun:
         assert list((workdir / "tensorboard").glob("events*"))
         assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
         checkpoints = sorted(p.name for p in (workdir / "checkpoints").iterdir())
-        assert len(checkpoints) == 2 and checkpoints[-1] == f"{result['steps']:08d}"
+        # The two newest, and the last one before the decay, from which a larger budget starts.
+        one = [m["step"] for m in read_metrics(workdir) if m.get("phase") == "one"]
+        assert len(checkpoints) == 3 and checkpoints[-1] == f"{result['steps']:08d}"
+        assert checkpoints[0] == f"{max(one):08d}"
         newest = workdir / "checkpoints" / checkpoints[-1]
         exported = ModernBertForMaskedLM.from_pretrained(workdir / "export")
         restored = ModernBertForMaskedLM.from_pretrained(newest)
