@@ -110,16 +110,19 @@ def segment_slots(sequence_length: int, texts: int = 1) -> int:
     return max(sequence_length // 16, 2 ** (texts - 1).bit_length())
 
 
-def batch_rows(lengths: Sequence[int], rows: int, batch_tokens: int) -> Iterator[list[list[int]]]:
+def batch_rows(
+    lengths: Sequence[int], rows: int, batch_tokens: int, texts: int | None = None
+) -> Iterator[list[list[int]]]:
     """Yields batches for inference: `rows` lists of text indices each, the longest texts first.
 
     Texts in one row have similar lengths. A row holds at most batch_tokens, or a single longer
-    text. The last batch may have empty rows.
+    text, and at most `texts` texts. The last batch may have empty rows.
     """
     batch: list[list[int]] = [[]]
     filled = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch[-1] and filled + lengths[i] > batch_tokens:
+        full = filled + lengths[i] > batch_tokens or len(batch[-1]) == texts
+        if batch[-1] and full:
             if len(batch) == rows:
                 yield batch
                 batch = []

@@ -465,8 +465,8 @@ class TestEmbedder:
             Embedder.from_pretrained(folder, pooling="sum")
         with pytest.raises(ValueError, match="layer: expected -5 to 4, got 7"):
             Embedder.from_pretrained(folder, layer=7)
-        with pytest.raises(TypeError, match="normalize_embeddings: expected batch_tokens and show"):
-            Embedder.from_pretrained(folder).encode("fever", normalize_embeddings=True)
+        with pytest.raises(TypeError, match="device: not an argument of encode; pass device, mesh"):
+            Embedder.from_pretrained(folder).encode("fever", device="cpu")
 
     def test_sentence_transformers(self, folder, tmp_path):
         sentence_transformers = pytest.importorskip("sentence_transformers")

@@ -27,6 +27,7 @@ from modernbert_jax.inference.export import (
 from modernbert_jax.inference.sentence import (
     SentenceModel,
     read_sentence,
+    resolve_prompt,
     unit,
     write_sentence,
 )
@@ -37,6 +38,7 @@ from modernbert_jax.tokenizer import check_ids, lower_case, max_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 _MODULES = "sentence."  # begins the names of the weights that follow the encoder's
 
 
@@ -103,7 +105,7 @@ class Embedder:
             self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
         layer = self.layer % (layers + 1)
 
-        def embed(params, input_ids_BL, segment_ids_BL, segments: int, skip: int = 0):
+        def embed_tokens(params, input_ids_BL, segment_ids_BL, segments: int, skip: int = 0):
             model = module_of(ModernBertModel, config, params)
             last = layer == layers
             out = model(
@@ -112,11 +114,16 @@ class Embedder:
             )  # fmt: skip
             hidden_BLD = out.last_hidden_state if last else out.hidden_states[layer]
             weights = {key.removeprefix(_MODULES): params[key] for key in own}
-            found = sentence.apply(weights, hidden_BLD, segment_ids_BL, segments, skip)
+            return sentence.apply(weights, hidden_BLD, segment_ids_BL, segments, skip)
+
+        def embed(params, input_ids_BL, segment_ids_BL, segments: int, skip: int = 0):
+            found = embed_tokens(params, input_ids_BL, segment_ids_BL, segments, skip)
             return found["sentence_embedding"]
 
-        name = "-".join(["embed", str(layer), sentence.name])
-        self._embed = Function(name, embed, config, None if mesh else self.folder, (3, 4))
+        name = "-".join([str(layer), sentence.name])
+        folder = None if mesh else self.folder
+        self._embed = Function(f"embed-{name}", embed, config, folder, (3, 4))
+        self._embed_tokens = Function(f"tokens-{name}", embed_tokens, config, folder, (3, 4))
 
     @classmethod
     def from_pretrained(
@@ -167,41 +174,77 @@ class Embedder:
 
     def encode(
         self,
-        texts: str | Iterable[Any],
-        batch_tokens: int | None = None,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
         *,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
         task_metadata: Any = None,
         hf_split: Any = None,
         hf_subset: Any = None,
         prompt_type: Any = None,
-        batch_size: Any = None,
-        precision: Any = None,
         **unsupported: Any,
-    ) -> np.ndarray:
-        """Returns vectors [texts, D], float32, in the order of `texts`; [D] for a single text.
+    ) -> Any:
+        """Returns vectors [texts, E], float32, in the order of `inputs`; [E] for a single text.
 
-        texts: one text, several, or batches {"text": [...]} as mteb passes them. batch_tokens: per
-        packed sequence, of which each device gets one; by default 16,384, on a CPU 512. Sequence
+        inputs: a text, or several. As in sentence-transformers, a text may be {"text": ...}, and a
+        pair of texts in a list is encoded as one. {"text": [...]} is a batch, as mteb passes them.
+        prompt: put before each text (the first of a pair); prompt_name: one of the model's prompts,
+        by default its default prompt. batch_tokens: the most tokens in a packed sequence, of which
+        each device gets one; by default 16,384, on a CPU 512. batch_size: the most texts in one;
+        by default as many as fit. Sequence
         lengths come from a short list, so that few programs are compiled. show_progress_bar: None
-        shows it in a terminal only. mteb also passes task_metadata, hf_split, hf_subset,
-        prompt_type, batch_size and precision, which have no effect. Raises TypeError for other
-        arguments.
+        shows it in a terminal only. output_value: "token_embeddings" returns an array [L, D] per
+        text, and None a dictionary with both and "input_ids". truncate_dim: keeps the first numbers
+        of a vector, before normalize_embeddings scales it to length 1 and before precision ("int8",
+        "uint8", "binary", "ubinary", with the ranges of these vectors) stores it in fewer bits.
+        Results are NumPy's; convert_to_tensor returns a jax array, convert_to_numpy=False a list of
+        them. mteb also passes task_metadata, hf_split and hf_subset, which have no effect, and
+        prompt_type ("query" or "document"), as `encode_query` and `encode_document` do; beside
+        task_metadata a batch_size has no effect, since mteb always passes one. Raises
+        TypeError for other arguments (device, mesh and max_length are Embedder's) and for inputs
+        that are no texts, ValueError for values.
         """
         if unsupported:
             raise TypeError(
-                f"{', '.join(sorted(unsupported))}: expected batch_tokens and show_progress_bar; "
-                "pass pooling, layer, normalize and max_length to Embedder; results are NumPy's"
+                f"{', '.join(sorted(unsupported))}: not an argument of encode; pass device, mesh, "
+                "pooling, layer, normalize and max_length to Embedder itself"
             )
-        single = isinstance(texts, str)
-        items = [texts] if isinstance(texts, str) else _flat(texts)
-        prompt = self._prompt()
+        if output_value not in ("sentence_embedding", "token_embeddings", None):
+            raise ValueError(
+                "output_value: expected sentence_embedding, token_embeddings or None, got "
+                f"{output_value!r}"
+            )
+        precision = "float32" if precision is None else precision
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected {', '.join(PRECISIONS)}, got {precision!r}")
+        if output_value != "sentence_embedding" and (
+            precision != "float32" or normalize_embeddings or truncate_dim is not None
+        ):
+            raise TypeError(
+                "precision, normalize_embeddings, truncate_dim: expected none with output_value="
+                f"{output_value!r}"
+            )
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size, 1)
+        begin = self._prompt(prompt, prompt_name, prompt_type)
+        single = isinstance(inputs, str | dict) and not _is_batch(inputs)
+        items = [_text(item, begin) for item in ([inputs] if single else _flat(inputs))]
         ids: list[list[int]] = []
         for first in range(0, len(items), 512):
-            ids += self._token_ids([prompt + item for item in items[first : first + 512]])
+            ids += self._token_ids(items[first : first + 512])
         skip = ()
-        if prompt and not self.sentence.pooling.include_prompt:
-            skip = (self._prompt_tokens(prompt),)
+        if begin and not self.sentence.pooling.include_prompt:
+            skip = (self._prompt_tokens(begin),)
+        tokens: list[Any] = [None] * len(ids)
         out = np.zeros((len(ids), self.dimension), np.float32)
         for batch, input_ids, segment_ids in packed_batches(
             ids,
@@ -209,22 +252,59 @@ class Embedder:
             tokens_per_sequence(batch_tokens),
             "embedding",
             show_progress_bar,
+            None if task_metadata is not None else batch_size,
         ):
             slots = segment_slots(input_ids.shape[1], max(map(len, batch)))
             if self._sharding is not None:
                 input_ids, segment_ids = jax.device_put((input_ids, segment_ids), self._sharding)
-            vectors_BSD = np.asarray(
-                self._embed(self._params, input_ids, segment_ids, slots, *skip)
-            )
-            for indices, vectors_SD in zip(batch, vectors_BSD, strict=True):
+            function = self._embed if output_value == "sentence_embedding" else self._embed_tokens
+            found = function(self._params, input_ids, segment_ids, slots, *skip)
+            if output_value != "sentence_embedding":
+                found, hidden_BLD = (
+                    found["sentence_embedding"],
+                    np.asarray(found["token_embeddings"]),
+                )
+                for row, indices in enumerate(batch):
+                    ends = np.cumsum([len(ids[i]) for i in indices])
+                    for i, end in zip(indices, ends, strict=True):
+                        tokens[i] = hidden_BLD[row, end - len(ids[i]) : end]
+            for indices, vectors_SD in zip(batch, np.asarray(found), strict=True):
                 out[indices] = vectors_SD[: len(indices)]
-        return out[0] if single else out
+        results: Any = tokens
+        if output_value is None:
+            results = [
+                {"input_ids": np.array(ids[i]), "token_embeddings": tokens[i],
+                 "sentence_embedding": out[i]}
+                for i in range(len(ids))
+            ]  # fmt: skip
+        elif output_value == "sentence_embedding":
+            out = out if truncate_dim is None else out[:, :truncate_dim]
+            out = np.asarray(unit(jnp.asarray(out))) if normalize_embeddings else out
+            results = quantized(out, precision)
+        if convert_to_tensor and output_value == "sentence_embedding":
+            results = jnp.asarray(results)
+        elif convert_to_tensor or not convert_to_numpy:
+            results = jax.tree.map(jnp.asarray, list(results))
+        return results[0] if single else results
 
-    def _prompt(self) -> str:
-        name = self.sentence.default_prompt_name
-        return "" if name is None else self.sentence.prompts[name]
+    def encode_query(self, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Encodes queries: `encode` with the model's prompt "query" unless a prompt is given."""
+        return self.encode(inputs, *args, prompt_type="query", **options)
 
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+    def encode_document(self, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Encodes documents: `encode` with the prompt "document" unless a prompt is given."""
+        return self.encode(inputs, *args, prompt_type="document", **options)
+
+    def _prompt(self, prompt: Any, name: Any, prompt_type: Any) -> str:
+        """The prompt of a call. mteb's prompt_type is an enumeration of texts, or a text."""
+        task = getattr(prompt_type, "value", prompt_type)
+        if task not in (None, "query", "document"):
+            raise ValueError(f"prompt_type: expected query or document, got {task!r}")
+        known, default = self.sentence.prompts, self.sentence.default_prompt_name
+        default = task if task in known else default
+        return resolve_prompt(known, default, prompt, name)
+
+    def _token_ids(self, texts: list[Any]) -> list[list[int]]:
         return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _prompt_tokens(self, prompt: str) -> int:
@@ -233,12 +313,32 @@ class Embedder:
         return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
 
     def similarity(self, a: Any, b: Any) -> np.ndarray:
-        """Returns the cosines of all vectors `a` [M, D] with all vectors `b` [N, D]: [M, N]."""
-        return _unit(a) @ _unit(b).T
+        """Returns the similarity of all vectors `a` [M, D] with all vectors `b` [N, D]: [M, N].
+
+        It is the one that the model's files name: "cosine" (the default), "dot", or minus the
+        "euclidean" or "manhattan" distance.
+        """
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        kind = self.sentence.similarity
+        if kind == "dot":
+            return a @ b.T
+        if kind == "cosine":
+            return _unit(a) @ _unit(b).T
+        rows = [self._distance(row[None], b) for row in a]
+        return -np.stack(rows) if rows else np.zeros((0, len(b)), np.float32)
 
     def similarity_pairwise(self, a: Any, b: Any) -> np.ndarray:
-        """Returns the cosine of each vector of `a` [N, D] with the same one of `b` [N, D]: [N]."""
-        return (_unit(a) * _unit(b)).sum(-1)
+        """Returns the similarity of each vector of `a` [N, D] with the same one of `b`: [N]."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        kind = self.sentence.similarity
+        if kind in ("dot", "cosine"):
+            a, b = (_unit(a), _unit(b)) if kind == "cosine" else (a, b)
+            return (a * b).sum(-1)
+        return -self._distance(a, b)
+
+    def _distance(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        order = 1 if self.sentence.similarity == "manhattan" else 2
+        return np.linalg.norm(a - b, ord=order, axis=-1)
 
     def save(
         self, folder: str | os.PathLike[str], *, card: Mapping[str, Any] | None = None
@@ -285,8 +385,53 @@ def _unit(vectors: Any) -> np.ndarray:
     return np.asarray(unit(jnp.atleast_2d(np.asarray(vectors, np.float32))))
 
 
-def _flat(texts: Iterable[Any]) -> list[str]:
-    items: list[str] = []
-    for item in texts:
-        items += item["text"] if isinstance(item, dict) else [item]
+def quantized(vectors: np.ndarray, precision: str) -> np.ndarray:
+    """Stores float32 vectors [N, E] in fewer bits.
+
+    "int8" and "uint8": in 256 steps between the least and the largest value of each dimension.
+    "binary" and "ubinary": whether each value is above 0, eight in an int8 or a uint8. Raises
+    ValueError for fewer than two vectors where ranges are needed.
+    """
+    if precision == "float32":
+        return vectors
+    if precision in ("int8", "uint8"):
+        if len(vectors) == 1:
+            raise ValueError(f"precision: {precision} needs the ranges of several texts, got one")
+        if not len(vectors):
+            return vectors.astype(precision)
+        least = vectors.min(0)
+        steps = (vectors.max(0) - least) / 255
+        found = np.floor((vectors - least) / np.where(steps == 0, 1, steps)).clip(0, 255)
+        return (found - 128 if precision == "int8" else found).astype(precision)
+    bits = np.packbits(vectors > 0, axis=-1)
+    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+
+
+def _is_batch(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("text"), list)
+
+
+def _flat(inputs: Any) -> list[Any]:
+    """Returns the items of `inputs`, with mteb's batches taken apart."""
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs: expected texts, got a {type(inputs).__name__}")
+    items: list[Any] = []
+    for item in [inputs] if isinstance(inputs, dict) else inputs:
+        items += item["text"] if _is_batch(item) else [item]
     return items
+
+
+def _text(item: Any, prompt: str) -> Any:
+    """Returns a text, or a pair of texts, with the prompt before it."""
+    if isinstance(item, dict) and item.keys() == {"text"}:
+        item = item["text"]
+    if isinstance(item, str):
+        return prompt + item
+    pair = isinstance(item, list | tuple) and len(item) == 2
+    if pair and all(isinstance(text, str) for text in item):
+        return (prompt + item[0], item[1])
+    keys = f" with {', '.join(map(str, item))}" if isinstance(item, dict) else ""
+    raise TypeError(
+        f'inputs: expected texts, pairs of texts or {{"text": ...}}, got a '
+        f"{type(item).__name__}{keys}"
+    )

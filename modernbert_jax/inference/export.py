@@ -84,14 +84,16 @@ def packed_batches(
     batch_tokens: int,
     description: str,
     show_progress_bar: bool | None,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[list[list[int]], np.ndarray, np.ndarray]]:
     """Yields (text indices per sequence, input_ids_BL, segment_ids_BL), B = `sequences`.
 
+    batch_tokens, batch_size: the most tokens and texts in a packed sequence.
     A progress bar counts texts on stderr; None shows it in a terminal only.
     """
     hide = None if show_progress_bar is None else not show_progress_bar
     with tqdm(total=len(ids), desc=description, unit=" texts", disable=hide) as bar:
-        for batch in batch_rows([len(i) for i in ids], sequences, batch_tokens):
+        for batch in batch_rows([len(i) for i in ids], sequences, batch_tokens, batch_size):
             yield batch, *fill_rows(ids, batch)
             bar.update(sum(map(len, batch)))
 

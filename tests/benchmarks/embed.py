@@ -96,11 +96,18 @@ def main() -> None:
         vectors = encode()
         return time.perf_counter() - began, np.asarray(vectors)
 
-    first, mine = timed(lambda: ours.encode(texts, args.batch_tokens, show_progress_bar=False))
+    def mine_now():
+        return ours.encode(texts, batch_tokens=args.batch_tokens, show_progress_bar=False)
+
+    first, mine = timed(
+        lambda: ours.encode(texts, batch_tokens=args.batch_tokens, show_progress_bar=False)
+    )
     times: dict[str, list[float]] = {"ours": []}
     for _ in range(args.repeats):
         times["ours"].append(
-            timed(lambda: ours.encode(texts, args.batch_tokens, show_progress_bar=False))[0]
+            timed(
+                lambda: ours.encode(texts, batch_tokens=args.batch_tokens, show_progress_bar=False)
+            )[0]
         )
         for size in args.batch_sizes:
             seconds, other = timed(
