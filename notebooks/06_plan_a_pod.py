@@ -59,8 +59,8 @@ print(f"a step has {config.global_batch_size} sequences of {config.sequence_leng
 # ## Hours, from a formula
 #
 # The FLOPs of a step follow from the architecture and the lengths of the documents. The hours are
-# the FLOPs divided by what the chips deliver: their peak times the model FLOPs utilization (MFU),
-# which only a measurement shows. We assume 40 %, which is plausible but not measured.
+# the FLOPs divided by what the chips deliver: their peak times the model FLOPs utilization (MFU).
+# The formula does not know the MFU: 40 % here is a number to start from.
 
 # %%
 import numpy as np
@@ -83,12 +83,13 @@ for device in ("TPU v5 lite", "TPU v6 lite"):
     print(f"16 x {device}: {both:6.1f} hours for both phases at 40 % MFU")
 
 # %% [markdown]
-# ## Memory, from the compiler
+# ## Memory and time, from the compiler
 #
-# No simple formula shows whether the run fits into memory. libtpu compiles the whole training step
-# for absent devices and reports the memory that it needs: `python -m train plan --config
-# bioclinical_base --topology v5e:4x4 --json FILE`. The folder `train/plan/examples` has four such
-# files, and `notebooks/guides/hardware.md` a table with more of them.
+# No simple formula shows whether the run fits into memory and how well it uses the chips. libtpu
+# compiles the whole training step for absent devices, and `python -m train plan --config
+# bioclinical_base --topology v5e:4x4 --json FILE` reports the memory that it needs and two times
+# for a step. The folder `train/plan/examples` has four such files, and
+# `notebooks/guides/hardware.md` a table with more of them.
 
 # %%
 import json
@@ -136,34 +137,48 @@ plt.show()
 
 # %% [markdown]
 # Parameters and moments are small because they are split over 16 devices. The activations grow with
-# the size of a micro-batch, and `plan` chooses the smallest number of micro-batches that fits. Each
-# line below describes one step of phase 1.
+# the size of a micro-batch, and `plan` chooses the smallest number of micro-batches that fits.
+#
+# ## Where the time goes
+#
+# The **roofline** gives each operation the longer of its memory traffic over the bandwidth and its
+# matrix products over the peak. The **estimate** adds up the cycles that the compiler expects. A
+# real step takes longer than the roofline; how it compares with the estimate, only a run shows.
 
 # %%
-print(
-    f"{'':14}{'micro-batches':>14}{'padding':>12}{'communication':>15}{'lower bound':>13}"
-    f"{'40 % MFU':>10}"
-)
+figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+bottom = np.zeros(len(plans))
+for kind in plans["base", TOPOLOGY]["time"]:
+    part = np.array([plan["time"][kind]["estimated_seconds"] for plan in plans.values()])
+    axis.bar(names, part, bottom=bottom, label=kind, width=0.6)
+    bottom += part
+for x, plan in enumerate(plans.values()):
+    roofline = plan["phases"][0]["roofline_seconds_per_step"]
+    axis.hlines(roofline, x - 0.4, x + 0.4, color="crimson", ls="--")
+axis.set(ylabel="seconds", title="estimated time of a step; dashed: roofline")
+axis.legend(fontsize=8)
+plt.show()
+
+print(f"{'':14}{'micro-batches':>14}{'padding':>9}{'roofline':>20}{'estimate':>20}")
 for (size, slice_), plan in plans.items():
-    communication = sum(entry["communication_bytes"] for entry in plan["collectives"].values())
     first = plan["phases"][0]
     print(
-        f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}"
-        f"{plan['batch_padding']:>12.1%}{communication / 1e9:>12.1f} GB"
-        f"{first['compute_lower_bound_seconds']:>11.2f} s{first['seconds_per_step']:>8.2f} s"
+        f"{size:6}{slice_:8}{plan['gradient_accumulation_steps']:>14}{plan['batch_padding']:>9.1%}"
+        + "".join(
+            f"{first[f'{kind}_seconds_per_step']:>8.2f} s ({first[f'{kind}_mfu']:.0%} MFU)"
+            for kind in ("roofline", "estimated")
+        )
     )
 
 # %% [markdown]
-# Our formula agrees with the plan, apart from padding.
+# With the estimated MFU our formula agrees with the plan.
 
 # %%
 base = plans["base", "v5e:4x4"]
 for phase, planned in zip(config.phases, base["phases"], strict=True):
-    expected = hours(phase, base["device"], base["chips"], base["mfu"]) / (
-        1 - base["batch_padding"]
-    )
-    assert abs(expected / planned["hours"] - 1) < 0.01
-    print(f"{phase.name:16} formula {expected:5.1f} h, planned {planned['hours']:5.1f} h")
+    expected = hours(phase, base["device"], base["chips"], planned["estimated_mfu"])
+    assert abs(expected / planned["estimated_hours"] - 1) < 0.01
+    print(f"{phase.name:16} formula {expected:5.1f} h, plan {planned['estimated_hours']:5.1f} h")
 
 # %% [markdown]
 # ## Cost, at your price
@@ -174,29 +189,36 @@ for phase, planned in zip(config.phases, base["phases"], strict=True):
 PRICE = {"v5e": 1.0, "v6e": 2.5}
 
 figure, axis = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
-mfu = np.linspace(0.15, 0.6, 40)
+share = np.linspace(0.1, 0.6, 40)
 for (size, slice_), plan in plans.items():
-    chip_hours = sum(phase["chip_hours"] for phase in plan["phases"]) * plan["mfu"] / mfu
-    axis.plot(mfu * 100, chip_hours * PRICE[slice_[:3]], label=f"{size}, {slice_}")
-axis.axvline(40, color="grey", lw=0.8)
-axis.set(xlabel="model FLOPs utilization, percent", ylabel="cost of both phases")
+    # The chip-hours are inversely proportional to the MFU.
+    by_mfu = sum(phase["estimated_chip_hours"] * phase["estimated_mfu"] for phase in plan["phases"])
+    (line,) = axis.plot(100 * share, by_mfu / share * PRICE[slice_[:3]], label=f"{size}, {slice_}")
+    for kind, marker in (("estimated", "o"), ("roofline", "^")):
+        mfu = plan[f"{kind}_mfu"]
+        axis.plot(100 * mfu, by_mfu / mfu * PRICE[slice_[:3]], marker, color=line.get_color())
+axis.set(
+    xlabel="model FLOPs utilization, percent (circle: estimate, triangle: roofline)",
+    ylabel="cost of both phases",
+)
 axis.set_ylim(0)
 axis.legend(fontsize=8)
 plt.show()
 
 for (size, slice_), plan in plans.items():
-    total = sum(phase["hours"] for phase in plan["phases"])
-    chips = sum(phase["chip_hours"] for phase in plan["phases"])
+    total = sum(phase["estimated_hours"] for phase in plan["phases"])
+    chips = sum(phase["estimated_chip_hours"] for phase in plan["phases"])
     print(
         f"{size:6} {slice_}: {total:6.1f} h, {chips:6,.0f} chip-hours, "
-        f"{chips * PRICE[slice_[:3]]:6,.0f} at {PRICE[slice_[:3]]:.2f} a chip-hour"
+        f"{chips * PRICE[slice_[:3]]:6,.0f} at {PRICE[slice_[:3]]:.2f} a chip-hour, as estimated"
     )
 
 # %% [markdown]
 # ## Next
 #
 # - Once you have a slice, the first steps of `pretrain` print the tokens per second and the real
-#   MFU. Use that value above.
-# - `--search` finds the largest micro-batch that fits. `--mesh.fsdp`, `--remat`,
-#   `--global-batch-size` and every other field of the config are flags of `plan` as well.
+#   MFU. Find its cost in the last figure.
+# - `--search` chooses the micro-batch and the rematerialization policy with the shortest step.
+#   `--mesh.fsdp`, `--fused-local-layers`, `--global-batch-size` and every other field of the config
+#   are flags of `plan` as well.
 # - `notebooks/guides/tpu_pods.md` shows how to create the slice, start on all hosts, and resume.
