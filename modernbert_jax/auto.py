@@ -52,6 +52,17 @@ def class_of(keys: Iterable[str], architecture: str | None) -> type[Any]:
     return ModernBertForMaskedLM
 
 
+def read_class(folder: str | os.PathLike[str]) -> type[Any]:
+    """Returns the model class that a Hugging Face folder or an Orbax directory holds.
+
+    Raises as `read_params` does for a folder without a checkpoint.
+    """
+    if is_orbax(folder):
+        return read_params(folder)[0]
+    config, architecture = read_config(folder)
+    return class_of(SafetensorsFolder(folder, config.tie_word_embeddings), architecture)
+
+
 def read_params(
     folder: str | os.PathLike[str],
 ) -> tuple[type[Any], ModernBertConfig, dict[str, np.ndarray]]:

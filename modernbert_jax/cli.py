@@ -29,6 +29,7 @@ COMMANDS = {
     "export": ("modernbert_jax", "write a model together with its compiled functions"),
     "benchmark": ("modernbert_jax", "measure the cold start of a model, in two new processes"),
     "answer": ("modernbert_jax", "answer one text, as JSON"),
+    "serve": ("serve", "answer requests over HTTP: embeddings, rerank, classify, fill-mask"),
 }
 # Optional modules that belong to another extra than the one named like the package.
 EXTRAS = {"apache_beam": "beam", "datasets": "huggingface", "gcsfs": "gcs"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 IGNORE_INDEX = -100  # the label of a position that no loss counts, the default of PyTorch
+SLOT_TOKENS = 16  # tokens of a row per segment slot; see segment_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,10 @@ def row_size(tokens: int, smallest: int = 64, per_octave: int = 4) -> int:
 def segment_slots(sequence_length: int, texts: int = 1) -> int:
     """Returns the padded number of segments of a row, one of few numbers to limit compilations.
 
-    One segment per 16 tokens is enough for most rows; rows with more texts get more.
+    One segment per SLOT_TOKENS is enough for most rows; rows with more texts get more.
     """
-    return max(sequence_length // 16, 2 ** (texts - 1).bit_length())
+    slots = sequence_length // SLOT_TOKENS
+    return slots if texts <= slots else 2 ** (texts - 1).bit_length()
 
 
 def batch_rows(

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from starlette.testclient import TestClient
 
 from convert import cli as convert_cli
 from modernbert_jax import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, cli as umbrella
@@ -33,6 +34,9 @@ from modernbert_jax.checkpoint.orbax import save_orbax
 from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.inference import cli as library_cli
 from modernbert_jax.inference.export import use_compile_cache
+from modernbert_jax.serve import cli as serve_cli
+from modernbert_jax.serve.app import Limits, Service
+from modernbert_jax.serve.endpoints import endpoints_of
 from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.corpora.sources import sources
@@ -64,6 +68,7 @@ by_name = pytest.mark.parametrize(
 LAUNCHERS = ("srun", "mpirun", "nohup")
 FOREIGN = ("git", "wget", "scontrol", "tail")  # not ours, or on the network: never run
 PROGRAMS = (
+    "curl",
     *("modernbert-jax", "python", "python3", "pip", "pytest", "make", "pre-commit"),
     *("gcloud", "sbatch", "bash"),
     *LAUNCHERS,
@@ -367,6 +372,10 @@ class World:
                     library_cli.parser().parse_args(words)
             case ["modernbert-jax", "--help"]:
                 done(umbrella.main, ["--help"])
+            case ["modernbert-jax", "serve", *words]:
+                self.serve(words)
+            case ["curl", "-s", *words]:
+                self.request(words)
             case ["modernbert-jax", command, *words]:  # as modernbert_jax/cli.py runs it
                 package = umbrella.COMMANDS[command][0]
                 self.run(
@@ -426,6 +435,28 @@ class World:
         for word in words:
             for extra in re.findall(r"\.\[(.*)\]", word):
                 assert set(extra.split(",")) <= set(known["optional-dependencies"]), word
+
+    def serve(self, words: list[str]) -> None:
+        """Loads what the command serves, for the requests that follow. Its process never ends."""
+        args = serve_cli.parser().parse_args(words)
+        if self.full:
+            runner = serve_cli.load(args)
+            endpoints, missing = endpoints_of(runner, args.name or Path(args.model).name, 512)
+            service = Service(endpoints, missing, Limits(512, 65536))
+            self.client = TestClient(service.app, base_url="http://localhost:8000")
+
+    def request(self, words: list[str]) -> None:
+        """Sends a request to the server that the document started last; it must succeed."""
+        (url,) = (word for word in words if word.startswith("localhost:8000/"))
+        named = {flag: word for flag, word in zip(words, words[1:], strict=False)}
+        assert set(words) <= {url, "-H", named.get("-H"), "-d", named.get("-d")}, words
+        content = {"Content-Type": "application/json"}
+        response = (
+            self.client.post(f"http://{url}", content=named["-d"], headers=content)
+            if "-d" in named
+            else self.client.get(f"http://{url}")
+        )
+        assert response.status_code == 200, response.text
 
     def gcloud(self, words: list[str]) -> None:
         """Checks the verb, and runs what --command runs on the hosts."""
@@ -509,7 +540,12 @@ def test_links_lead_somewhere(document):
 def test_no_command_escapes(tmp_path, things):
     """Unknown programs, commands, flags, extras, files and languages all fail."""
     document = tmp_path / "guide.md"
-    bad = ["```sh\ncurl x\n```\n", "```sh\npython -m nothing\n```\n", "```yaml\na: b\n```\n"]
+    bad = [
+        "```sh\ntelnet x\n```\n",
+        "```sh\ncurl x\n```\n",
+        "```sh\npython -m nothing\n```\n",
+        "```yaml\na: b\n```\n",
+    ]
     bad += ["```sh\npython -m train pretrain --no-such-flag 3\n```\n", "\n\n    unknown x\n"]
     bad += ["```sh\npip install -e '.[nothing]'\n```\n", "```sh\npytest tests/none.py\n```\n"]
     for number, text in enumerate(bad):

@@ -105,7 +105,7 @@ class TestExport:
         assert folder is None and tokenizer.mask_token == "[MASK]"
         names = [path.name for f in (served, embedding) for path in (f / FUNCTIONS).iterdir()]
         assert [re.sub("-[0-9a-f]{12}-", " ", name) for name in names] == [
-            "fill-mask 1x64-1x64-1x1.jax_export",
+            "fill-mask 1x64-1x64-1x4.jax_export",
             "embed-2-mean-unit 1x64-1x64-4.jax_export",
         ]
         with pytest.raises(FileExistsError, match="expected a new folder or a ModernBertModel"):
@@ -116,7 +116,7 @@ def foreign(folder, function=lambda params, ids, segments, positions: positions 
     """Puts a program beside the weights that was not exported there; returns its file."""
     (path,) = (folder / FUNCTIONS).iterdir()
     params = {k: np.asarray(v) for k, v in flatten(load_mlm(folder)).items()}
-    ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 1), np.int32)
+    ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 4), np.int32)
     made = jax.export.export(jax.jit(function))(params, ids, ids, positions)
     path.write_bytes(bytes(made.serialize()))
     return path
@@ -169,12 +169,12 @@ class TestTrust:
         """Even one with a known digest: it may call any code of this process by name."""
 
         def calls(params, ids, segments, positions):
-            result = jax.ShapeDtypeStruct((1, 1), np.float32)
+            result = jax.ShapeDtypeStruct((1, 4), np.float32)
             return jax.ffi.ffi_call("some_target", result)(positions)
 
         (path,) = (served / FUNCTIONS).iterdir()
         params = {k: np.asarray(v) for k, v in flatten(load_mlm(served)).items()}
-        ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 1), np.int32)
+        ids, positions = np.zeros((1, 64), np.int32), np.zeros((1, 4), np.int32)
         checks = [jax.export.DisabledSafetyCheck.custom_call("some_target")]
         export = jax.export.export(jax.jit(calls), disabled_checks=checks)
         made = export(params, ids, ids, positions)

@@ -241,35 +241,10 @@ class Embedder:
         ids: list[list[int]] = []
         for first in range(0, len(items), 512):
             ids += self._token_ids(items[first : first + 512])
-        skip = ()
-        if begin and not self.sentence.pooling.include_prompt:
-            skip = (self._prompt_tokens(begin),)
-        tokens: list[Any] = [None] * len(ids)
-        out = np.zeros((len(ids), self.dimension), np.float32)
-        for batch, input_ids, segment_ids in packed_batches(
-            ids,
-            self._sequences,
-            tokens_per_sequence(batch_tokens),
-            "embedding",
-            show_progress_bar,
-            None if task_metadata is not None else batch_size,
-        ):
-            slots = segment_slots(input_ids.shape[1], max(map(len, batch)))
-            if self._sharding is not None:
-                input_ids, segment_ids = jax.device_put((input_ids, segment_ids), self._sharding)
-            function = self._embed if output_value == "sentence_embedding" else self._embed_tokens
-            found = function(self._params, input_ids, segment_ids, slots, *skip)
-            if output_value != "sentence_embedding":
-                found, hidden_BLD = (
-                    found["sentence_embedding"],
-                    np.asarray(found["token_embeddings"]),
-                )
-                for row, indices in enumerate(batch):
-                    ends = np.cumsum([len(ids[i]) for i in indices])
-                    for i, end in zip(indices, ends, strict=True):
-                        tokens[i] = hidden_BLD[row, end - len(ids[i]) : end]
-            for indices, vectors_SD in zip(batch, np.asarray(found), strict=True):
-                out[indices] = vectors_SD[: len(indices)]
+        limit = None if task_metadata is not None else batch_size
+        out, tokens = self._run(
+            ids, batch_tokens, show_progress_bar, limit, output_value, self._skip(begin)
+        )
         results: Any = tokens
         if output_value is None:
             results = [
@@ -287,6 +262,57 @@ class Embedder:
             results = jax.tree.map(jnp.asarray, list(results))
         return results[0] if single else results
 
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        batch_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Returns vectors [texts, E], float32, of texts given as token ids.
+
+        ids: complete, with the special tokens and any prompt, of at most max_length each; all of
+        them are pooled. The other arguments are those of `encode`.
+        """
+        return self._run(ids, batch_tokens, show_progress_bar, None, "sentence_embedding", ())[0]
+
+    def _run(
+        self,
+        ids: Sequence[Sequence[int]],
+        batch_tokens: int | None,
+        show_progress_bar: bool | None,
+        batch_size: int | None,
+        output_value: str | None,
+        skip: tuple[int, ...],
+    ) -> tuple[np.ndarray, list[Any]]:
+        """Returns the vectors and, unless output_value asks for them alone, those of the tokens."""
+        tokens: list[Any] = [None] * len(ids)
+        out = np.zeros((len(ids), self.dimension), np.float32)
+        for batch, input_ids, segment_ids in packed_batches(
+            ids,
+            self._sequences,
+            tokens_per_sequence(batch_tokens),
+            "embedding",
+            show_progress_bar,
+            batch_size,
+        ):
+            slots = segment_slots(input_ids.shape[1], max(map(len, batch)))
+            if self._sharding is not None:
+                input_ids, segment_ids = jax.device_put((input_ids, segment_ids), self._sharding)
+            function = self._embed if output_value == "sentence_embedding" else self._embed_tokens
+            found = function(self._params, input_ids, segment_ids, slots, *skip)
+            if output_value != "sentence_embedding":
+                found, hidden_BLD = (
+                    found["sentence_embedding"],
+                    np.asarray(found["token_embeddings"]),
+                )
+                for row, indices in enumerate(batch):
+                    ends = np.cumsum([len(ids[i]) for i in indices])
+                    for i, end in zip(indices, ends, strict=True):
+                        tokens[i] = hidden_BLD[row, end - len(ids[i]) : end]
+            for indices, vectors_SD in zip(batch, np.asarray(found), strict=True):
+                out[indices] = vectors_SD[: len(indices)]
+        return out, tokens
+
     def encode_query(self, inputs: Any, *args: Any, **options: Any) -> Any:
         """Encodes queries: `encode` with the model's prompt "query" unless a prompt is given."""
         return self.encode(inputs, *args, prompt_type="query", **options)
@@ -303,6 +329,12 @@ class Embedder:
         known, default = self.sentence.prompts, self.sentence.default_prompt_name
         default = task if task in known else default
         return resolve_prompt(known, default, prompt, name)
+
+    def _skip(self, prompt: str) -> tuple[int, ...]:
+        """The tokens of the prompt that are not pooled, if there are any, for the function."""
+        if not prompt or self.sentence.pooling.include_prompt:
+            return ()
+        return (self._prompt_tokens(prompt),)
 
     def _token_ids(self, texts: list[Any]) -> list[list[int]]:
         return self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
@@ -363,6 +395,10 @@ class Embedder:
             folder, self.sentence, self.model.config.hidden_size, int(self.max_length or 0)
         )
 
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Compiles the function for sequences of up to each number of tokens."""
+        self._embed.warm_up(self._params, tokens, self._further_args)
+
     def export(
         self,
         folder: str | os.PathLike[str],
@@ -377,8 +413,10 @@ class Embedder:
         """
         save(folder, self.model, self.tokenizer)
         self._write_sentence(folder)
-        slots = lambda size: (segment_slots(size),)  # noqa: E731
-        return self._embed.export(folder, self._params, tokens, slots, platforms)
+        return self._embed.export(folder, self._params, tokens, self._further_args, platforms)
+
+    def _further_args(self, sequence_length: int) -> tuple[int, ...]:
+        return (segment_slots(sequence_length), *self._skip(self._prompt(None, None, None)))
 
 
 def _unit(vectors: Any) -> np.ndarray:

@@ -30,7 +30,7 @@ from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.inference.trust import objection, remember, unknown_calls, weights_digest
-from modernbert_jax.packing import batch_rows, fill_rows, row_size
+from modernbert_jax.packing import SLOT_TOKENS, batch_rows, fill_rows, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
 from modernbert_jax.untrusted import read_json
 
@@ -89,12 +89,16 @@ def packed_batches(
     """Yields (text indices per sequence, input_ids_BL, segment_ids_BL), B = `sequences`.
 
     batch_tokens, batch_size: the most tokens and texts in a packed sequence.
-    A progress bar counts texts on stderr; None shows it in a terminal only.
+    A row that is not full is padded to SLOT_TOKENS per text, so that short texts need no further
+    programs (see segment_slots). A progress bar counts texts on stderr; None shows it in a terminal
+    only.
     """
     hide = None if show_progress_bar is None else not show_progress_bar
     with tqdm(total=len(ids), desc=description, unit=" texts", disable=hide) as bar:
         for batch in batch_rows([len(i) for i in ids], sequences, batch_tokens, batch_size):
-            yield batch, *fill_rows(ids, batch)
+            tokens = max(sum(len(ids[i]) for i in row) for row in batch)
+            room = min(SLOT_TOKENS * max(map(len, batch)), batch_tokens)
+            yield batch, *fill_rows(ids, batch, row_size(max(tokens, room)))
             bar.update(sum(map(len, batch)))
 
 
@@ -161,6 +165,17 @@ class Function:
             stacklevel=4,
         )
         return self._jitted
+
+    def warm_up(
+        self, params: Any, tokens: Sequence[int], further_args: Callable[[int], tuple[Any, ...]]
+    ) -> None:
+        """Runs this function once per sequence length, so that later calls compile nothing.
+
+        tokens, further_args: as for `export`.
+        """
+        for size in sorted({row_size(size) for size in tokens}):
+            ids = np.ones((1, size), np.int32)
+            jax.block_until_ready(self(params, ids, ids, *further_args(size)))
 
     def export(
         self,

@@ -68,6 +68,10 @@ class Pipeline:
         ):
             yield batch[0], input_ids_BL, segment_ids_BL
 
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Compiles the function for sequences of up to each number of tokens."""
+        self._run.warm_up(self._params, tokens, self._further_args)
+
     def export(
         self,
         folder: str | os.PathLike[str],

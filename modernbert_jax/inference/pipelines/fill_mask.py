@@ -13,6 +13,7 @@ from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForMaskedLM
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.pipelines.base import Pipeline, texts_of
+from modernbert_jax.packing import segment_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +55,7 @@ class FillMask(Pipeline):
         return probabilities, ()
 
     def _further_args(self, sequence_length: int):
-        return (np.zeros((1, 1), np.int32),)
+        return (np.zeros((1, segment_slots(sequence_length)), np.int32),)
 
     def __call__(
         self,
@@ -87,7 +88,8 @@ class FillMask(Pipeline):
             starts = np.cumsum([0] + [len(ids[i]) for i in batch])
             flat = [s + p for s, i in zip(starts, batch, strict=False) for p in positions[i]]
             # Padded to a power of two, so that few programs are compiled.
-            padded_BP = np.resize(flat, (1, 2 ** (len(flat) - 1).bit_length())).astype(np.int32)
+            slots = segment_slots(input_ids_BL.shape[1], len(flat))
+            padded_BP = np.resize(flat, (1, slots)).astype(np.int32)
             p_PV = np.asarray(self._run(self._params, input_ids_BL, segment_ids_BL, padded_BP))[0]
             splits = np.cumsum([len(positions[i]) for i in batch])[:-1]
             for i, part_PV in zip(batch, np.split(p_PV[: len(flat)], splits), strict=True):

@@ -1,0 +1,1 @@
+"""Serves a model over HTTP: requests that wait at the same time share packed rows."""
