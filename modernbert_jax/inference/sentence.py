@@ -288,10 +288,13 @@ def read_modules(folder: pathlib.Path) -> list[tuple[str, str]]:
     """
     path = folder / MODULES_FILE
     entries = [_entry(path, entry) for entry in read_json_list(path, MAX_MODEL_JSON)]
-    kinds = [kind for kind, _ in entries]
-    if kinds[:1] != ["Transformer"] or kinds.count("Transformer") > 1:
-        found = ", ".join(kinds) or "none"
-        raise ValueError(f"{path}: expected one Transformer, the first module, got {found}")
+    if not entries:
+        raise ValueError(f"{path}: expected one Transformer, the first module, got none")
+    for number, (kind, _) in enumerate(entries, start=1):
+        if (number == 1) != (kind == "Transformer"):
+            raise ValueError(
+                f"{path}: expected one Transformer, the first module, got {kind} as module {number}"
+            )
     return entries
 
 
