@@ -390,6 +390,8 @@ class World:
             case ["pytest", *words]:
                 for word in words:
                     assert not word.endswith(".py") or "def test" in (ROOT / word).read_text()
+            case ["python", "-m", module, *words] if module.startswith("tests.benchmarks."):
+                self.run(["python", f"{module.replace('.', '/')}.py", *words])
             case ["python", script, *words] if script.endswith(".py"):
                 source = (ROOT / script).read_text()
                 flags = [word for word in words if word.startswith("--")]
