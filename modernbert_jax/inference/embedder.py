@@ -254,7 +254,7 @@ class Embedder:
             ]  # fmt: skip
         elif output_value == "sentence_embedding":
             out = out if truncate_dim is None else out[:, :truncate_dim]
-            out = np.asarray(unit(jnp.asarray(out))) if normalize_embeddings else out
+            out = _unit(out) if normalize_embeddings else out
             results = quantized(out, precision)
         if convert_to_tensor and output_value == "sentence_embedding":
             results = jnp.asarray(results)
