@@ -3,8 +3,9 @@
     python -m train.plan.install_cuda --target DIR
     python tests/compile_h100.py DIR [--table] [--target sm90|sm80|sm89] [--quick]
 
-Prints JSON with one record per kernel: tensor-core instructions, spilled bytes, registers and
-barriers, from the PTX and the report of ptxas; `--table` prints the Markdown table of the docs. It
+Prints JSON with one record per kernel: tensor-core instructions, exponentials that are computed
+while a product is in flight, spilled bytes, registers and barriers, from the PTX and the report of
+ptxas; `--table` prints the Markdown table of the docs. It
 reports what the compiler generated and nothing about numerical results or speed.
 """
 
@@ -166,6 +167,10 @@ def read(files: list[Path], architecture: str) -> dict:
     return dict(
         wgmma=len(re.findall(r"wgmma\.mma_async", text)),
         mma_sync=len(re.findall(r"\bmma\.sync", text)),
+        overlapped_exp2=sum(
+            len(re.findall(r"\bex2\.approx", meanwhile))
+            for meanwhile in re.findall(r"wait_group\S+\s+1;(.*?)wait_group", text, re.DOTALL)
+        ),
         tma_copies=len(re.findall(r"cp\.async\.bulk\.tensor", text)),
         spilled_bytes=int(spilled[1]) + int(spilled[2]),
         registers=int(used[1]),

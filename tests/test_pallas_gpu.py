@@ -308,3 +308,6 @@ def test_compiles_for_an_absent_gpu(target, cuda_compiler):
         tensor_cores = "wgmma" if hopper_kernel else "mma_sync" if target != "sm90" else "wgmma"
         assert record[tensor_cores] > 0, record
         assert record["tma_copies"] > 0 or not hopper_kernel, record
+        if hopper_kernel and record["kernel"] == "forward" and record["layer"] == "global":
+            # Two loops, each with the softmax of 64 x 128 scores on 128 threads.
+            assert record["overlapped_exp2"] >= 2 * 64 * 128 // 128, record

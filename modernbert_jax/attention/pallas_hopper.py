@@ -113,6 +113,9 @@ def forward(
     tiles = forward_tiles(bounds.window, K)
     length = padded_length(L, tiles.rows, tiles.columns)
     mask = tiled(bounds, length, tiles.rows, tiles.columns)
+    ranges_BT4 = mask.ranges_BT4
+    if not is_narrow(bounds.window):  # the kernel computes a first tile before its loop
+        ranges_BT4 = ranges_BT4.at[..., 3].max(ranges_BT4[..., 0] + 1)
     arrays = (q_BLHK, *only_where_seen(k_BMHK, v_BMHK))
     q, k, v = (pad_length(x, length) for x in arrays)
     out, lse = _launch(
@@ -129,7 +132,7 @@ def forward(
         window=bounds.window,
         grid={"tile": length // tiles.rows, "head": H, "row": B},
         interpret=interpret,
-    )(mask.ranges_BT4, mask.lo_BL, mask.hi_BL, q, k, v)
+    )(ranges_BT4, mask.lo_BL, mask.hi_BL, q, k, v)
     return out[:, :L], lse[:, :, :L]
 
 
@@ -233,12 +236,7 @@ def _forward_kernel(
         own = [(q_ref, own_q)]
         edges = _load_own(block, own, lo_ref, hi_ref, edges_smem, own_ready)
 
-        def step(column, carry, masked):
-            acc_RK, top_R, sum_R = carry
-            slot = block.slot(column)
-            (k_CK,) = k_ring.wait(slot)
-            (s_RC,) = _products((own_q, k_CK.T))
-            k_ring.release(slot)
+        def softmax(s_RC, column, top_R, sum_R, masked):
             if masked:
                 s_RC = jnp.where(_seen(s_RC, edges, column, block), s_RC, -jnp.inf)
             # The maximum is kept scaled and in base 2, for exp2 of one multiply-add an element.
@@ -246,17 +244,52 @@ def _forward_kernel(
             shrink_R = jnp.exp2(top_R - new_R)
             p_RC = jnp.exp2(s_RC * (plan.scale * LOG2E) - _across(new_R, s_RC.shape))
             sum_R = sum_R * shrink_R + jnp.sum(p_RC, axis=1)
-            (v_CK,) = v_ring.wait(slot)
-            pv_RK = _register_product(p_RC.astype(q_ref.dtype), v_CK, plan)
-            v_ring.release(slot)
-            return acc_RK * _across(shrink_R, acc_RK.shape) + pv_RK, new_R, sum_R
+            return p_RC.astype(q_ref.dtype), shrink_R, new_R, sum_R
 
-        start = (
-            jnp.zeros(own_q.shape, jnp.float32),
-            jnp.full((_ROWS,), FLOOR, jnp.float32),
-            jnp.zeros((_ROWS,), jnp.float32),
-        )
-        acc_RK, top_R, sum_R = visit(block.ranges, plan.window, step, start)
+        def scores(column):
+            (k_CK,) = k_ring.wait(block.slot(column))
+            (s_RC,) = _products((own_q, k_CK.T))
+            k_ring.release(block.slot(column))
+            return s_RC
+
+        def add(column, acc_RK, p_RC):
+            (v_CK,) = v_ring.wait(block.slot(column))
+            (acc_RK,) = _accumulate(plan, (acc_RK, p_RC, v_CK))
+            v_ring.release(block.slot(column))
+            return acc_RK
+
+        def in_turn(column, carry, masked):
+            acc_RK, *carry = carry
+            p_RC, shrink_R, *carry = softmax(scores(column), column, *carry, masked=masked)
+            return add(column, acc_RK * _across(shrink_R, acc_RK.shape), p_RC), *carry
+
+        def overlapped(column, carry, masked):
+            # The tensor cores multiply the previous tile's probabilities with v meanwhile.
+            acc_RK, before_RC, *carry = carry
+            (k_CK,) = k_ring.wait(block.slot(column))
+            (v_CK,) = v_ring.wait(block.slot(column - 1))
+
+            def meanwhile(s_RC):
+                k_ring.release(block.slot(column))
+                return softmax(s_RC, column, *carry, masked=masked)
+
+            (p_RC, shrink_R, *carry), acc_RK = _overlapped(
+                plan, (own_q, k_CK.T), meanwhile, (acc_RK, before_RC, v_CK)
+            )
+            v_ring.release(block.slot(column - 1))
+            return acc_RK * _across(shrink_R, acc_RK.shape), p_RC, *carry
+
+        acc_RK = jnp.zeros(own_q.shape, jnp.float32)
+        carry = jnp.full((_ROWS,), FLOOR, jnp.float32), jnp.zeros((_ROWS,), jnp.float32)
+        if is_narrow(plan.window):  # the second block on the multiprocessor overlaps with this one
+            acc_RK, top_R, sum_R = visit(block.ranges, plan.window, in_turn, (acc_RK, *carry))
+        else:
+            first, *_, end = block.ranges
+            p_RC, _, *carry = softmax(scores(first), first, *carry, masked=True)
+            rest = [jnp.maximum(i, first + 1) for i in block.ranges]
+            start = acc_RK, p_RC, *carry
+            acc_RK, p_RC, top_R, sum_R = visit(rest, plan.window, overlapped, start)
+            acc_RK = add(end - 1, acc_RK, p_RC)
         some_R = sum_R != 0  # NaN is some, too
         sum_R = jnp.where(some_R, sum_R, 1.0)
         own_lse = lse_smem.at[block.group]
@@ -518,7 +551,7 @@ def _products(*pairs):
     return pl.run_scoped(multiply, *sums)
 
 
-def _accumulate(plan, *terms):
+def _accumulate(plan, *terms) -> Any:
     """Computes sum + a @ b of each (sum, a, b) with `a` in registers; the tensor cores add.
 
     They get all products before the first is waited for.
@@ -532,6 +565,36 @@ def _accumulate(plan, *terms):
 
     start = tuple(plgpu.WGMMAAccumulatorRef.init(sum_RK) for sum_RK, _, _ in terms)
     return pl.run_state(multiply)(start)
+
+
+def _overlapped(plan, product, meanwhile, term) -> Any:
+    """Returns (meanwhile(a @ b), sum + c @ d) for product (a, b) and term (sum, c, d).
+
+    The tensor cores get both products, and `meanwhile` is computed once the first is done.
+    """
+    if plan.interpreted:
+        return meanwhile(*_products(product)), *_accumulate(plan, term)
+    (a, b), (sum_RK, c, d) = product, term
+    product_RC = jax.ShapeDtypeStruct((a.shape[0], b.shape[1]), jnp.float32)
+
+    def run(refs):
+        sum_ref, found_refs = refs
+
+        def with_product(product_ref):
+            plgpu.wgmma(product_ref, a, b)
+            plgpu.wgmma(sum_ref, c, d)
+            return meanwhile(plgpu.wgmma_accumulator_load(product_ref, wait_n=1))
+
+        product = plgpu.WGMMAAccumulatorRef(product_RC.shape, jnp.float32)
+        found = pl.run_scoped(with_product, product)
+        for ref, x in zip(found_refs, found, strict=True):
+            ref[...] = x
+
+    # Values leave `run` through references, which need a start.
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(meanwhile, product_RC)]
+    start: Any = plgpu.WGMMAAccumulatorRef.init(sum_RK), zeros
+    sum_RK, found = pl.run_state(run)(start)
+    return found, sum_RK
 
 
 def _register_product(a, b, plan):
