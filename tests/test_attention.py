@@ -129,8 +129,8 @@ class TestContract:
 
     @pytest.mark.parametrize(
         "window, length",
-        [pytest.param(512, 1700, marks=pytest.mark.slow), (None, 1100),
-         pytest.param(64, 1100, marks=pytest.mark.slow)],
+        [pytest.param(512, 1700, marks=pytest.mark.matrix), (None, 1100),
+         pytest.param(64, 1100, marks=pytest.mark.matrix)],
     )  # fmt: skip
     def test_rows_longer_than_the_tiles(self, name, window, length):
         """More than one chunk of queries and of keys, segments across their edges."""

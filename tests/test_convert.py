@@ -44,7 +44,7 @@ VARIANTS = {
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 QUICK = {("plain", "float32"), ("biases", "bfloat16"), ("untied", "float16")}
 VARIANTS_AND_DTYPES = [
-    pytest.param(v, d, marks=() if (v, d) in QUICK else pytest.mark.slow)
+    pytest.param(v, d, marks=() if (v, d) in QUICK else pytest.mark.matrix)
     for v in VARIANTS
     for d in DTYPES
 ]
@@ -1204,7 +1204,7 @@ def reference():
 CHECKED = [
     ModernBertForMaskedLM,
     *(
-        pytest.param(cls, marks=pytest.mark.slow)
+        pytest.param(cls, marks=pytest.mark.matrix)
         for cls in (
             model.ModernBertModel,
             heads.ModernBertForSequenceClassification,

@@ -123,7 +123,7 @@ def test_triton_matches_the_formula(length, heads, window, dtype, head_dim):
     contract(triton, length, heads, window, dtype, head_dim)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("window", [0, 1, 16, 64, 512, None])
 @pytest.mark.parametrize(("length", "heads"), [(64, 1), (129, 16), (384, 5)])
@@ -269,8 +269,8 @@ def test_hopper_matches_the_formula(window):
         (150, 2, 64, jnp.bfloat16, 64),
         (150, 1, 1, jnp.float16, 64),
         (150, 1, None, jnp.bfloat16, 128),
-        pytest.param(640, 1, 512, jnp.bfloat16, 64, marks=pytest.mark.slow),
-        pytest.param(1030, 1, None, jnp.bfloat16, 64, marks=pytest.mark.slow),
+        pytest.param(640, 1, 512, jnp.bfloat16, 64, marks=pytest.mark.matrix),
+        pytest.param(1030, 1, None, jnp.bfloat16, 64, marks=pytest.mark.matrix),
     ],
 )
 def test_hopper_matrix(length, heads, window, dtype, head_dim):
@@ -289,9 +289,15 @@ def test_hopper_does_not_touch_tiles_outside_the_bounds():
     check_untouched(hopper())
 
 
-@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("target", ["sm90", "sm80", "sm89"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("sm90", marks=pytest.mark.slow),
+        pytest.param("sm80", marks=pytest.mark.matrix),
+        pytest.param("sm89", marks=pytest.mark.matrix),
+    ],
+)
 def test_compiles_for_an_absent_gpu(target, cuda_compiler):
     """Every kernel to machine code, in a process of its own: wgmma where it must be, no spills."""
     script = Path(__file__).with_name("compile_h100.py")

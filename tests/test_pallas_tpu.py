@@ -145,13 +145,13 @@ def test_odd_heads_and_several_tiles(heads, window, capfd):
     check(segment_ids(PACKED), heads, 64, window, jnp.float32, capfd)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("window", [64, None])
 def test_two_cores(window, capfd):
     check(segment_ids(MIXED), 2, 64, window, jnp.bfloat16, capfd, interpret=TWO_CORES)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, 1), (64, 5), (64, 16), (32, 5), (128, 1)])
 @pytest.mark.parametrize(
     ("dtype", "window"),
@@ -161,7 +161,7 @@ def test_matches_reference_everywhere(head_dim, heads, window, dtype, capfd):
     check(segment_ids(PACKED), heads, head_dim, window, dtype, capfd)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("window", [64, None])
 @pytest.mark.parametrize("length", [1024, 1100, 2048])
 def test_matches_reference_with_the_tiles_in_use(length, window, capfd):
@@ -170,7 +170,7 @@ def test_matches_reference_with_the_tiles_in_use(length, window, capfd):
     check(ids_BL, 2, 64, window, jnp.bfloat16, capfd, generation)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @hypothesis.settings(
     max_examples=12, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
 )
@@ -373,7 +373,7 @@ def test_compiles_for_v6e():
     compile_for("v6e", ["base:8192:64", "base:8192:none"])
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.optimized
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_compiles_everywhere(generation):

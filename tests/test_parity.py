@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.optimized
 
 FORWARD, GRADIENT = 1e-5, 1e-4  # of the reference's largest value
-every_case = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+every_case = [pytest.param(n, marks=() if n in QUICK else pytest.mark.matrix) for n in CASES]
 HEADS = {
     "ModernBertForMaskedLM": mj.ModernBertForMaskedLM,
     "ModernBertForSequenceClassification": mj.ModernBertForSequenceClassification,

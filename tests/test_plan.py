@@ -674,7 +674,7 @@ def test_bad_topologies_are_one_line():
         assert repr(topology) in line
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_plans_base_on_a_v5e_16(tmp_path):
     """The published step of 576 sequences of 8192 tokens on 16 chips of v5e."""
     arguments = ["--config", "bioclinical_base", "--topology", "v5e:4x4"]
@@ -692,7 +692,7 @@ def test_plans_base_on_a_v5e_16(tmp_path):
     assert 0.2 < found["estimated_mfu"] < found["roofline_mfu"] < 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_does_not_fit_on_a_v5e():
     """The large model without rematerialization, 24 sequences per chip."""
     arguments = (

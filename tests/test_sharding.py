@@ -94,11 +94,11 @@ def trained(shape: str, weighting: str = "tokens"):
         "1x8x1x1",
         "1x2x2x2",
         "1x1x4x2",
-        pytest.param("8x1x1x1", marks=pytest.mark.slow),
-        pytest.param("4x1x1x2", marks=pytest.mark.slow),
-        pytest.param("1x1x1x8", marks=pytest.mark.slow),
-        pytest.param("1x1x8x1", marks=pytest.mark.slow),
-        pytest.param("2x1x4x1", marks=pytest.mark.slow),
+        pytest.param("8x1x1x1", marks=pytest.mark.matrix),
+        pytest.param("4x1x1x2", marks=pytest.mark.matrix),
+        pytest.param("1x1x1x8", marks=pytest.mark.matrix),
+        pytest.param("1x1x8x1", marks=pytest.mark.matrix),
+        pytest.param("2x1x4x1", marks=pytest.mark.matrix),
     ],
 )
 def test_twenty_steps_equal_one_device(shape):

@@ -106,8 +106,8 @@ def batch_of(step, packed, gradient_accumulation_steps):
     [
         (False, 1, False),
         (True, 1, False),
-        pytest.param(True, 3, False, marks=pytest.mark.slow),
-        pytest.param(False, 2, True, marks=pytest.mark.slow),
+        pytest.param(True, 3, False, marks=pytest.mark.matrix),
+        pytest.param(False, 2, True, marks=pytest.mark.matrix),
     ],
     ids=["unpacked", "packed", "packed-accumulated", "unpacked-accumulated-scanned"],
 )
