@@ -22,7 +22,7 @@ NEXT_TESTS = $(shell grep -LE '^ *(from|import) (train|convert)([. ]|$$)' tests/
     reference notebooks release clean
 
 help:  ## prints this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo:  ## runs the main job in small: writes notes, pretrains in two phases, exports, fills masks
 	@.ci/venv $(DEMO) train $(PYTHON)
