@@ -99,6 +99,7 @@ SMALLER = {
 # every mesh in test_sharding.py.
 REPLACED = {
     "--mesh.fsdp": "--mesh.fsdp 2",
+    "--matryoshka-dims": "--matryoshka-dims 32 16 8",  # the model has 32
     "--hosts.count": "--hosts.count 0 --hosts.index -1 --hosts.coordinator ''",
 }
 
@@ -217,6 +218,13 @@ def write_tasks(folder: Path) -> None:
     write_lines("queries.jsonl", [{"_id": "q", "text": "fever 3?"}])
     write_lines("corpus.jsonl", [{"_id": f"d{i}", "text": f"fever since day {i}"} for i in (3, 5)])
     (folder / "retrieval" / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td3\t1\n")
+    taught = {
+        "mse": [{"text": pair["positive"]} for pair in pairs],
+        "margin-mse": [pair | {"negative": "no fever"} for pair in pairs],
+    }
+    for loss, lines in taught.items():  # of `--task retrieval --loss LOSS`
+        (folder / f"retrieval-{loss}").mkdir()
+        write_lines(f"../retrieval-{loss}/train.jsonl", lines)
 
 
 def write_bert(folder: Path) -> None:
@@ -288,7 +296,12 @@ class World:
         self.ran: list[list[str]] = []
         links = {name: name for name in ("notes", "notes.csv", "test.csv", "DOWNLOADS")}
         links |= {name: name for name in ("CHECKPOINT", "CKPT", "ep0-ba52988-rank0.pt")}
-        links |= {"FOLDER": "notes", "tokens/bio": "tokens", "tokens/clinical": "tokens"}
+        links |= {
+            "TEACHER": "CHECKPOINT",
+            "FOLDER": "notes",
+            "tokens/bio": "tokens",
+            "tokens/clinical": "tokens",
+        }
         if "dmis-lab/biobert-v1.1" in self.text and full:
             # transformers ignores the hub cache that this file sets, but a folder has priority.
             write_bert(folder / "dmis-lab" / "biobert-v1.1")
@@ -337,7 +350,8 @@ class World:
         named = {flag: word for flag, word in zip(words, words[1:], strict=False)}
         kinds = {"prepare": ("DOWNLOADS", "--corpus"), "finetune": ("tasks", "--task")}
         folder, flag = kinds.get(verb, ("", ""))
-        directory = str(self.things / folder / named.get(flag, "")) if flag else "notes/"
+        task = "-".join(named[name] for name in (flag, "--loss") if name in named)
+        directory = str(self.things / folder / task) if flag else "notes/"
         for before, word in zip(["", *words], words, strict=False):
             if word == "..." and not before.startswith("--"):
                 continue  # more arguments like the one before

@@ -15,8 +15,10 @@ from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.finetune.retrieval.config import RetrievalConfig
 from train.finetune.retrieval.data import read_judged
-from train.finetune.retrieval.model import Encoder, contrast
-from train.finetune.retrieval.run import retrieval_scores, train
+from train.finetune.retrieval.losses import mnrl
+from train.finetune.retrieval.model import Encoder
+from train.finetune.retrieval.run import train
+from train.finetune.retrieval.scores import retrieval_scores
 
 TOPICS = ("fever cough chills", "fracture cast bone", "rash itch cream", "insulin sugar feet")
 
@@ -103,7 +105,7 @@ def test_loss_and_gradient_equal_torch(start, data, chunk, devices):
     encoder = Encoder(config_of(data, start, chunk=chunk, devices=devices), model.config)
     params = jax.device_put(flatten(model), encoder.everywhere)
     np.testing.assert_allclose(encoder.encode(params, ids), vectors.detach(), atol=1e-5)
-    loss, grads = encoder.gradient(params, ids[:5], ids[5:])
+    loss, grads = encoder.gradient(params, [ids[:5], ids[5:]])
     np.testing.assert_allclose(loss, want.item(), atol=1e-5)
     for path, value in theirs.named_parameters():
         got, expected = to_hf(path, grads[path]), value.grad.numpy()
@@ -136,7 +138,7 @@ def test_scores_by_another_road():
 def test_in_batch_negatives_by_hand():
     vectors = np.eye(4, dtype=np.float32)[[0, 1, 0, 1, 2]]  # two queries, their own, one more
     want = -np.log(np.exp(2.0) / (np.exp(2.0) + 2))
-    np.testing.assert_allclose(contrast(vectors, 2, 0.5), want, rtol=1e-6)
+    np.testing.assert_allclose(mnrl([vectors[:2], vectors[2:]], temperature=0.5), want, rtol=1e-6)
 
 
 def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tmp_path, capsys):
@@ -154,7 +156,7 @@ def test_trains_and_sentence_transformers_gives_the_same_vectors(start, data, tm
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert theirs.max_seq_length == 48
     card = (tmp_path / "model/README.md").read_text()
-    assert f"| {result['after']['ndcg@10']:.4f} |" in card and "- Pairs per step: 16\n" in card
+    assert f"| {result['after']['ndcg@10']:.4f} |" in card and "- Examples per step: 16\n" in card
     model = ModernBertModel.from_pretrained(tmp_path / "model")
     encoder = Encoder(config_of(data, start), model.config)
     ours = encoder.encode(flatten(model), ids)
@@ -178,7 +180,7 @@ def test_judgments_with_and_without_a_header(data, tmp_path):
             '{"query": "a", "positive": "b", "negative": 3}\n',
             "line 1: expected .* negative is not text",
         ),
-        ("train.jsonl", "", "at least 2 pairs"),
+        ("train.jsonl", "", "at least 2 examples"),
         ("qrels.tsv", "query-id\tcorpus-id\tscore\nq0\tnone\t1\n", "line 2: expected query-id"),
         ("qrels.tsv", "q0\tnone\t1\nq0\td0\t1\n", "line 1: expected query-id"),
         ("queries.jsonl", '{"_id": "q0", "text": "a"}\n' * 2, "each _id once, got one twice"),

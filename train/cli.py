@@ -156,7 +156,7 @@ def finetune(args: list[str], prog: str) -> int:
         def command(task: Literal["retrieval"], run: Flat[retrieval.RetrievalConfig]) -> None:
             retrieval.train(run)
 
-        description = retrieval.RetrievalConfig.__doc__
+        description = f"{retrieval.RetrievalConfig.__doc__}\n\n{retrieval.described()}"
         _cli(command, args, prog, description)
         return 0
     from .finetune import run as finetuning

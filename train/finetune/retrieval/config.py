@@ -2,26 +2,49 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from ..config import check_rates
 
+# For model cards: the loss, and its name in sentence-transformers.
+LOSSES = {
+    "mnrl": "in-batch negatives (MultipleNegativesRankingLoss)",
+    "cosent": "the order of scored pairs (CoSENTLoss)",
+    "mse": "a teacher's vectors (MSELoss)",
+    "margin-mse": "the margins of a teacher's scores (MarginMSELoss)",
+}
+# These losses compare the examples of a batch, by their cosines divided by the temperature. The
+# others follow a teacher.
+COMPARING = ("mnrl", "cosent")
+
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig:
-    """Trains a bi-encoder on pairs of texts with in-batch negatives."""
+    """Trains a bi-encoder, which turns a text into a vector: for search, or to compare texts."""
 
     data: str  # folder with train.jsonl; for scores also queries.jsonl, corpus.jsonl, qrels.tsv
     model: str  # checkpoint: an HF or Orbax folder, a pretraining workdir, or a hub id
     out: str = "runs/retrieval"  # output folder
-    seed: int = 42  # seed used for the order of the pairs
+    # What each example of train.jsonl is trained for; the files are described above.
+    loss: Literal["mnrl", "cosent", "mse", "margin-mse"] = "mnrl"
+    # Model that mse and margin-mse learn from, as --model, or a cross-encoder. Its vectors or
+    # scores are computed before training and kept in OUT/teacher.safetensors.
+    teacher: str = ""
+    teacher_backend: Literal["jax", "torch"] = "jax"  # torch takes any of sentence-transformers
+    # Also trains the first numbers of a vector to be a vector, for example 768 512 256; each
+    # dimension is scored too.
+    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_weights: tuple[float, ...] = ()  # of the loss at each dimension; by default 1
+    seed: int = 42  # seed used for the order of the examples
     learning_rate: float = 2e-5  # peak; cosine decay to 0 after the warm-up
     weight_decay: float = 0.01  # not applied to norms and biases
     epochs: int = 1
     warmup_ratio: float = 0.1  # share of the steps with a linear warm-up
-    batch_size: int = 128  # pairs per step over all devices; each is a negative for all others
+    # Examples per step over all devices; in mnrl each is a negative for all others.
+    batch_size: int = 128
     chunk: int = 32  # texts per device in one forward pass; lower it to save memory
-    temperature: float = 0.05  # divides the cosine similarities
+    temperature: float = 0.05  # divides the cosine similarities in mnrl and cosent
     max_length: int = 512  # in tokens; longer texts are truncated
     pooling: Literal["mean", "cls"] = "mean"  # of the token vectors of a text
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
@@ -32,10 +55,45 @@ class RetrievalConfig:
         for name in ("epochs", "batch_size", "chunk", "max_length", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise ValueError("batch_size: expected at least 2 pairs, got 1, which has no negatives")
+        if self.batch_size < 2 and self.loss in COMPARING:
+            raise ValueError(f"batch_size: expected at least 2 with --loss {self.loss}, got 1")
         check_rates(self.learning_rate, self.weight_decay)
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected above 0, got {self.temperature}")
+        if self.temperature != RetrievalConfig.temperature and self.loss not in COMPARING:
+            raise ValueError(f"temperature: expected none with --loss {self.loss}, which has none")
+        if bool(self.teacher) != (self.loss not in COMPARING):
+            expected, got = ("none", self.teacher) if self.teacher else ("a model", "none")
+            raise ValueError(f"teacher: expected {expected} with --loss {self.loss}, got {got}")
+        if self.teacher_backend != "jax" and not self.teacher:
+            raise ValueError("teacher_backend: expected none without --teacher, got torch")
+        self._validate_matryoshka()
+
+    def _validate_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if any(dim < 1 for dim in dims) or len(set(dims)) < len(dims):
+            raise ValueError(
+                f"matryoshka_dims: expected different numbers from 1 on, got {_spaced(dims)}"
+            )
+        if weights and len(weights) != len(dims):
+            raise ValueError(
+                f"matryoshka_weights: expected one for each of the {len(dims)} matryoshka_dims, "
+                f"got {len(weights)}"
+            )
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"matryoshka_weights: expected above 0, got {_spaced(weights)}")
+
+    def check_width(self, width: int) -> None:
+        """Raises ValueError for Matryoshka dimensions that a model of this width does not have."""
+        if max(self.matryoshka_dims, default=0) > width:
+            raise ValueError(
+                f"matryoshka_dims: expected at most {width}, the width of the model's vectors, got "
+                f"{_spaced(self.matryoshka_dims)}"
+            )
+
+
+def _spaced(numbers: Iterable[float]) -> str:
+    """Numbers as they are given on the command line."""
+    return " ".join(map(str, numbers)) or "none"

@@ -1,4 +1,4 @@
-"""The bi-encoder: vectors of texts, the contrastive loss and its gradient over large batches.
+"""The bi-encoder: vectors of texts, and the gradient of a loss over large batches.
 
 A batch may need more memory than the devices have. Its texts are embedded in chunks without
 gradients, then the gradient of the loss with respect to the embeddings is computed, and each chunk
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertModel
@@ -23,6 +22,7 @@ from modernbert_jax.packing import fill_rows
 
 from ...common.sharding import DATA, MeshShape, make_mesh
 from .config import RetrievalConfig
+from .losses import loss_of
 
 
 class Encoder:
@@ -36,6 +36,7 @@ class Encoder:
         self.attention = sharded(self.mesh, rows=(DATA,))
         self.embed = jax.jit(self._embed)
         self.pull = jax.jit(self._pull, donate_argnums=3)
+        self.loss = jax.jit(jax.value_and_grad(loss_of(config)))
 
     def _embed(self, params, ids_BL, segments_BL):
         model = module_of(ModernBertModel, self.model_config, params)
@@ -72,28 +73,24 @@ class Encoder:
             out[which[which >= 0]] = np.asarray(self.embed(params, ids, segments))[which >= 0]
         return out
 
-    def gradient(self, params, queries: Sequence[np.ndarray], documents: Sequence[np.ndarray]):
-        """(loss, gradients): document i is the positive of query i, all others are negatives."""
-        texts = [*queries, *documents]
-        vectors = self.encode(params, texts)
-        loss, d_vectors = _contrast(vectors, len(queries), self.config.temperature)
-        d_vectors = np.asarray(d_vectors)
+    def gradient(
+        self,
+        params,
+        columns: Sequence[Sequence[np.ndarray]],
+        targets: np.ndarray | None = None,
+    ):
+        """(loss, gradients) of a batch: the texts of each column, and the targets of its examples.
+
+        The loss sees the vectors of all devices, so each example is compared with all others.
+        """
+        texts = [ids for column in columns for ids in column]
+        ends = np.cumsum([len(column) for column in columns])
+        vectors = np.split(self.encode(params, texts), ends[:-1])
+        loss, d_columns = self.loss(vectors, targets)
+        d_vectors = np.concatenate(d_columns)
         sums = jax.tree.map(jnp.zeros_like, params)
         for which, ids, segments in self.groups(texts):
             cotangent = np.where(which[..., None] >= 0, d_vectors[which], 0.0).astype(np.float32)
             cotangent = jax.device_put(cotangent, NamedSharding(self.mesh, P(DATA, None, None)))
             sums = self.pull(params, ids, segments, sums, cotangent)
         return loss, sums
-
-
-def contrast(vectors_ND: jax.Array, queries: int, temperature: float) -> jax.Array:
-    """InfoNCE: mean cross-entropy (nats) of picking the document of each query among all."""
-    scores = jnp.einsum(
-        "QD,MD->QM", vectors_ND[:queries], vectors_ND[queries:],
-        precision=jax.lax.Precision.HIGHEST,
-    ) / temperature  # fmt: skip
-    own = jnp.arange(queries)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, own))
-
-
-_contrast = jax.jit(jax.value_and_grad(contrast), static_argnums=1)
