@@ -28,6 +28,7 @@ from modernbert_jax.heads import (
 )
 from modernbert_jax.inference.embedder import Embedder as Embedder
 from modernbert_jax.inference.inspect import capture as capture
+from modernbert_jax.inference.multi_vector import MultiVectorEmbedder as MultiVectorEmbedder
 from modernbert_jax.inference.pipelines import (
     FillMask as FillMask,
     Reranker as Reranker,

@@ -14,10 +14,11 @@ class Bounds:
     """Query i sees the keys lo_BL[i] <= j < hi_BL[i], and none if both are equal (padding).
 
     The relation is symmetric: key j is seen by the queries in its own interval. Only where the
-    queries are a part of the row (L < M, see `context`) do the keys have intervals of their own,
-    key_lo_BM and key_hi_BM, in indices of queries. `window` is the radius that the interval already
-    includes (None for a global layer); it is static, so that an implementation can choose its tiles
-    by it. `whole` is static too and promises that every row is one segment without padding.
+    queries are a part of the row (L < M, see `context`), or some tokens are not attended to, do the
+    keys have intervals of their own, key_lo_BM and key_hi_BM, in indices of queries. `window` is
+    the radius that the interval already includes (None for a global layer); it is static, so that
+    an implementation can choose its tiles by it. `whole` is static too and promises that every row
+    is one segment without padding.
     """
 
     lo_BL: jax.Array

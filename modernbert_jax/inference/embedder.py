@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from modernbert_jax.attention import attention as default_attention, check, sharded
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.inference.export import (
@@ -24,6 +23,7 @@ from modernbert_jax.inference.export import (
     tokens_per_sequence,
     whole_number,
 )
+from modernbert_jax.inference.placement import Placement
 from modernbert_jax.inference.sentence import (
     SentenceModel,
     read_sentence,
@@ -87,22 +87,11 @@ class Embedder:
         self.max_length = max_tokens(self.tokenizer, min(limits))
         if sentence.lower_case:
             lower_case(self.tokenizer)
-        # A new mesh, because the axes may be explicit and these arrays are placed by the compiler.
-        mesh = self.mesh and Mesh(self.mesh.devices, self.mesh.axis_names)
-        if self.device is not None:
-            if mesh is not None:
-                raise ValueError("device, mesh: expected one of them, got both")
-            mesh = Mesh(np.array([self.device]), ("data",))
-        attention = default_attention if mesh is None else sharded(mesh, rows="data")
-        if mesh is not None:  # may consist of other devices than the default one
-            check(mesh.local_devices[0], dtype=config.dtype, head_dim=config.head_dim)
-        self._sequences = 1 if mesh is None else mesh.shape["data"]
-        self._sharding = mesh and NamedSharding(mesh, PartitionSpec("data", None))
+        self._placement = place = Placement(self.device, self.mesh, config)
+        attention = place.attention
         self._params = flatten(self.model)
         own = {_MODULES + key: jnp.asarray(array) for key, array in sentence.params().items()}
-        self._params |= own
-        if mesh is not None:
-            self._params = jax.device_put(self._params, NamedSharding(mesh, PartitionSpec()))
+        self._params = place.put_params(self._params | own)
         layer = self.layer % (layers + 1)
 
         def embed_tokens(params, input_ids_BL, segment_ids_BL, segments: int, skip: int = 0):
@@ -121,7 +110,7 @@ class Embedder:
             return found["sentence_embedding"]
 
         name = "-".join([str(layer), sentence.name])
-        folder = None if mesh else self.folder
+        folder = None if place.mesh else self.folder
         self._embed = Function(f"embed-{name}", embed, config, folder, (3, 4))
         self._embed_tokens = Function(f"tokens-{name}", embed_tokens, config, folder, (3, 4))
 
@@ -289,15 +278,14 @@ class Embedder:
         out = np.zeros((len(ids), self.dimension), np.float32)
         for batch, input_ids, segment_ids in packed_batches(
             ids,
-            self._sequences,
+            self._placement.sequences,
             tokens_per_sequence(batch_tokens),
             "embedding",
             show_progress_bar,
             batch_size,
         ):
             slots = segment_slots(input_ids.shape[1], max(map(len, batch)))
-            if self._sharding is not None:
-                input_ids, segment_ids = jax.device_put((input_ids, segment_ids), self._sharding)
+            input_ids, segment_ids = self._placement.put_rows(input_ids, segment_ids)
             function = self._embed if output_value == "sentence_embedding" else self._embed_tokens
             found = function(self._params, input_ids, segment_ids, slots, *skip)
             if output_value != "sentence_embedding":

@@ -29,6 +29,14 @@ MODULES_FILE = "modules.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
 ENCODER_FILE = "sentence_bert_config.json"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# The classes that files name, the class here that loads each, and its similarities.
+COLBERT = "ColBERT"
+_CLASSES = {
+    "SentenceTransformer": ("Embedder", SIMILARITIES),
+    "CrossEncoder": ("Reranker", SIMILARITIES),
+    # PyLate computes MaxSim whatever its files say, and some of them say cosine.
+    COLBERT: ("MultiVectorEmbedder", ("MaxSim", "maxsim", "cosine")),
+}
 # What a module reads and writes.
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 # torch's classes of activations, as module files name them by their last part.
@@ -48,7 +56,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "Hardtanh": jax.nn.hard_tanh,
 }
 # The settings of the Transformer module that mean what SentenceModel computes.
-_ENCODER = {
+ENCODER = {
     "transformer_task": "feature-extraction",
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
     "module_output_name": TOKENS,
@@ -163,10 +171,10 @@ class SentenceModel:
             modules = [*modules, Normalize()] if normalize else modules[:-1]
         return dataclasses.replace(self, modules=tuple(modules))
 
-    def dimension(self, hidden_size: int) -> int:
+    def dimension(self, hidden_size: int, of: str = SENTENCE) -> int:
         """Returns the embedding dimension. Raises ValueError if a module does not fit the others.
 
-        hidden_size: of the encoder.
+        hidden_size: of the encoder. of: SENTENCE, the vectors of texts, or TOKENS, those of tokens.
         """
         sizes = {TOKENS: hidden_size}
         for number, module in enumerate(self.modules, start=1):
@@ -186,7 +194,7 @@ class SentenceModel:
                 raise ValueError(f"{where}: expected {size} features, as come in, got {wanted}")
             if isinstance(module, Dense):
                 sizes[module.writes] = module.weights["weight"].shape[0]
-        return sizes[SENTENCE]
+        return sizes[of]
 
     def params(self) -> dict[str, np.ndarray]:
         """Returns the weights of all modules, {"NUMBER.KEY": array}, for `apply`."""
@@ -207,6 +215,7 @@ class SentenceModel:
     ) -> dict[str, jax.Array]:
         """Returns {"token_embeddings": [B, L, D], "sentence_embedding": [B, S, E]}, float32.
 
+        Without a Pooling it returns the first of them only.
         params: of `params`. segments: S, the most texts in a packed sequence. skip: the number of
         tokens of a prompt that pooling leaves out.
         """
@@ -269,25 +278,28 @@ def read_sentence(folder: pathlib.Path) -> SentenceModel:
     path = folder / MODULES_FILE
     if not path.exists():
         return SentenceModel()
+    settings = read_settings(folder / SETTINGS_FILE, "SentenceTransformer")
     (kind, inner), *entries = read_modules(folder)
     modules = tuple(_READERS[kind](folder / inner) for kind, inner in entries if kind != "Dropout")
     if not any(isinstance(module, Pooling) for module in modules):
         raise ValueError(f"{path}: expected a Pooling, found none")
-    settings = read_settings(folder / SETTINGS_FILE, "SentenceTransformer")
     if settings.pop("activation_fn"):
         raise ValueError(f"{folder / SETTINGS_FILE}: activation_fn is not supported")
     return SentenceModel(
-        modules, encoder=inner, **settings, **read_encoder(folder / inner, _ENCODER)
+        modules, encoder=inner, **settings, **read_encoder(folder / inner, ENCODER)
     )
 
 
-def read_modules(folder: pathlib.Path) -> list[tuple[str, str]]:
+def read_modules(
+    folder: pathlib.Path, packages: Sequence[str] = ("sentence_transformers",)
+) -> list[tuple[str, str]]:
     """Returns the (kind, folder) of each module in modules.json, the first a Transformer.
 
-    Raises ValueError for a module that is not supported and for a damaged file.
+    packages: whose modules the caller supports. Raises ValueError for a module that is not
+    supported and for a damaged file.
     """
     path = folder / MODULES_FILE
-    entries = [_entry(path, entry) for entry in read_json_list(path, MAX_MODEL_JSON)]
+    entries = [_entry(path, entry, packages) for entry in read_json_list(path, MAX_MODEL_JSON)]
     if not entries:
         raise ValueError(f"{path}: expected one Transformer, the first module, got none")
     for number, (kind, _) in enumerate(entries, start=1):
@@ -298,7 +310,7 @@ def read_modules(folder: pathlib.Path) -> list[tuple[str, str]]:
     return entries
 
 
-def _entry(path: pathlib.Path, entry: Any) -> tuple[str, str]:
+def _entry(path: pathlib.Path, entry: Any, packages: Sequence[str]) -> tuple[str, str]:
     """Returns the kind and the folder of an entry of modules.json."""
     if not isinstance(entry, dict) or not all(
         isinstance(entry.get(key), str) for key in ("type", "path")
@@ -306,7 +318,12 @@ def _entry(path: pathlib.Path, entry: Any) -> tuple[str, str]:
         raise ValueError(f"{path}: expected objects with a type and a path, got {shown(entry)}")
     parts = entry["type"].split(".")
     kind = parts[-1]
-    if parts[0] != "sentence_transformers" or kind not in {"Transformer", "Dropout", *_READERS}:
+    if parts[0] not in packages or kind not in {"Transformer", "Dropout", *_READERS}:
+        if parts[0] == "pylate":
+            raise ValueError(
+                f"{path}: {shown(entry['type'])} makes a multi-vector model, which "
+                "MultiVectorEmbedder loads"
+            )
         raise ValueError(
             f"{path}: {shown(entry['type'])} is not supported; supported are Transformer, "
             f"{', '.join(_READERS)} and Dropout of sentence_transformers"
@@ -352,14 +369,16 @@ def read_settings(path: pathlib.Path, kind: str) -> dict[str, Any]:
     data = read_json(path, MAX_MODEL_JSON) if path.exists() else {}
     found = data.get("model_type") or kind
     if found != kind:
-        raise ValueError(f"{path}: model_type: expected {kind}, got {shown(found)}")
+        known = isinstance(found, str) and found in _CLASSES
+        hint = f", which {_CLASSES[found][0]} loads" if known else ""
+        raise ValueError(f"{path}: model_type: expected {kind}, got {shown(found)}{hint}")
     prompts = data.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(
         isinstance(prompt, str | None) for prompt in prompts.values()
     ):
         raise ValueError(f"{path}: prompts: expected texts by name, got {shown(prompts)}")
     prompts = {k: v or "" for k, v in prompts.items()}
-    if kind == "SentenceTransformer":
+    if kind != "CrossEncoder":
         prompts = {"query": "", "document": ""} | prompts
     default = data.get("default_prompt_name")
     if default is not None and default not in prompts:
@@ -367,10 +386,11 @@ def read_settings(path: pathlib.Path, kind: str) -> dict[str, Any]:
             f"{path}: default_prompt_name: expected one of {', '.join(prompts)}, got "
             f"{shown(default)}"
         )
-    similarity = data.get("similarity_fn_name") or "cosine"
-    if similarity not in SIMILARITIES:
+    similarities = _CLASSES[kind][1]
+    similarity = data.get("similarity_fn_name") or similarities[0]
+    if similarity not in similarities:
         raise ValueError(
-            f"{path}: similarity_fn_name: expected {', '.join(SIMILARITIES)}, got "
+            f"{path}: similarity_fn_name: expected {', '.join(similarities)}, got "
             f"{shown(similarity)}"
         )
     return {
@@ -460,7 +480,8 @@ def activation_name(where: str, path: Any) -> str:
     return parts[-1]
 
 
-def _read_dense(folder: pathlib.Path) -> Dense:
+def read_dense(folder: pathlib.Path) -> Dense:
+    """Reads a Dense module. Raises ValueError for what is not supported, and for damaged files."""
     path = folder / "config.json"
     data = read_json(path, MAX_MODEL_JSON)
     read, wrote = (_size(path, data, key) for key in ("in_features", "out_features"))
@@ -510,7 +531,7 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 _READERS: dict[str, Callable[[pathlib.Path], Module]] = {
     "Pooling": _read_pooling,
-    "Dense": _read_dense,
+    "Dense": read_dense,
     "Normalize": _read_normalize,
     "LayerNorm": _read_layer_norm,
 }
@@ -542,11 +563,9 @@ def write_sentence(
             config = {"dimension": len(module.weights["weight"])}
             _write_tensors(root / inner, {f"norm.{k}": v for k, v in module.weights.items()})
         else:
-            config = _dense_config(module)
-            width = config["out_features"] if module.writes == TOKENS else width
-            names = {"weight": "linear.weight", "bias": "linear.bias"}
-            tensors = {names.get(k, "residual.weight"): v for k, v in module.weights.items()}
-            _write_tensors(root / inner, tensors)
+            write_dense(root / inner, module)
+            width = len(module.weights["weight"]) if module.writes == TOKENS else width
+            continue
         write_json(root / inner / "config.json", config)
     write_json(
         root / ENCODER_FILE, {"max_seq_length": max_length, "do_lower_case": model.lower_case}
@@ -559,11 +578,25 @@ def write_sentence(
     }
     write_json(root / SETTINGS_FILE, settings)
     # The names of releases before 6, which the later ones read too.
+    write_modules(root, [(path, f"sentence_transformers.models.{kind}") for path, kind in entries])
+
+
+def write_modules(root: pathlib.Path, entries: Sequence[tuple[str, str]]) -> None:
+    """Writes modules.json. entries: the folder and the type of each module."""
     modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        {"idx": i, "name": str(i), "path": path, "type": kind}
         for i, (path, kind) in enumerate(entries)
     ]
     write_json(root / MODULES_FILE, modules)
+
+
+def write_dense(folder: pathlib.Path, module: Dense) -> None:
+    """Writes the settings and the weights of a Dense module into its own folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"weight": "linear.weight", "bias": "linear.bias"}
+    tensors = {names.get(k, "residual.weight"): v for k, v in module.weights.items()}
+    _write_tensors(folder, tensors)
+    write_json(folder / "config.json", _dense_config(module))
 
 
 def _pooling_config(module: Pooling, width: int) -> dict[str, Any]:

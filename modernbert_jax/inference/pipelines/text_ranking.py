@@ -248,13 +248,20 @@ class Reranker(Pipeline):
                 f"rank: expected a model with 1 label, got {self.model.config.num_labels}; predict "
                 "returns a score per label"
             )
-        count = None if top_k is None else whole_number("top_k", top_k, 0)
         scores = self.predict([(query, document) for document in documents], **options)
-        return [
-            {"corpus_id": int(i), "score": float(scores[i])}
-            | ({"text": documents[i]} if return_documents else {})
-            for i in np.argsort(-scores, kind="stable")[:count]
-        ]
+        return ranked(scores, documents, top_k, return_documents)
+
+
+def ranked(
+    scores_N: np.ndarray, documents: Sequence[str], top_k: int | None, return_documents: bool
+) -> list[dict[str, Any]]:
+    """Returns [{"corpus_id", "score"}], and "text" if asked for, of the `top_k` best documents."""
+    count = None if top_k is None else whole_number("top_k", top_k, 0)
+    return [
+        {"corpus_id": int(i), "score": float(scores_N[i])}
+        | ({"text": documents[i]} if return_documents else {})
+        for i in np.argsort(-scores_N, kind="stable")[:count]
+    ]
 
 
 def _function(given: Any, name: str) -> Callable[[jax.Array], jax.Array]:

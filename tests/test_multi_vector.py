@@ -1,0 +1,291 @@
+"""Multi-vector models: PyLate's layout, with the vectors and scores of sentence-transformers."""
+
+import json
+import string
+
+import jax
+import numpy as np
+import pytest
+
+from modernbert_jax import Embedder, MultiVectorEmbedder
+from modernbert_jax.inference.colbert import max_sim, read_colbert
+
+st = pytest.importorskip("sentence_transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import save_file  # noqa: E402
+
+QUERIES = ["no fever?", "denies cough, and pain; " * 9, "", "a RASH today"]
+DOCUMENTS = [
+    "the patient has no fever",
+    "Denies COUGH and pain, seen today: a rash (on the left arm)!",
+    "fever, " * 60,
+    "",
+    "a rash",
+]
+HIDDEN, WINDOW = 32, 8
+PYLATE = {
+    "model_type": "ColBERT", "prompts": {}, "default_prompt_name": None,
+    "similarity_fn_name": "MaxSim", "query_prefix": "[Q] ", "document_prefix": "[D] ",
+    "query_length": 24, "document_length": 40, "attend_to_expansion_tokens": False,
+    "do_query_expansion": True, "skiplist_words": list(string.punctuation),
+}  # fmt: skip
+DENSE = {
+    "in_features": HIDDEN, "out_features": 12, "bias": False, "use_residual": False,
+    "activation_function": "torch.nn.modules.linear.Identity",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, small_tokenizer):
+    """A seeded encoder of transformers and a tokenizer with the prefixes of PyLate."""
+    folder = tmp_path_factory.mktemp("encoder")
+    small_tokenizer.save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig(
+        vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=128, local_attention=2 * WINDOW,
+        pad_token_id=0, cls_token_id=1, bos_token_id=1, sep_token_id=2, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.ModernBertModel(config).save_pretrained(folder)
+    return folder
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def edit(path, **changes):
+    write(path, json.loads(path.read_text()) | changes)
+
+
+def made(encoder, folder, *more, **settings):
+    """Writes a folder as PyLate does. more: settings of Dense modules after the first."""
+    for path in encoder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    torch.manual_seed(1)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models."
+                "Transformer"}]  # fmt: skip
+    for number, changes in enumerate([{}, *more], start=1):
+        config, name = DENSE | changes, f"{number}_Dense"
+        into, out = config["in_features"], config["out_features"]
+        weights = {"linear.weight": torch.randn(out, into) / 4}
+        if config["bias"]:
+            weights["linear.bias"] = torch.randn(out)
+        if config["use_residual"] and into != out:
+            weights["residual.weight"] = torch.randn(out, into) / 4
+        write(folder / name / "config.json", config)
+        save_file(weights, folder / name / "model.safetensors")
+        modules.append({"idx": number, "name": str(number), "path": name,
+                        "type": "pylate.models.Dense.Dense"})  # fmt: skip
+    write(folder / "modules.json", modules)
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 39, "do_lower_case": False})
+    write(folder / "config_sentence_transformers.json", PYLATE | settings)
+    return folder
+
+
+def close(got, want):
+    """Compares the vectors of several texts."""
+    assert len(got) == len(want)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def vectors_of(model):
+    options = {} if isinstance(model, MultiVectorEmbedder) else {"convert_to_numpy": True}
+    return model.encode_query(QUERIES, **options), model.encode_document(DOCUMENTS, **options)
+
+
+def theirs_of(folder):
+    return st.MultiVectorEncoder(str(folder), device="cpu")
+
+
+# (settings of further Dense modules, changed settings of the model)
+FOLDERS = {
+    "PyLate's defaults": ([], {"skiplist_words": None, "do_query_expansion": None}),
+    "three Dense, expansion beyond the window": (
+        [
+            {"in_features": 12, "out_features": 20, "bias": True, "use_residual": True,
+             "activation_function": "torch.nn.modules.activation.GELU"},
+            {"in_features": 20, "out_features": 20, "use_residual": True},
+        ],
+        {"query_length": 60, "document_length": 16},
+    ),
+    "attended expansion, own skiplist": (
+        [],
+        {"attend_to_expansion_tokens": True, "skiplist_words": ["rash", "e", "[SEP]", "no token"]},
+    ),
+    "prompts, no expansion": (
+        [],
+        {"prompts": {"query": "seen: ", "document": "text "}, "do_query_expansion": False},
+    ),
+    "no prefixes, no skiplist": (
+        [], {"query_prefix": "", "document_prefix": "", "skiplist_words": []},
+    ),
+}  # fmt: skip
+
+
+class TestVectors:
+    @pytest.mark.parametrize("name", FOLDERS)
+    def test_equal_sentence_transformers(self, encoder, tmp_path, name):
+        """And sentence-transformers gives them for what we save, which we read as what we saved."""
+        more, settings = FOLDERS[name]
+        (tmp_path / "theirs").mkdir()
+        folder = made(encoder, tmp_path / "theirs", *more, **settings)
+        theirs, ours = theirs_of(folder), MultiVectorEmbedder.from_pretrained(folder)
+        want, got = vectors_of(theirs), vectors_of(ours)
+        for some, others in zip(got, want, strict=True):
+            close(some, others)
+        assert ours.dimension == theirs.get_embedding_dimension() == got[0][0].shape[1]
+        np.testing.assert_allclose(
+            ours.similarity(*got), theirs.similarity(*want), rtol=1e-5, atol=1e-4
+        )
+        ours.save(tmp_path / "ours")
+        for some, others in zip(vectors_of(theirs_of(tmp_path / "ours")), want, strict=True):
+            close(some, others)
+        read, wrote = read_colbert(tmp_path / "ours"), read_colbert(folder)
+        for a, b in zip(read.sentence.modules, wrote.sentence.modules, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, vars(a), vars(b))
+        assert {**vars(read), "sentence": 0} == {**vars(wrote), "sentence": 0}
+
+    def test_packing_and_devices_do_not_change_them(self, encoder, tmp_path):
+        folder = made(encoder, tmp_path)
+        want = vectors_of(MultiVectorEmbedder.from_pretrained(folder))
+        mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+        ours = MultiVectorEmbedder.from_pretrained(folder, mesh=mesh)
+        texts = [*QUERIES, *QUERIES[:1]]
+        got = ours.encode_query(texts, batch_tokens=24, show_progress_bar=False)
+        close(got, [*want[0], want[0][0]])
+        close([ours.encode_document(DOCUMENTS[1])], want[1][1:2])
+
+    def test_lengths_and_prompts(self, encoder, tmp_path):
+        folder = made(encoder, tmp_path, do_query_expansion=False, skiplist_words=[])
+        ours = MultiVectorEmbedder.from_pretrained(folder, query_length=10, document_length=100)
+        assert len(ours.encode_query(QUERIES[1])) == 10
+        assert len(ours.encode_document(DOCUMENTS[2])) == 100
+        want = ours.encode_query(["the RASH: no fever?"])
+        close(ours.encode_query(["no fever?"], prompt="the RASH: "), want)
+        with pytest.raises(ValueError, match="prompt_name: expected query, document, got 'title'"):
+            ours.encode_query("a", prompt_name="title")
+        with pytest.raises(TypeError, match="inputs: expected texts, number 2 is a tuple"):
+            ours.encode_query(["a", ("a", "b")])
+        assert ours.encode_document([]) == []
+
+
+class TestScores:
+    def test_formula(self):
+        """The sum over a query's vectors of the largest product, also if all are negative."""
+        rng = np.random.default_rng(0)
+        sizes = ([3, 9, 1, 0, 4000, 200], [5, 1, 8000, 0, 300, 7])
+        queries, documents = ([rng.normal(size=(n, 4)).astype("f") for n in of] for of in sizes)
+        queries[2] = np.abs(queries[2])
+        documents[1] = -np.abs(documents[1])
+        want = np.zeros((6, 6))
+        for i, query in enumerate(map(torch.from_numpy, queries)):
+            for j, document in enumerate(map(torch.from_numpy, documents)):
+                if len(query) and len(document):
+                    want[i, j] = (query @ document.T).max(dim=1).values.double().sum()
+        assert want[2, 1] < 0 and not want[3].any() and not want[:, 3].any()
+        np.testing.assert_allclose(max_sim(queries, documents), want, rtol=1e-5, atol=1e-5)
+
+    def test_similarity_and_rank(self, encoder, tmp_path):
+        folder = made(encoder, tmp_path)
+        ours, theirs = MultiVectorEmbedder.from_pretrained(folder), theirs_of(folder)
+        queries, documents = vectors_of(ours)
+        want = theirs.similarity_pairwise(queries, documents[:4]).numpy()
+        np.testing.assert_allclose(
+            ours.similarity_pairwise(queries, documents[:4]), want, rtol=1e-5, atol=1e-5
+        )
+        scores = theirs.similarity(queries[3], documents)[0].numpy()
+        found = ours.rank(QUERIES[3], DOCUMENTS, top_k=3, return_documents=True)
+        order = np.argsort(-scores)[:3]
+        assert [(x["corpus_id"], x["text"]) for x in found] == [(i, DOCUMENTS[i]) for i in order]
+        np.testing.assert_allclose([x["score"] for x in found], scores[order], rtol=1e-5)
+        with pytest.raises(ValueError, match="expected as many, got 4 and 5"):
+            ours.similarity_pairwise(queries, documents)
+        with pytest.raises(ValueError, match=r"documents: expected arrays .* got shapes \(\)"):
+            ours.similarity(queries, documents[0][0])
+
+
+SETTINGS = "config_sentence_transformers.json"
+REFUSED = {
+    "a pooling": (
+        lambda f: edit_type(f, "sentence_transformers.models.Pooling"),
+        "Pooling makes a model of one vector per text, which Embedder loads",
+    ),
+    "another module": (
+        lambda f: edit_type(f, "sentence_transformers.models.LayerNorm"),
+        "LayerNorm is not supported in a multi-vector model; supported are Transformer, Dense",
+    ),
+    "no Dense": (
+        lambda f: edit_type(f, "sentence_transformers.models.Dropout"),
+        "expected a Dense after the Transformer, found none; PyLate would add one with random",
+    ),
+    "no modules": (
+        lambda f: (f / "modules.json").unlink(),
+        "expected a multi-vector model with modules.json, found none; train one with",
+    ),
+    "another class": (
+        lambda f: edit(f / SETTINGS, model_type="SentenceTransformer"),
+        "model_type: expected ColBERT, got 'SentenceTransformer', which Embedder loads",
+    ),
+    "a similarity": (
+        lambda f: edit(f / SETTINGS, similarity_fn_name="XTR"),
+        "similarity_fn_name: expected MaxSim, maxsim, cosine, got 'XTR'",
+    ),
+    "a length": (
+        lambda f: edit(f / SETTINGS, query_length="32"),
+        "query_length: expected a number, got '32'",
+    ),
+    "a long document": (
+        lambda f: edit(f / SETTINGS, document_length=129),
+        "document_length: expected a whole number from 4 to 128, got 129",
+    ),
+    "a flag": (
+        lambda f: edit(f / SETTINGS, do_query_expansion=1),
+        "do_query_expansion: expected true or false, got 1",
+    ),
+    "a skiplist": (
+        lambda f: edit(f / SETTINGS, skiplist_words=["a", 1]),
+        "skiplist_words: expected a list of texts, got a list of 2",
+    ),
+    "a prefix that is no token": (
+        lambda f: edit(f / SETTINGS, query_prefix="[X] "),
+        r"tokenizer: expected '\[X\] ', the query_prefix, as one token, found none",
+    ),
+    "a Dense that does not fit": (
+        lambda f: edit_type(f, "pylate.models.Dense.Dense", "2_Dense"),
+        r"module 1 .Dense.: expected 32 features, as come in, got 12",
+    ),
+}  # fmt: skip
+
+
+def edit_type(folder, kind, path="1_Dense"):
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1] |= {"type": kind, "path": path}
+    write(folder / "modules.json", modules[:2])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(encoder, tmp_path, name):
+    folder = made(encoder, tmp_path, {"in_features": 12, "out_features": 12})
+    change, message = REFUSED[name]
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        MultiVectorEmbedder.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_embedder_names_this_class(encoder, tmp_path):
+    folder = made(encoder, tmp_path)
+    with pytest.raises(ValueError, match="got 'ColBERT', which MultiVectorEmbedder loads"):
+        Embedder.from_pretrained(folder)
+    (folder / SETTINGS).unlink()  # early releases of PyLate do not name the class
+    with pytest.raises(ValueError, match="'pylate.models.Dense.Dense' makes a multi-vector model"):
+        Embedder.from_pretrained(folder)
