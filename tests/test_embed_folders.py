@@ -42,7 +42,9 @@ def encoder(tmp_path_factory, small_tokenizer):
     return folder
 
 
-def made(encoder, folder, *parts, similarity=None, prompts=None, default=None, **options):
+def made(
+    encoder, folder, *parts, similarity=None, prompts=None, default=None, truncate=None, **options
+):
     """Saves a folder of sentence-transformers with these modules after the Transformer."""
     torch.manual_seed(1)
     parts = [part() if callable(part) and not isinstance(part, torch.nn.Module) else part
@@ -54,7 +56,7 @@ def made(encoder, folder, *parts, similarity=None, prompts=None, default=None, *
     first = m.Transformer(str(encoder), **options)
     model = st.SentenceTransformer(
         modules=[first, *parts], device="cpu", prompts=prompts, default_prompt_name=default,
-        similarity_fn_name=similarity,
+        similarity_fn_name=similarity, truncate_dim=truncate,
     )  # fmt: skip
     model.save(str(folder), create_model_card=False)
     return folder
@@ -110,6 +112,9 @@ FOLDERS = {
          m.Normalize("token_embeddings"), lambda: m.Pooling(12, "max")], {}, {},
     ),
     "LayerNorm": ([pooling("mean"), lambda: m.LayerNorm(HIDDEN), m.Normalize()], {}, {}),
+    "vectors cut to 8, as Matryoshka models": (
+        [pooling("mean"), m.Normalize()], {}, {"truncate": 8},
+    ),
     "a length of 16 in lower case": (
         [pooling("mean", "lasttoken")], {"max_seq_length": 16, "do_lower_case": True}, {},
     ),
@@ -196,6 +201,17 @@ class TestChoices:
             Embedder.from_pretrained(folder, pooling=("cls", "mean"))
         with pytest.raises(ValueError, match="pooling: expected cls, max, .* got 'sum'"):
             Embedder.from_pretrained(folder, pooling="sum")
+
+
+def test_a_call_may_ask_for_more_than_the_files_keep(encoder, tmp_path):
+    ours, theirs = same(made(encoder, tmp_path, pooling("mean"), m.Normalize(), truncate=8))
+    want = theirs.encode(TEXTS, truncate_dim=20)
+    np.testing.assert_allclose(ours.encode(TEXTS, truncate_dim=20), want, rtol=0, atol=1e-5)
+    assert want.shape[1] == 20
+    (found,) = ours.encode(TEXTS[:1], output_value=None)
+    assert found["sentence_embedding"].shape == (8,)
+    ids = [found["input_ids"]]
+    np.testing.assert_allclose(ours.encode_ids(ids), want[:1, :8], rtol=0, atol=1e-5)
 
 
 def test_another_layer_is_not_saved(encoder, tmp_path):
@@ -291,6 +307,10 @@ REFUSED = {
     "a similarity": (
         lambda f: edit(f / "config_sentence_transformers.json", similarity_fn_name="maxsim"),
         "similarity_fn_name: expected cosine, dot, euclidean, manhattan, got 'maxsim'",
+    ),
+    "a dimension": (
+        lambda f: edit(f / "config_sentence_transformers.json", truncate_dim=0),
+        "truncate_dim: expected a number from 1 on, got 0",
     ),
     "a prompt's name": (
         lambda f: edit(f / "config_sentence_transformers.json", default_prompt_name="x"),

@@ -158,8 +158,8 @@ class Embedder:
 
     @property
     def dimension(self) -> int:
-        """The embedding dimension."""
-        return self._dimension
+        """The embedding dimension: at most the truncate_dim of the files, if they have one."""
+        return min(self._dimension, self.sentence.truncate_dim or self._dimension)
 
     def encode(
         self,
@@ -193,8 +193,9 @@ class Embedder:
         lengths come from a short list, so that few programs are compiled. show_progress_bar: None
         shows it in a terminal only. output_value: "token_embeddings" returns an array [L, D] per
         text, and None a dictionary with both and "input_ids". truncate_dim: keeps the first numbers
-        of a vector, before normalize_embeddings scales it to length 1 and before precision ("int8",
-        "uint8", "binary", "ubinary", with the ranges of these vectors) stores it in fewer bits.
+        of a vector, by default as many as the model's files say; after that normalize_embeddings
+        scales it to length 1 and precision ("int8", "uint8", "binary", "ubinary", with the ranges
+        of these vectors) stores it in fewer bits.
         Results are NumPy's; convert_to_tensor returns a jax array, convert_to_numpy=False a list of
         them. mteb also passes task_metadata, hf_split and hf_subset, which have no effect, and
         prompt_type ("query" or "document"), as `encode_query` and `encode_document` do; beside
@@ -234,6 +235,8 @@ class Embedder:
         out, tokens = self._run(
             ids, batch_tokens, show_progress_bar, limit, output_value, self._skip(begin)
         )
+        dim = self.sentence.truncate_dim if truncate_dim is None else truncate_dim
+        out = out if dim is None else out[:, :dim]
         results: Any = tokens
         if output_value is None:
             results = [
@@ -242,7 +245,6 @@ class Embedder:
                 for i in range(len(ids))
             ]  # fmt: skip
         elif output_value == "sentence_embedding":
-            out = out if truncate_dim is None else out[:, :truncate_dim]
             out = _unit(out) if normalize_embeddings else out
             results = quantized(out, precision)
         if convert_to_tensor and output_value == "sentence_embedding":
@@ -262,7 +264,8 @@ class Embedder:
         ids: complete, with the special tokens and any prompt, of at most max_length each; all of
         them are pooled. The other arguments are those of `encode`.
         """
-        return self._run(ids, batch_tokens, show_progress_bar, None, "sentence_embedding", ())[0]
+        out, _ = self._run(ids, batch_tokens, show_progress_bar, None, "sentence_embedding", ())
+        return out[:, : self.dimension]
 
     def _run(
         self,
@@ -275,7 +278,7 @@ class Embedder:
     ) -> tuple[np.ndarray, list[Any]]:
         """Returns the vectors and, unless output_value asks for them alone, those of the tokens."""
         tokens: list[Any] = [None] * len(ids)
-        out = np.zeros((len(ids), self.dimension), np.float32)
+        out = np.zeros((len(ids), self._dimension), np.float32)
         for batch, input_ids, segment_ids in packed_batches(
             ids,
             self._placement.sequences,

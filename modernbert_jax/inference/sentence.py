@@ -129,7 +129,8 @@ class SentenceModel:
     The default is that of a folder without modules.json: the mean over the tokens, of length 1.
     modules: applied in order. max_length: in tokens, None if no file states one. prompts: by name.
     default_prompt_name: the prompt of a call that names none. similarity: one of SIMILARITIES.
-    encoder: the folder of the encoder within the model's.
+    truncate_dim: how many numbers of a vector are kept, None for all; `Embedder` cuts it. encoder:
+    the folder of the encoder within the model's.
     """
 
     modules: tuple[Module, ...] = (Pooling(), Normalize())
@@ -140,6 +141,7 @@ class SentenceModel:
     )
     default_prompt_name: str | None = None
     similarity: str = "cosine"
+    truncate_dim: int | None = None
     encoder: str = ""
 
     @property
@@ -361,17 +363,18 @@ def read_encoder(folder: pathlib.Path, known: Mapping[str, Any]) -> dict[str, An
 
 
 def read_settings(path: pathlib.Path, kind: str) -> dict[str, Any]:
-    """Returns {"prompts", "default_prompt_name", "similarity", "activation_fn"} of a model.
+    """Returns {"prompts", "default_prompt_name", "similarity", ...} of a model.
 
-    kind: its class in sentence-transformers. Raises ValueError for another class and for values
+    The others are "activation_fn" and, for a SentenceTransformer, "truncate_dim". kind: its class
+    in sentence-transformers. Raises ValueError for another class and for values
     that are not supported.
     """
     data = read_json(path, MAX_MODEL_JSON) if path.exists() else {}
-    found = data.get("model_type") or kind
-    if found != kind:
-        known = isinstance(found, str) and found in _CLASSES
-        hint = f", which {_CLASSES[found][0]} loads" if known else ""
-        raise ValueError(f"{path}: model_type: expected {kind}, got {shown(found)}{hint}")
+    named = data.get("model_type") or kind
+    if named != kind:
+        known = isinstance(named, str) and named in _CLASSES
+        hint = f", which {_CLASSES[named][0]} loads" if known else ""
+        raise ValueError(f"{path}: model_type: expected {kind}, got {shown(named)}{hint}")
     prompts = data.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(
         isinstance(prompt, str | None) for prompt in prompts.values()
@@ -393,12 +396,18 @@ def read_settings(path: pathlib.Path, kind: str) -> dict[str, Any]:
             f"{path}: similarity_fn_name: expected {', '.join(similarities)}, got "
             f"{shown(similarity)}"
         )
-    return {
+    found = {
         "prompts": prompts,
         "default_prompt_name": default,
         "similarity": similarity,
         "activation_fn": data.get("activation_fn"),
     }
+    if kind == "SentenceTransformer":
+        dim = data.get("truncate_dim")
+        if dim is not None and (type(dim) is not int or dim < 1):
+            raise ValueError(f"{path}: truncate_dim: expected a number from 1 on, got {shown(dim)}")
+        found["truncate_dim"] = dim
+    return found
 
 
 def resolve_prompt(
@@ -576,6 +585,8 @@ def write_sentence(
         "default_prompt_name": model.default_prompt_name,
         "similarity_fn_name": model.similarity,
     }
+    if model.truncate_dim is not None:
+        settings["truncate_dim"] = model.truncate_dim
     write_json(root / SETTINGS_FILE, settings)
     # The names of releases before 6, which the later ones read too.
     write_modules(root, [(path, f"sentence_transformers.models.{kind}") for path, kind in entries])

@@ -29,13 +29,16 @@ class RetrievalConfig:
     # What each example of train.jsonl is trained for; the files are described above.
     loss: Literal["mnrl", "cosent", "mse", "margin-mse"] = "mnrl"
     # Model that mse and margin-mse learn from, as --model, or a cross-encoder. Its vectors or
-    # scores are computed before training and kept in OUT/teacher.safetensors.
+    # scores are computed before training and kept in OUT.
     teacher: str = ""
     teacher_backend: Literal["jax", "torch"] = "jax"  # torch takes any of sentence-transformers
     # Also trains the first numbers of a vector to be a vector, for example 768 512 256; each
     # dimension is scored too.
     matryoshka_dims: tuple[int, ...] = ()
     matryoshka_weights: tuple[float, ...] = ()  # of the loss at each dimension; by default 1
+    truncate_dim: int | None = (
+        None  # one of these dimensions, to which the saved model cuts vectors
+    )
     seed: int = 42  # seed used for the order of the examples
     learning_rate: float = 2e-5  # peak; cosine decay to 0 after the warm-up
     weight_decay: float = 0.01  # not applied to norms and biases
@@ -84,6 +87,11 @@ class RetrievalConfig:
             )
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"matryoshka_weights: expected above 0, got {_spaced(weights)}")
+        if self.truncate_dim is not None and self.truncate_dim not in dims:
+            raise ValueError(
+                f"truncate_dim: expected one of the matryoshka_dims ({_spaced(dims)}), got "
+                f"{self.truncate_dim}"
+            )
 
     def check_width(self, width: int) -> None:
         """Raises ValueError for Matryoshka dimensions that a model of this width does not have."""

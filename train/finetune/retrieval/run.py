@@ -137,7 +137,8 @@ def save(
     facts: of the model card.
     """
     model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
-    sentence = SentenceModel((Pooling((config.pooling,)), Normalize()))
+    modules = (Pooling((config.pooling,)), Normalize())
+    sentence = SentenceModel(modules, truncate_dim=config.truncate_dim)
     write_sentence(folder, sentence, model.config.hidden_size, config.max_length)
 
 

@@ -1,8 +1,8 @@
 """Distillation: what a teacher says about the examples, computed once before training.
 
 A teacher is an embedding model or a cross-encoder, here or in torch (sentence-transformers, which
-also reads plain models of transformers). Its answers are numbers; OUT/teacher.safetensors keeps
-them with the teacher's name and fingerprint, and never a text.
+also reads plain models of transformers). Its answers are numbers; OUT/teacher-DIGEST.safetensors
+keeps them with the teacher's name and fingerprint, and never a text.
 """
 
 import hashlib
@@ -26,8 +26,6 @@ from ...common.workdir import start_folder
 from .config import RetrievalConfig
 from .data import Examples
 
-FILE = "teacher.safetensors"
-
 
 def teach(
     config: RetrievalConfig, examples: Examples, width: int
@@ -37,7 +35,7 @@ def teach(
     Targets are the teacher's vectors [examples, width], scaled to length 1 as the student's are,
     or its scores of the documents [examples, C]. They are read from OUT if the same teacher has
     answered for the same texts. width: of the student's vectors. Raises ValueError if the teacher
-    does not fit the loss, or if OUT has the targets of something else.
+    does not fit the loss, or if the file in OUT is damaged.
     """
     folder = pathlib.Path(start_folder(config.teacher))
     ranks = _ranks(folder)
@@ -52,13 +50,14 @@ def teach(
         "backend": config.teacher_backend,
         "sha256": _digest(folder),
     }
-    question = facts | {"loss": config.loss, "texts": _texts_digest(examples)}
-    path = pathlib.Path(config.out) / FILE
+    question = json.dumps(facts | {"loss": config.loss, "texts": _texts_digest(examples)})
+    name = f"teacher-{hashlib.sha256(question.encode()).hexdigest()[:12]}.safetensors"
+    path = pathlib.Path(config.out) / name
     targets = _read(path, question)
     if targets is None:
         targets = _answers(config, examples, folder, ranks, width)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = safetensors.numpy.save({"targets": targets}, {"question": json.dumps(question)})
+        content = safetensors.numpy.save({"targets": targets}, {"question": question})
         write_bytes(path, content)
     if config.loss == "mse":
         _check_width(config, targets.shape[1], width)
@@ -142,19 +141,14 @@ def _texts_digest(examples: Examples) -> str:
     return total.hexdigest()
 
 
-def _read(path: pathlib.Path, question: dict[str, str]) -> np.ndarray | None:
+def _read(path: pathlib.Path, question: str) -> np.ndarray | None:
     """The stored targets, None without the file."""
     if not path.exists():
         return None
     try:
         with safetensors.safe_open(path, "numpy") as file:
-            stored = json.loads((file.metadata() or {}).get("question", "null"))
-            targets = file.get_tensor("targets")
-    except (safetensors.SafetensorError, ValueError):
-        raise ValueError(f"{path}: the file is damaged; delete it, and it is made again") from None
-    if stored != question:
-        raise ValueError(
-            f"{path} has the answers of another teacher, or for other texts or another loss; "
-            "choose another --out, or delete this file"
-        )
-    return targets
+            if (file.metadata() or {}).get("question") == question:
+                return file.get_tensor("targets")
+    except safetensors.SafetensorError:
+        pass
+    raise ValueError(f"{path}: the file is damaged; delete it, and the same command makes it again")
