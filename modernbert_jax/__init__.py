@@ -30,10 +30,13 @@ from modernbert_jax.inference.embedder import Embedder as Embedder
 from modernbert_jax.inference.inspect import capture as capture
 from modernbert_jax.inference.multi_vector import MultiVectorEmbedder as MultiVectorEmbedder
 from modernbert_jax.inference.pipelines import (
+    FeatureExtraction as FeatureExtraction,
     FillMask as FillMask,
+    QuestionAnswering as QuestionAnswering,
     Reranker as Reranker,
     TextClassification as TextClassification,
     TokenClassification as TokenClassification,
+    ZeroShotClassification as ZeroShotClassification,
     pipeline as pipeline,
 )
 from modernbert_jax.model import ModernBertModel as ModernBertModel

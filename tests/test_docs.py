@@ -456,8 +456,9 @@ class World:
         """Loads what the command serves, for the requests that follow. Its process never ends."""
         args = serve_cli.parser().parse_args(words)
         if self.full:
-            runner = serve_cli.load(args)
-            endpoints, missing = endpoints_of(runner, args.name or Path(args.model).name, 512)
+            runner, reranker = serve_cli.load(args)
+            name = args.name or Path(args.model).name
+            endpoints, missing = endpoints_of(runner, name, 512, reranker)
             service = Service(endpoints, missing, Limits(512, 65536))
             self.client = TestClient(service.app, base_url="http://localhost:8000")
 

@@ -12,6 +12,7 @@ st = pytest.importorskip("sentence_transformers")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+IDENTITY = "torch.nn.modules.linear.Identity"
 QUERY = "no fever"
 DOCUMENTS = ["the patient has a cough", "", "denies fever and RASH " * 20, "seen today", "a rash"]
 PAIRS = [(QUERY, d) for d in DOCUMENTS] + [("denies pain " * 30, "seen today " * 20)]
@@ -74,10 +75,9 @@ class TestPredict:
             for name in ("modules.json", "config_sentence_transformers.json",
                          "sentence_bert_config.json"):  # fmt: skip
                 (tmp_path / name).unlink()
-            path = "torch.nn.modules.linear.Identity"
             edit(tmp_path / "config.json", **{
-                "config": {"sentence_transformers": {"activation_fn": path}},
-                "old": {"sbert_ce_default_activation_function": path},
+                "config": {"sentence_transformers": {"activation_fn": IDENTITY}},
+                "old": {"sbert_ce_default_activation_function": IDENTITY},
             }[place])  # fmt: skip
         else:
             edit(tmp_path / "sentence_bert_config.json", max_seq_length=40, do_lower_case=True)
@@ -96,6 +96,8 @@ class TestPredict:
             ours.predict(PAIRS, prompt_name="query")
         with pytest.raises(ValueError, match="activation_fn: expected a function or Identity"):
             ours.predict(PAIRS, activation_fn="Softmax")
+        with pytest.raises(ValueError, match="activation_fn: expected a score per label, got"):
+            ours.predict(PAIRS, activation_fn=lambda x: x.sum())
         with pytest.raises(ValueError, match="rank: expected a model with 1 label, got 3"):
             both(folders[3])[0].rank(QUERY, DOCUMENTS)
         theirs.save(str(tmp_path))
@@ -125,3 +127,44 @@ def test_pipeline_and_export(folders, tmp_path, monkeypatch):
     assert pipe.export(tmp_path / "out", tokens=[64]) == [64]
     again = pipeline("text-ranking", tmp_path / "out", exported=True)
     np.testing.assert_allclose(again(PAIRS[:2]), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("release", [6, 5], ids=["this release", "before 6"])
+def test_save_loads_in_sentence_transformers(folders, tmp_path, release):
+    """The same scores there and here; releases before 6 read config.json alone."""
+    shutil.copytree(folders[1], tmp_path / "in")
+    edit(tmp_path / "in" / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+    edit(tmp_path / "in" / "sentence_bert_config.json", max_seq_length=40, do_lower_case=True)
+    ours = Reranker.from_pretrained(tmp_path / "in")
+    ours.save(tmp_path / "out")
+    if release == 5:
+        for name in ("modules.json", "config_sentence_transformers.json",
+                     "sentence_bert_config.json"):  # fmt: skip
+            (tmp_path / "out" / name).unlink()
+    again, theirs = both(tmp_path / "out")
+    want = ours.predict(PAIRS)
+    assert want.max() > 1  # no sigmoid
+    np.testing.assert_allclose(theirs.predict(PAIRS), want, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(again.predict(PAIRS), want)
+    assert again.max_length == theirs.max_seq_length == 40
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.num_labels == 1
+
+
+def test_save_keeps_prompts_and_refuses_an_unnamed_activation(folders, tmp_path):
+    shutil.copytree(folders[3], tmp_path / "in")
+    edit(
+        tmp_path / "in" / "config_sentence_transformers.json",
+        prompts={"task": "judge: "}, default_prompt_name="task",
+    )  # fmt: skip
+    ours = Reranker.from_pretrained(tmp_path / "in", activation_fn="Tanh")
+    ours.save(tmp_path / "out")
+    again, theirs = both(tmp_path / "out")
+    want = ours.predict(PAIRS)
+    np.testing.assert_allclose(theirs.predict(PAIRS), want, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(again.predict(PAIRS), want)
+    ours = Reranker.from_pretrained(tmp_path / "in", activation_fn=lambda x: x * 2)
+    for write in (ours.save, ours.export):
+        with pytest.raises(ValueError, match="activation_fn: expected one of Identity, .*pass its"):
+            write(tmp_path / "not written")
+    assert not (tmp_path / "not written").exists()

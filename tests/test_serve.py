@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from modernbert_jax import (
     ModernBertForMultipleChoice,
     ModernBertForSequenceClassification,
     ModernBertModel,
+    Reranker,
+    TextClassification,
     cli as umbrella,
     pipeline,
 )
@@ -80,12 +83,14 @@ def runner_of(folder: pathlib.Path):
 
 
 @contextlib.contextmanager
-def client_of(runner_or_endpoints, limits: Limits = LIMITS, token: str | None = None):
+def client_of(
+    runner_or_endpoints, limits: Limits = LIMITS, token: str | None = None, reranker=None
+):
     """A client of a server in this process."""
     if isinstance(runner_or_endpoints, list):
         endpoints, missing = runner_or_endpoints, {}
     else:
-        endpoints, missing = endpoints_of(runner_or_endpoints, "tiny", limits.row_tokens)
+        endpoints, missing = endpoints_of(runner_or_endpoints, "tiny", limits.row_tokens, reranker)
     service = Service(endpoints, missing, limits, token)
     client = TestClient(service.app, base_url="http://127.0.0.1")
     client.service = service  # type: ignore[attr-defined]
@@ -239,26 +244,55 @@ class TestOtherEndpoints:
         np.testing.assert_allclose(got[0]["score"], best["score"], atol=1e-5)
         refused(classify.post("/classify", json={"inputs": [["a", "b"]]}), 400, "expected texts or")
 
-    def test_rerank_equals_the_pipeline(self, folders):
-        pipe, texts = runner_of(folders / "reranker"), texts_of(7)
-        query = "fever today"
-        pairs = [{"text": query, "text_pair": text} for text in texts]
-        want = np.array([item["score"] for item in pipe(pairs)])
+    def test_rerank_equals_the_reranker(self, folders, tmp_path):
+        """With the activation, the prompt and the length of the files, which /classify ignores."""
+        shutil.copytree(folders / "reranker", tmp_path / "m")
+        settings = {"activation_fn": "torch.nn.Tanh", "prompts": {"task": "judge the patient: "},
+                    "default_prompt_name": "task"}  # fmt: skip
+        (tmp_path / "m" / "config_sentence_transformers.json").write_text(json.dumps(settings))
+        lengths = {"max_seq_length": 50, "do_lower_case": True}
+        (tmp_path / "m" / "sentence_bert_config.json").write_text(json.dumps(lengths))
+        args = cli.parser().parse_args([str(tmp_path / "m"), "--batch-tokens", "128"])
+        pipe, beside = cli.load(args)
+        texts, query = texts_of(7, longest=30), "FEVER today"
+        own = Reranker.from_pretrained(tmp_path / "m")
+        want = own.predict([(query, text) for text in texts])
+        plain = pipe([{"text": query, "text_pair": text} for text in texts])
+        assert np.abs(want - [item["score"] for item in plain]).min() > 1e-3
         order = np.argsort(-want, kind="stable")
-        with client_of(pipe) as client:
+        tokens = [len(own.tokenizer("judge the patient: fever today", text)["input_ids"])
+                  for text in texts]  # fmt: skip
+        with client_of(pipe, reranker=beside) as client:
             body = {"query": query, "documents": texts, "top_n": 4, "return_documents": True}
-            found = client.post("/rerank", json=body).json()["results"]
+            answer = client.post("/rerank", json=body | {"truncate": True}).json()
+            found = answer["results"]
             assert [line["index"] for line in found] == order[:4].tolist()
             scores = [line["relevance_score"] for line in found]
             np.testing.assert_allclose(scores, want[order[:4]], atol=1e-5)
             assert [x["document"]["text"] for x in found] == [texts[i] for i in order[:4]]
-            found = client.post("/rerank", json={"query": query, "texts": texts}).json()
+            assert answer["usage"]["total_tokens"] == sum(min(n, 50) for n in tokens)
+            assert max(tokens) > 50
+            refused(client.post("/rerank", json=body), 413, "at most 50 tokens per text")
+            body = {"query": query, "texts": texts, "truncate": True}
+            found = client.post("/rerank", json=body).json()
             assert [set(line) for line in found] == [{"index", "score"}] * 7
             assert [line["index"] for line in found] == order.tolist()
             both = {"query": query, "texts": texts, "documents": texts}
             refused(client.post("/rerank", json=both), 400, "documents, texts: expected one")
             refused(client.post("/rerank", json={"query": 1, "texts": ["a"]}), 400, "query: ")
-            assert client.post("/classify", json={"inputs": "a"}).status_code == 200
+            got = client.post("/classify", json={"inputs": "FEVER"}).json()
+            np.testing.assert_allclose(got[0]["score"], pipe("FEVER")[0]["score"], atol=1e-6)
+        compiled = pipe._run._jitted._cache_size()
+        for endpoint in endpoints_of(pipe, "tiny", 128, beside)[0]:
+            endpoint.warm_up([128])
+        assert pipe._run._jitted._cache_size() <= compiled + 1  # /rerank runs the same programs
+
+    def test_a_cross_encoder_of_sentence_transformers_is_no_embedder(self, folders, tmp_path):
+        Reranker.from_pretrained(folders / "reranker").save(tmp_path / "m")
+        runner, reranker = cli.load(cli.parser().parse_args([str(tmp_path / "m")]))
+        assert isinstance(runner, TextClassification) and isinstance(reranker, Reranker)
+        for name in ("classifier", "encoder", "mlm"):
+            assert cli.load(cli.parser().parse_args([str(folders / name)]))[1] is None
 
     def test_fill_mask_equals_the_pipeline(self, folders):
         pipe = runner_of(folders / "mlm")
@@ -546,6 +580,24 @@ class TestRows:
         batcher.close()
         assert all(len({"aabab"[n] for n in values}) == 1 for _, values in rows)
         assert sum(len(values) for _, values in rows) == 5
+
+    def test_what_waits_of_a_failed_request_is_not_computed(self):
+        rows = []
+
+        def run(key, values):
+            rows.append(list(values))
+            if "bad" in values:
+                raise ValueError
+            return values
+
+        batcher = Batcher(run, 16, 1000)
+        job = batcher.submit("k", ["bad", *"abcd"], [16] * 5)
+        with pytest.raises(ValueError):
+            job.future.result(30)
+        assert batcher.submit("k", ["later"], [16]).future.result(30) == ["later"]
+        batcher.close()
+        assert rows == [["bad"], ["later"]]
+        assert batcher.queued_tokens == 0
 
     def test_close_computes_what_waits(self):
         go_on = threading.Event()

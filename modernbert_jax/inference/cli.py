@@ -40,6 +40,15 @@ def parser() -> argparse.ArgumentParser:
             "--exported", action="store_true", help="use the functions that you exported into MODEL"
         )
         command.add_argument("--text", default="The patient denies [MASK].")
+        command.add_argument(
+            "--pair", metavar="TEXT",
+            help="the second text: of text-ranking the document, of question-answering the "
+            "context of the question --text, of text-classification the other text of a pair",
+        )  # fmt: skip
+        command.add_argument(
+            "--labels", nargs="+", metavar="LABEL",
+            help="candidate labels of zero-shot-classification",
+        )  # fmt: skip
     answer.add_argument("--began", type=float, help=argparse.SUPPRESS)
     for command in (export, benchmark, answer):
         command.add_argument("--task", default="fill-mask", help="a task of pipeline(), or embed")
@@ -51,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code: 0, or 2 with one line on stderr for bad input."""
     args = parser().parse_args(argv)
     try:
+        if args.command != "export":
+            _inputs(args)  # before the model is loaded
         return {"export": _export, "benchmark": _benchmark, "answer": _answer}[args.command](args)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {printable(error, 2000)}", file=sys.stderr)
@@ -63,6 +74,30 @@ def _runner(task: str, model: str, **options: Any) -> Any:
     return pipeline(task, model, **options)
 
 
+def _inputs(args: argparse.Namespace) -> tuple[Any, ...]:
+    """Returns the arguments of a call of the task's pipeline.
+
+    Raises ValueError if the task needs --pair or --labels and there is none, or has no use for it.
+    """
+    takes = {
+        "text-ranking": "pair",
+        "question-answering": "pair",
+        "text-classification": "pair",
+        "zero-shot-classification": "labels",
+    }.get(args.task)
+    for name in ("pair", "labels"):
+        if getattr(args, name) is not None and takes != name:
+            raise ValueError(f"--{name}: expected none for {args.task}, got one")
+    if takes is None:
+        return (args.text,)
+    second = getattr(args, takes)
+    if args.task == "text-classification":
+        return (args.text if second is None else {"text": args.text, "text_pair": second},)
+    if second is None:
+        raise ValueError(f"--{takes}: expected one for {args.task}, got none")
+    return ([args.text, second],) if args.task == "text-ranking" else (args.text, second)
+
+
 def _export(args: argparse.Namespace) -> int:
     runner = _runner(args.task, args.model, dtype=args.dtype)
     sizes = runner.export(args.out, tokens=args.tokens, platforms=args.platforms)
@@ -73,6 +108,8 @@ def _export(args: argparse.Namespace) -> int:
 def _benchmark(args: argparse.Namespace) -> int:
     given = [args.model, "--task", args.task, "--text", args.text]
     given += ["--compile-cache", args.compile_cache] if args.compile_cache else []
+    given += ["--pair", args.pair] if args.pair is not None else []
+    given += ["--labels", *args.labels] if args.labels is not None else []
     given += ["--exported"] if args.exported else []
     given += ["--dtype", args.dtype] if args.dtype else []
     for process in ("first process", "second process"):
@@ -91,11 +128,12 @@ def _answer(args: argparse.Namespace) -> int:
     runner = _runner(args.task, args.model, exported=args.exported, **options)
     marks.append(time.time())
     answer = runner.encode if args.task == "embed" else runner
+    inputs = _inputs(args)
     if args.began is None:
-        print(json.dumps(answer(args.text), indent=1, default=lambda x: x.tolist()))
+        print(json.dumps(answer(*inputs), indent=1, default=lambda x: x.tolist()))
         return 0
     for _ in range(2):
-        answer(args.text)
+        answer(*inputs)
         marks.append(time.time())
     names = ("python and imports", "weights and tokenizer", "first answer", "second answer")
     for name, start, end in zip(names, marks, marks[1:], strict=False):

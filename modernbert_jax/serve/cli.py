@@ -18,7 +18,8 @@ from modernbert_jax.auto import read_class
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.inference.embedder import Embedder
 from modernbert_jax.inference.export import tokens_per_sequence, whole_number
-from modernbert_jax.inference.pipelines import pipeline
+from modernbert_jax.inference.pipelines import Reranker, pipeline
+from modernbert_jax.inference.sentence import MODULES_FILE, read_modules
 from modernbert_jax.packing import row_size
 from modernbert_jax.serve.app import Limits, Service, is_loopback_name
 from modernbert_jax.serve.endpoints import TASKS, endpoints_of, task_of
@@ -125,9 +126,9 @@ def _serve(
     args: argparse.Namespace, listener: socket.socket, limits: Limits, token: str | None
 ) -> int:
     row_tokens = limits.row_tokens
-    runner = load(args)
+    runner, reranker = load(args)
     name = args.name or pathlib.PurePath(args.model).name
-    endpoints, missing = endpoints_of(runner, name, row_tokens)
+    endpoints, missing = endpoints_of(runner, name, row_tokens, reranker)
     lengths = warm_up_lengths(args.warm_up, row_tokens)
     if lengths:
         began = time.monotonic()
@@ -189,10 +190,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def load(args: argparse.Namespace) -> Any:
-    """Returns the Embedder or the pipeline that the checkpoint is served with."""
+def load(args: argparse.Namespace) -> tuple[Any, Reranker | None]:
+    """Returns the Embedder or the pipeline that the checkpoint is served with.
+
+    With it comes the reranker of a sequence classifier that has one label.
+    """
     folder = resolve(args.model)
-    task = args.task or ("embed" if (folder / "modules.json").is_file() else None)
+    task = args.task or ("embed" if embeds(folder) else None)
     if task != "embed":
         found = task_of(read_class(folder))
         if task not in (None, found):  # its head would have random weights
@@ -201,10 +205,17 @@ def load(args: argparse.Namespace) -> Any:
     options = {"dtype": args.dtype, "compile_cache": args.compile_cache, "exported": args.exported}
     # A hub id is resolved again, so that exported functions are refused for it.
     if task == "embed":
-        return Embedder.from_pretrained(args.model, **options)
-    return pipeline(
+        return Embedder.from_pretrained(args.model, **options), None
+    runner = pipeline(
         task, args.model, batch_tokens=tokens_per_sequence(args.batch_tokens), **options
     )
+    ranks = task == "text-classification" and runner.model.config.num_labels == 1
+    return runner, Reranker.beside(runner, folder) if ranks else None
+
+
+def embeds(folder: pathlib.Path) -> bool:
+    """Whether sentence-transformers wrote a folder as an embedding model, not a cross-encoder."""
+    return (folder / MODULES_FILE).is_file() and len(read_modules(folder)) > 1
 
 
 def warm_up_lengths(given: Sequence[int] | None, row_tokens: int) -> list[int]:

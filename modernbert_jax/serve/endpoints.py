@@ -15,7 +15,8 @@ from modernbert_jax.heads import (
     ModernBertForSequenceClassification,
 )
 from modernbert_jax.inference.embedder import Embedder
-from modernbert_jax.inference.pipelines import FillMask, TextClassification
+from modernbert_jax.inference.pipelines import FillMask, Reranker, TextClassification
+from modernbert_jax.inference.sentence import resolve_prompt
 from modernbert_jax.model import ModernBertModel
 from modernbert_jax.packing import SLOT_TOKENS
 from modernbert_jax.tokenizer import backend_json
@@ -53,7 +54,7 @@ class Counter:
     """Counts tokens in any thread; the pipelines' own tokenizers belong to the computing thread."""
 
     def __init__(self, tokenizer: Any, max_length: int, prompt: str = ""):
-        """prompt: precedes each text."""
+        """prompt: precedes each text, or the first of a pair."""
         self._prompt = prompt
         self._backend = tokenizers.Tokenizer.from_str(backend_json(tokenizer))
         self._mask = tokenizer.mask_token_id
@@ -63,12 +64,16 @@ class Counter:
         """Returns the complete token ids of texts, pairs or lists of ids."""
         try:
             with panics_as_errors():
-                texts = [self._prompt + v if isinstance(v, str) else v for v in values]
-                texts = [text for text in texts if not isinstance(text, list)]
+                texts = [self._begun(v) for v in values if not isinstance(v, list)]
                 encoded = iter(self._backend.encode_batch(texts))
         except Exception:  # the backend raises a bare Exception, which may show the text
             raise Refused(400, f"{param}: the tokenizer cannot read a text", param) from None
         return [v if isinstance(v, list) else next(encoded).ids for v in values]
+
+    def _begun(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._prompt + value
+        return self._prompt + value[0], value[1]
 
     def tokens(self, work: Work, param: str, masks: bool = False) -> tuple[list[int], int]:
         """Returns how much of a row each value takes, and the tokens of all values.
@@ -251,8 +256,12 @@ class Rerank(Endpoint):
     path: str = "/rerank"
     param: str = "documents"
 
-    def __init__(self, classify: Classify):
-        self.classify, self.counter, self.name = classify, classify.counter, classify.name
+    def __init__(self, reranker: Reranker, name: str):
+        self.reranker, self.name = reranker, name
+        prompt = resolve_prompt(
+            reranker.ranking.prompts, reranker.ranking.default_prompt_name, None, None
+        )
+        self.counter = Counter(reranker.tokenizer, reranker.max_length, prompt)
 
     def read(self, body: dict[str, Any]) -> Work:
         known = {"query", "documents", "texts", "top_n", "return_documents", "truncate"}
@@ -273,7 +282,7 @@ class Rerank(Endpoint):
         with_documents = fields.flag("return_documents")
 
         def answer(results: list[Any], tokens: int) -> Any:
-            scores = [labels[0]["score"] for labels in results]
+            scores = [float(score) for score in results]
             order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_n]
             if field == "texts":
                 return [
@@ -293,10 +302,10 @@ class Rerank(Endpoint):
         return Work("pairs", pairs, fields.flag("truncate"), answer)
 
     def run(self, key: Any, values: Sequence[Any]) -> Sequence[Any]:
-        return self.classify.run(key, values)
+        return list(self.reranker.predict(values, show_progress_bar=False))
 
     def warm_up(self, tokens: Sequence[int]) -> None:
-        """Nothing: /classify compiles the same programs."""
+        self.reranker.warm_up(tokens)
 
 
 class Fill(Endpoint):
@@ -415,22 +424,26 @@ def task_of(cls: type) -> str:
     return tasks[cls]
 
 
-def endpoints_of(runner: Embedder | FillMask | TextClassification, name: str, batch_tokens: int):
+def endpoints_of(
+    runner: Embedder | FillMask | TextClassification,
+    name: str,
+    batch_tokens: int,
+    reranker: Reranker | None = None,
+):
     """Returns the endpoints that a runner answers, and for each other path why it does not.
 
-    name: of the model, in answers.
+    name: of the model, in answers. reranker: of the same checkpoint, if it has one label.
     """
     if isinstance(runner, Embedder):
-        default = runner.sentence.default_prompt_name
-        prompt = "" if default is None else runner.sentence.prompts[default]
+        sentence = runner.sentence
+        prompt = resolve_prompt(sentence.prompts, sentence.default_prompt_name, None, None)
         found: list[Endpoint] = [Embeddings(runner, name, batch_tokens, prompt)]
     elif isinstance(runner, FillMask):
         found = [Fill(runner, name)]
     else:
-        classify = Classify(runner, name)
-        found = [classify]
-        if runner.model.config.num_labels == 1:
-            found.append(Rerank(classify))
+        found = [Classify(runner, name)]
+        if reranker is not None:
+            found.append(Rerank(reranker, name))
     here = [endpoint.path for endpoint in found]
     kind = "embeddings" if isinstance(runner, Embedder) else type(runner.model).__name__
     served = f"this model ({kind}) answers {' and '.join(here)}"

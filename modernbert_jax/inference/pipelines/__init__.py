@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from modernbert_jax.inference.export import load
+from modernbert_jax.inference.pipelines.feature_extraction import FeatureExtraction
 from modernbert_jax.inference.pipelines.fill_mask import FillMask
+from modernbert_jax.inference.pipelines.question_answering import QuestionAnswering
 from modernbert_jax.inference.pipelines.text_classification import TextClassification
 from modernbert_jax.inference.pipelines.text_ranking import Reranker
 from modernbert_jax.inference.pipelines.token_classification import TokenClassification
+from modernbert_jax.inference.pipelines.zero_shot_classification import ZeroShotClassification
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TASKS: dict[str, Any] = {
+    "feature-extraction": FeatureExtraction,
     "fill-mask": FillMask,
+    "question-answering": QuestionAnswering,
     "text-classification": TextClassification,
     "text-ranking": Reranker,
     "token-classification": TokenClassification,
     "ner": TokenClassification,
+    "zero-shot-classification": ZeroShotClassification,
 }
 # Arguments of transformers' pipeline that have no meaning here, and what to use instead.
 _DEVICE = "expected none, jax's default device computes; use `with jax.default_device(d)`"
@@ -50,25 +57,33 @@ def pipeline(
     ignore_labels: Sequence[str] | None = None,
     **unsupported: Any,
 ) -> Any:
-    """Returns FillMask, TextClassification, TokenClassification or Reranker, as transformers does.
+    """Returns the pipeline of a task: an instance of a class in `modernbert_jax`.
 
-    task: "fill-mask", "text-classification", "token-classification" or "ner", or "text-ranking",
-    which is sentence-transformers' CrossEncoder. model: a folder, a
+    task: "feature-extraction", "fill-mask", "question-answering", "text-classification",
+    "token-classification" or "ner", "zero-shot-classification", all as in transformers, or
+    "text-ranking", which is sentence-transformers' CrossEncoder. model: a folder, a
     hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
     programs for later processes. exported: use the functions that you have exported into the folder
     `model`; other people's are refused. batch_tokens: the most tokens in a packed sequence. top_k
     is for fill-mask and text-classification; aggregation_strategy, stride, max_length and
-    ignore_labels are for token-classification; see those classes. As in transformers, a literal
-    "[SEP]" in a text is the special token; in corpora and task files it is text. Raises ValueError
-    for another task, TypeError for an argument that the task does not have.
+    ignore_labels are for token-classification, and max_length for text-ranking too; see those
+    classes. What depends on the texts, such as candidate_labels, is an argument of the pipeline's
+    call. As in transformers, a literal "[SEP]" in a text is the special token; in corpora and task
+    files it is text. Raises ValueError for another task, TypeError for an argument that the task
+    does not have.
     """
     if task not in TASKS:
         raise ValueError(
             f"task: expected {', '.join(TASKS)}, got {task!r}; for vectors use Embedder"
         )
     for name in unsupported:
-        raise TypeError(f"{name}: {UNSUPPORTED.get(name, 'not an argument of pipeline')}")
+        if name in UNSUPPORTED:
+            raise TypeError(f"{name}: {UNSUPPORTED[name]}")
+        where = "of pipeline"
+        if name in inspect.signature(TASKS[task].__call__).parameters:
+            where += "; pass it with the texts"
+        raise TypeError(f"{name}: not an argument {where}")
     loading = {
         "dtype": dtype,
         "torch_dtype": torch_dtype,
@@ -86,6 +101,10 @@ def pipeline(
     if top_k != "":  # None is a value: all labels
         options["top_k"] = top_k
     cls = TASKS[task]
+    taken = inspect.signature(cls).parameters
+    for name in options:
+        if name not in taken:
+            raise TypeError(f"{name}: expected none for {task} in pipeline")
     if cls is Reranker and isinstance(model, str | os.PathLike) and tokenizer is None:
         if given := [name for name in ("torch_dtype", "param_dtype") if loading.pop(name)]:
             raise TypeError(f"{', '.join(given)}: expected none for {task}, which takes dtype")

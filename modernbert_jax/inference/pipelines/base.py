@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.params import flatten
+from modernbert_jax.checkpoint.params import flatten, module_of
+from modernbert_jax.heads import ModernBertForSequenceClassification
 from modernbert_jax.inference.export import Function, packed_batches, save, tokens_per_sequence
+from modernbert_jax.packing import segment_slots
 from modernbert_jax.tokenizer import check_ids, max_tokens
 
 if TYPE_CHECKING:
@@ -43,7 +45,12 @@ class Pipeline:
         self.max_length: int = max_tokens(tokenizer, self.longest)
         self._params = flatten(model)
         function, static_argnums = self._function()
-        self._run = Function(self.task, function, model.config, folder, static_argnums)
+        self._run = Function(self._program, function, model.config, folder, static_argnums)
+
+    @property
+    def _program(self) -> str:
+        """The name of the function in an exported folder."""
+        return self.task
 
     def _function(self) -> tuple[Callable[..., jax.Array], tuple[int, ...]]:
         """Returns f(params, input_ids_BL, segment_ids_BL, ...) and which arguments are ints."""
@@ -59,6 +66,17 @@ class Pipeline:
                 f"text: expected at most {self.longest:,} tokens, got {tokens:,}; {remedy}"
             )
 
+    def _ids(self, truncation: bool | str, **texts: Any) -> list[int]:
+        """Returns the token ids of a text, or of a pair.
+
+        truncation: as in transformers' tokenizers, to max_length. Raises ValueError for more tokens
+        than the model supports.
+        """
+        limit = {"truncation": truncation, "max_length": self.max_length} if truncation else {}
+        ids = self.tokenizer(**{**limit, **texts})["input_ids"]
+        self._check_length(len(ids), "truncation=True truncates it")
+        return ids
+
     def _batches(
         self, ids: Sequence[Sequence[int]], show_progress_bar: bool | None
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
@@ -67,6 +85,20 @@ class Pipeline:
             ids, 1, self.batch_tokens, self.task, show_progress_bar
         ):
             yield batch[0], input_ids_BL, segment_ids_BL
+
+    def _by_token(
+        self, ids: Sequence[Sequence[int]], show_progress_bar: bool | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (index of the text, the function's values at its tokens [L, ...]), in any order.
+
+        For functions of ids and segment ids that return [B, L, ...].
+        """
+        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
+            found = np.asarray(self._run(self._params, input_ids_BL, segment_ids_BL))[0]
+            offset = 0
+            for i in batch:
+                yield i, found[offset : offset + len(ids[i])]
+                offset += len(ids[i])
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Compiles the function for sequences of up to each number of tokens."""
@@ -83,8 +115,61 @@ class Pipeline:
         Returns the sequence lengths. `pipeline(task, folder, exported=True)` uses the functions.
         platforms: "cpu", "cuda", "tpu"; by default the platform of this process.
         """
-        save(folder, self.model, self.tokenizer)
+        self._write(folder)
         return self._run.export(folder, self._params, tokens, self._further_args, platforms)
+
+    def _write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint that exported functions belong to."""
+        save(folder, self.model, self.tokenizer)
+
+
+class LogitsPipeline(Pipeline):
+    """A pipeline on the logits of a sequence classifier; what it makes of them is not compiled."""
+
+    model_class: type = ModernBertForSequenceClassification
+
+    @property
+    def _program(self) -> str:
+        return "logits"  # what one of these pipelines exports, all of them use
+
+    def _function(self):
+        config = self.model.config
+
+        def logits(params, input_ids_BL, segment_ids_BL, segments: int):
+            model = module_of(ModernBertForSequenceClassification, config, params)
+            return model(input_ids_BL, segment_ids=segment_ids_BL, num_segments=segments).logits
+
+        return logits, (3,)
+
+    def _further_args(self, sequence_length: int):
+        return (segment_slots(sequence_length),)
+
+    def share_programs(self, other: LogitsPipeline) -> None:
+        """Runs the compiled programs of `other`, a pipeline with the same model."""
+        self._run = other._run
+
+    def _outputs(
+        self,
+        ids: Sequence[Sequence[int]],
+        activation: Callable[[jax.Array], jax.Array],
+        show_progress_bar: bool | None,
+    ) -> np.ndarray:
+        """Returns activation(logits), float32 [texts, labels].
+
+        Raises ValueError if the activation returns another shape than it gets.
+        """
+        outputs = np.zeros((len(ids), self.model.config.num_labels), np.float32)
+        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
+            slots = segment_slots(input_ids_BL.shape[1], len(batch))
+            logits_SE = self._run(self._params, input_ids_BL, segment_ids_BL, slots)[0]
+            found = activation(logits_SE)  # before the unused slots go, so that shapes are few
+            if found.shape != logits_SE.shape:
+                raise ValueError(
+                    "activation_fn: expected a score per label, got shape "
+                    f"{tuple(found.shape)} for logits {tuple(logits_SE.shape)}"
+                )
+            outputs[batch] = np.asarray(found)[: len(batch)]
+        return outputs
 
 
 def texts_of(inputs: Any) -> list[str]:

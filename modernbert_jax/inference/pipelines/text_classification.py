@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.params import module_of
-from modernbert_jax.heads import ModernBertForSequenceClassification
 from modernbert_jax.inference.export import whole_number
-from modernbert_jax.inference.pipelines.base import Pipeline, label_of, texts_of
-from modernbert_jax.packing import segment_slots
+from modernbert_jax.inference.pipelines.base import LogitsPipeline, label_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class TextClassification(Pipeline):
+class TextClassification(LogitsPipeline):
     """`pipe("No fever.")`: [{"label", "score"}], as transformers' TextClassificationPipeline.
 
     Scores are a softmax over the labels; a sigmoid per label for a single label or a multi-label
     model; the plain output for a regression.
     """
 
-    model_class: type = ModernBertForSequenceClassification
     task: str = "text-classification"
 
     def __init__(
@@ -41,22 +37,13 @@ class TextClassification(Pipeline):
         super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
         self.top_k: int | None | str = _count(top_k)
 
-    def _function(self):
+    def _activation(self, logits: jax.Array) -> jax.Array:
         config = self.model.config
-        regression = config.problem_type == "regression"
-        multi_label = config.problem_type == "multi_label_classification" or config.num_labels == 1
-
-        def scores(params, input_ids_BL, segment_ids_BL, segments: int):
-            model = module_of(ModernBertForSequenceClassification, config, params)
-            out = model(input_ids_BL, segment_ids=segment_ids_BL, num_segments=segments)
-            if regression:
-                return out.logits
-            return jax.nn.sigmoid(out.logits) if multi_label else jax.nn.softmax(out.logits, -1)
-
-        return scores, (3,)
-
-    def _further_args(self, sequence_length: int):
-        return (segment_slots(sequence_length),)
+        if config.problem_type == "regression":
+            return logits
+        if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            return jax.nn.sigmoid(logits)
+        return jax.nn.softmax(logits, -1)
 
     def __call__(
         self,
@@ -77,16 +64,13 @@ class TextClassification(Pipeline):
         single = isinstance(inputs, str | dict)
         items = [inputs] if single else list(inputs)
         ids = [self._encode(item, truncation) for item in items]
-        results: list[Any] = [None] * len(ids)
-        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
-            slots = segment_slots(input_ids_BL.shape[1], len(batch))
-            scores_BSE = self._run(self._params, input_ids_BL, segment_ids_BL, slots)
-            for i, scores_E in zip(batch, np.asarray(scores_BSE)[0], strict=False):
-                labels = [
-                    {"label": label_of(self.model.config, int(e)), "score": float(scores_E[e])}
-                    for e in np.argsort(-scores_E, kind="stable")
-                ]
-                results[i] = labels[0] if isinstance(top_k, str) else labels[:top_k]
+        results: list[Any] = []
+        for scores_E in self._outputs(ids, self._activation, show_progress_bar):
+            labels = [
+                {"label": label_of(self.model.config, int(e)), "score": float(scores_E[e])}
+                for e in np.argsort(-scores_E, kind="stable")
+            ]
+            results.append(labels[0] if isinstance(top_k, str) else labels[:top_k])
         if isinstance(inputs, str) and given == "":
             return results  # a list of one, as in transformers
         return results[0] if single else results
@@ -100,10 +84,7 @@ class TextClassification(Pipeline):
                 + (f" with {', '.join(map(str, pair))}" if isinstance(pair, dict) else "")
             )
         texts_of(pair.values())
-        limit = {"truncation": truncation, "max_length": self.max_length} if truncation else {}
-        ids = self.tokenizer(**pair, **limit)["input_ids"]
-        self._check_length(len(ids), "truncation=True truncates it")
-        return ids
+        return self._ids(truncation, **pair)
 
 
 def _count(top_k: Any) -> int | None | str:

@@ -13,12 +13,11 @@ import numpy as np
 
 from modernbert_jax.checkpoint.files import CONFIG_FILE
 from modernbert_jax.checkpoint.hub import resolve
-from modernbert_jax.checkpoint.params import module_of
-from modernbert_jax.heads import ModernBertForSequenceClassification
 from modernbert_jax.inference.export import check_exported, load, whole_number
-from modernbert_jax.inference.pipelines.base import Pipeline
+from modernbert_jax.inference.pipelines.base import LogitsPipeline
 from modernbert_jax.inference.sentence import (
     ACTIVATIONS,
+    ENCODER_FILE,
     MODULES_FILE,
     SETTINGS_FILE,
     activation_name,
@@ -28,8 +27,7 @@ from modernbert_jax.inference.sentence import (
     resolve_prompt,
     write_json,
 )
-from modernbert_jax.packing import segment_slots
-from modernbert_jax.tokenizer import lower_case, max_tokens
+from modernbert_jax.tokenizer import AutoTokenizer, lower_case, max_tokens
 from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def read_ranking(folder: pathlib.Path) -> Ranking:
     return Ranking(names[0] if names else None, **settings, **read_encoder(folder, _SETTINGS))
 
 
-class Reranker(Pipeline):
+class Reranker(LogitsPipeline):
     """`Reranker.from_pretrained(path).rank(query, documents)`: the documents, the best first.
 
     Scores are those of sentence-transformers' CrossEncoder. Pairs are packed, so no work is spent
@@ -88,7 +86,6 @@ class Reranker(Pipeline):
     the longer one of a pair first.
     """
 
-    model_class: type = ModernBertForSequenceClassification
     task: str = "text-ranking"
 
     def __init__(
@@ -105,11 +102,17 @@ class Reranker(Pipeline):
         """folder: of functions that this user exported. activation_fn: turns logits into scores, a
         function or a name ("Sigmoid", "Identity"); by default that of the files, and without one
         Sigmoid for one label and Identity for more. max_length: in tokens. ranking: what the files
-        say. batch_tokens: the most tokens in a packed sequence."""
-        super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
+        say; the tokenizer follows them. batch_tokens: the most tokens in a packed sequence."""
         self.ranking: Ranking = ranking or Ranking()
+        if self.ranking.max_length is not None:  # as in sentence-transformers
+            tokenizer.model_max_length = self.ranking.max_length
+        super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
         default = "Sigmoid" if model.config.num_labels == 1 else "Identity"
-        self._activation = _function(activation_fn, self.ranking.activation or default)
+        name = self.ranking.activation or default
+        self._activation = _function(activation_fn, name)
+        self._name = name if activation_fn is None else activation_fn  # None: it has none
+        if not isinstance(self._name, str):
+            self._name = None
         if max_length is not None:
             limit = whole_number("max_length", max_length, 1)
             self.max_length = max_tokens(tokenizer, min(limit, self.max_length))
@@ -141,46 +144,62 @@ class Reranker(Pipeline):
         ranking = read_ranking(folder)
         options = {"dtype": dtype}
         model, tokenizer, _ = load(cls.model_class, folder, None, options, compile_cache)
-        if ranking.max_length is not None:  # as in sentence-transformers
-            tokenizer.model_max_length = ranking.max_length
         return cls(
             model, tokenizer, folder if exported else None, activation_fn=activation_fn,
             max_length=max_length, ranking=ranking, batch_tokens=batch_tokens,
         )  # fmt: skip
 
-    def _function(self):
-        config = self.model.config
+    @classmethod
+    def beside(cls, pipe: LogitsPipeline, folder: pathlib.Path) -> Reranker:
+        """Returns the reranker of a folder whose model `pipe` has loaded; both share programs."""
+        ranking = read_ranking(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # its own, which follows the files
+        found = cls(pipe.model, tokenizer, ranking=ranking, batch_tokens=pipe.batch_tokens)
+        found.share_programs(pipe)
+        return found
 
-        def logits(params, input_ids_BL, segment_ids_BL, segments: int):
-            model = module_of(ModernBertForSequenceClassification, config, params)
-            return model(input_ids_BL, segment_ids=segment_ids_BL, num_segments=segments).logits
+    def save(
+        self, folder: str | os.PathLike[str], *, card: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes a folder that sentence-transformers, transformers and `from_pretrained` load.
 
-        return logits, (3,)
-
-    def _further_args(self, sequence_length: int):
-        return (segment_slots(sequence_length),)
-
-    def export(
-        self,
-        folder: str | os.PathLike[str],
-        tokens: Sequence[int] = (64, 512),
-        platforms: Sequence[str] | None = None,
-    ) -> list[int]:
-        """Writes the model, its settings and its function, as `Pipeline.export`.
-
-        Reranker.from_pretrained(folder, exported=True) uses the function.
+        card: facts for the model card, as in `ModernBertModel.save_pretrained`. Raises ValueError
+        for an activation_fn that is a function of your own, which these files cannot name.
         """
-        sizes = super().export(folder, tokens, platforms)
-        ranking = self.ranking
-        settings = {
+        settings = self._settings()
+        self.model.save_pretrained(folder, tokenizer=self.tokenizer, card=card)
+        self._write_settings(pathlib.Path(folder), settings)
+
+    def _write(self, folder: str | os.PathLike[str]) -> None:
+        settings = self._settings()
+        super()._write(folder)
+        self._write_settings(pathlib.Path(folder), settings)
+
+    def _settings(self) -> dict[str, Any]:
+        if self._name is None:
+            raise ValueError(
+                f"activation_fn: expected one of {', '.join(ACTIVATIONS)}, which files can name, "
+                "got a function; pass its name"
+            )
+        return {
             "model_type": "CrossEncoder",
-            "prompts": dict(ranking.prompts),
-            "default_prompt_name": ranking.default_prompt_name,
+            "prompts": dict(self.ranking.prompts),
+            "default_prompt_name": self.ranking.default_prompt_name,
+            "activation_fn": f"torch.nn.{self._name}",
         }
-        if ranking.activation is not None:
-            settings["activation_fn"] = f"torch.nn.{ranking.activation}"
-        write_json(pathlib.Path(folder) / SETTINGS_FILE, settings)
-        return sizes
+
+    def _write_settings(self, folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+        """Writes the files of a cross-encoder beside the model's."""
+        # Releases of sentence-transformers before 6 read only this.
+        config = read_json(folder / CONFIG_FILE, MAX_MODEL_JSON)
+        config.pop(_OLD_ACTIVATION, None)
+        config["sentence_transformers"] = {"activation_fn": settings["activation_fn"]}
+        write_json(folder / CONFIG_FILE, config)
+        lengths = {"max_seq_length": self.max_length, "do_lower_case": self.ranking.lower_case}
+        write_json(folder / ENCODER_FILE, _SETTINGS | lengths)
+        kind = "sentence_transformers.base.modules.transformer.Transformer"
+        write_json(folder / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": kind}])
+        write_json(folder / SETTINGS_FILE, settings)
 
     def predict(
         self,
@@ -215,18 +234,16 @@ class Reranker(Pipeline):
                 [begin + pair[0] for pair in some], [pair[1] for pair in some],
                 truncation=True, max_length=self.max_length,
             )["input_ids"]  # fmt: skip
-        logits_PE = np.zeros((len(ids), self.model.config.num_labels), np.float32)
-        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
-            slots = segment_slots(input_ids_BL.shape[1], len(batch))
-            logits_BSE = self._run(self._params, input_ids_BL, segment_ids_BL, slots)
-            logits_PE[batch] = np.asarray(logits_BSE)[0, : len(batch)]
         function = self._activation if activation_fn is None else _function(activation_fn, "")
-        scores: Any = function(jax.numpy.asarray(logits_PE))
+        softmax = apply_softmax and self.model.config.num_labels > 1
+        scores = self._outputs(
+            ids,
+            (lambda x: jax.nn.softmax(function(x), axis=-1)) if softmax else function,
+            show_progress_bar,
+        )
         if scores.shape[-1] == 1:
             scores = scores[:, 0]
-        elif apply_softmax:
-            scores = jax.nn.softmax(scores, axis=-1)
-        return np.asarray(scores[0] if single else scores)
+        return scores[0] if single else scores
 
     __call__ = predict
 

@@ -104,14 +104,10 @@ class TokenClassification(Pipeline):
                 windows.append((t, start, keep, until))
                 ids.append([*self._before, *tokens[start:end], *self._after])
         scores = [np.zeros((len(tokens), self.model.config.num_labels)) for tokens in texts]
-        for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
-            p_LE = np.asarray(self._run(self._params, input_ids_BL, segment_ids_BL))[0]
-            offset = 0
-            for w in batch:
-                t, start, keep, until = windows[w]
-                shift = offset + len(self._before) - start
-                scores[t][keep:until] = p_LE[keep + shift : until + shift]
-                offset += len(ids[w])
+        for w, p_LE in self._by_token(ids, show_progress_bar):
+            t, start, keep, until = windows[w]
+            shift = len(self._before) - start
+            scores[t][keep:until] = p_LE[keep + shift : until + shift]
         return scores
 
     def _entities(self, text: str, encoded: Any, scores_LE: np.ndarray) -> list[dict[str, Any]]:
