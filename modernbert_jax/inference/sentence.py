@@ -37,6 +37,8 @@ _CLASSES = {
     # PyLate computes MaxSim whatever its files say, and some of them say cosine.
     COLBERT: ("MultiVectorEmbedder", ("MaxSim", "maxsim", "cosine")),
 }
+# Far beyond any model, and far below what exhausts a machine that only reads the files.
+_MOST_MODULES, _MOST_FEATURES = 100, 2**20
 # What a module reads and writes.
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 # torch's classes of activations, as module files name them by their last part.
@@ -301,7 +303,10 @@ def read_modules(
     supported and for a damaged file.
     """
     path = folder / MODULES_FILE
-    entries = [_entry(path, entry, packages) for entry in read_json_list(path, MAX_MODEL_JSON)]
+    listed = read_json_list(path, MAX_MODEL_JSON)
+    if len(listed) > _MOST_MODULES:
+        raise ValueError(f"{path}: expected at most {_MOST_MODULES} modules, got {len(listed):,}")
+    entries = [_entry(path, entry, packages) for entry in listed]
     if not entries:
         raise ValueError(f"{path}: expected one Transformer, the first module, got none")
     for number, (kind, _) in enumerate(entries, start=1):
@@ -333,8 +338,12 @@ def _entry(path: pathlib.Path, entry: Any, packages: Sequence[str]) -> tuple[str
     if entry.get("kwargs"):
         raise ValueError(f"{path}: {kind}: kwargs are not supported")
     inner = entry["path"]
-    if inner and (inner in (".", "..") or inner != os.path.basename(inner) or "\\" in inner):
+    nested = inner in (".", "..") or inner != os.path.basename(inner) or "\\" in inner
+    if inner and (nested or not inner.isprintable() or len(inner) > 255):
         raise ValueError(f"{path}: expected folders within the model's, got {shown(inner)}")
+    # The hub's cache links files, never folders.
+    if inner and os.path.islink(path.parent / inner):
+        raise ValueError(f"{path}: {shown(inner)}: expected a folder, found a symbolic link")
     return kind, inner
 
 
@@ -445,8 +454,11 @@ def _read_pooling(folder: pathlib.Path) -> Pooling:
 
 def _modes(name: str, modes: Any) -> tuple[str, ...]:
     listed = [modes] if isinstance(modes, str) else modes
-    if not isinstance(listed, list | tuple) or not listed or not set(listed) <= set(POOLINGS):
-        raise ValueError(f"{name}: expected {', '.join(POOLINGS)}, or several, got {shown(modes)}")
+    known = isinstance(listed, list | tuple) and listed and all(m in POOLINGS for m in listed)
+    if not known or len(set(listed)) < len(listed):
+        raise ValueError(
+            f"{name}: expected {', '.join(POOLINGS)}, or several, each once, got {shown(modes)}"
+        )
     return tuple(listed)
 
 
@@ -470,8 +482,10 @@ def _names(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[str, str]:
 
 def _size(path: pathlib.Path, data: Mapping[str, Any], key: str) -> int:
     size = data.get(key)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"{path}: {key}: expected a number from 1 on, got {shown(size)}")
+    if type(size) is not int or not 1 <= size <= _MOST_FEATURES:
+        raise ValueError(
+            f"{path}: {key}: expected a number from 1 to {_MOST_FEATURES:,}, got {shown(size)}"
+        )
     return size
 
 

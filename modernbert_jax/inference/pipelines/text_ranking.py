@@ -26,6 +26,7 @@ from modernbert_jax.inference.sentence import (
     read_settings,
     resolve_prompt,
     write_json,
+    write_modules,
 )
 from modernbert_jax.tokenizer import AutoTokenizer, lower_case, max_tokens
 from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json
@@ -198,7 +199,7 @@ class Reranker(LogitsPipeline):
         lengths = {"max_seq_length": self.max_length, "do_lower_case": self.ranking.lower_case}
         write_json(folder / ENCODER_FILE, _SETTINGS | lengths)
         kind = "sentence_transformers.base.modules.transformer.Transformer"
-        write_json(folder / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": kind}])
+        write_modules(folder, [("", kind)])
         write_json(folder / SETTINGS_FILE, settings)
 
     def predict(
