@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from modernbert_jax import Embedder
+from modernbert_jax.inference.export import packed_batches
 
 st = pytest.importorskip("sentence_transformers")
 torch = pytest.importorskip("torch")
@@ -92,6 +93,26 @@ def test_honored(both, name):
 def test_refused(both, name):
     with pytest.raises(TypeError, match=f"{name}: not an argument of encode; pass device"):
         both[0].encode(TEXTS, **{name: REFUSED[name]})
+
+
+def test_batch_size_is_the_most_texts_in_a_row_unless_mteb_passes_it(both, monkeypatch):
+    ours, _ = both
+    rows = []
+
+    def spy(*args):
+        for found in packed_batches(*args):
+            rows.extend(found[0])
+            yield found
+
+    monkeypatch.setattr("modernbert_jax.inference.embedder.packed_batches", spy)
+    for options, expected in (
+        ({}, [6]),
+        ({"batch_size": 4}, [4, 2]),
+        ({"batch_size": 4, "task_metadata": object()}, [6]),
+    ):
+        rows.clear()
+        ours.encode(["a rash"] * 6, **options)
+        assert [len(row) for row in rows] == expected
 
 
 def test_kinds_of_results(both):
