@@ -171,6 +171,12 @@ class TestFolders:
         assert Embedder.from_pretrained(folder, max_length=8).max_length == 8
         assert Embedder.from_pretrained(folder, max_length=800).max_length == 24
 
+    def test_lower_case_that_the_tokenizers_file_does_not_state(self, encoder, tmp_path):
+        folder = made(encoder, tmp_path, pooling("mean"))
+        edit(folder / "sentence_bert_config.json", do_lower_case=True)
+        ours, _ = same(folder)
+        np.testing.assert_array_equal(ours.encode("No COUGH"), ours.encode("no cough"))
+
     def test_without_modules(self, encoder):
         """Another encoder gives the mean over the tokens, of length 1."""
         modules = [m.Transformer(str(encoder)), pooling("mean"), m.Normalize()]

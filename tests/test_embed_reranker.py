@@ -87,6 +87,16 @@ class TestPredict:
         np.testing.assert_allclose(ours.predict(PAIRS), want, rtol=0, atol=1e-5)
         assert ours.max_length == theirs.max_seq_length == (40 if place == "settings" else 128)
 
+    def test_the_settings_come_before_the_config(self, folders, tmp_path):
+        shutil.copytree(folders[1], tmp_path / "m")
+        both(tmp_path / "m")[1].save(str(tmp_path / "m"))
+        edit(tmp_path / "m" / "config_sentence_transformers.json", activation_fn="torch.nn.Tanh")
+        edit(tmp_path / "m" / "config.json", sentence_transformers={"activation_fn": IDENTITY})
+        ours, theirs = both(tmp_path / "m")
+        want = theirs.predict(PAIRS)
+        np.testing.assert_allclose(ours.predict(PAIRS), want, rtol=0, atol=1e-5)
+        assert np.abs(want - ours.predict(PAIRS, activation_fn="Identity")).max() > 0.1
+
     def test_refusals(self, folders, tmp_path):
         ours, theirs = both(folders[1])
         for inputs, number in ((["a", "b"][:1], 1), ([("a", "b"), ("a",)], 2), ([("a", 3)], 1)):
