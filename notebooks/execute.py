@@ -103,8 +103,8 @@ def tidy(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def _text(text: str, folder: Path) -> str:
-    """Removes progress bars and tqdm's warning about widgets, and replaces the folder with "."."""
-    text = _WIDGETS.sub("", text)
+    """Removes progress, times and a warning about widgets, and replaces the folder with "."."""
+    text = _TIMES.sub("", _WIDGETS.sub("", text))
     text = "".join(line for line in text.splitlines(keepends=True) if not _BAR.search(line))
     for path in (folder.resolve(), folder, FOLDER.parent):
         text = text.replace(str(path), ".")
@@ -121,6 +121,7 @@ def _smaller(png: str) -> str:
 
 
 _BAR = re.compile(r"\r|\[\d+:\d+(<[\d:?]+)?, ")
+_TIMES = re.compile(r"^about .* of training remain: .*\n", re.MULTILINE)
 _WIDGETS = re.compile(r".*TqdmWarning: IProgress.*\n.*autonotebook.*\n")
 
 

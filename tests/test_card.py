@@ -195,7 +195,7 @@ def test_facts_of_pretraining(tmp_path):
         assert line in text, line
     assert "private" not in text and str(tmp_path) not in text
     assert "- Tokenizer" not in text
-    scratch = dataclasses.replace(config, init_from="")
+    scratch = dataclasses.replace(config, init_from=None)
     facts = pretraining_facts(scratch, result, stores, recipe="", hardware="a TPU")
     text = model_card({"architectures": ["ModernBertForMaskedLM"]}, 1, facts)
     assert "- Tokenizer: byte-level BPE, trained on the words that occur in at least 10 " in text

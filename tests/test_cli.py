@@ -149,3 +149,30 @@ def test_flags_of_plan():
     options, name, run = cli.plan_arguments(args, "plan")
     assert (options.topology, options.mfu, name, run.mesh.fsdp) == ("v5e:2x2", 0.5, "demo", 2)
     assert run.model == configs.load("demo").model
+
+
+def test_nothing_unset_is_shown_as_a_number_or_an_empty_text(capsys):
+    """A default in the help is a value that works as it is written, or None."""
+    assert cli.main(["pretrain", "--help-all"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (
+        "init-from", "tokenizer", "text-column", "general-text", "attention", "wandb",
+        "global-rope-theta", "profile-step", "epochs", "hosts.coordinator", "hosts.count",
+        "hosts.index", "optimizer.max-learning-rate", "phases.0.batch-size-warmup-start",
+    ):  # fmt: skip
+        text = words[words.index(f"--{name} {{None}}|") :]
+        assert text[text.index("(default: ") :].startswith("(default: None)"), name
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"checkpoint_minutes": 0.0}, "checkpoint_minutes: expected above 0, or None, got 0.0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: .* None to choose"),
+        ({"init_from": ""}, "init_from: expected a name, got an empty one; None means unset"),
+        ({"profile_step": 0}, "profile_step: expected above 0, or None, got 0"),
+    ],
+)
+def test_what_meant_unset_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes).validate()

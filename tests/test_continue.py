@@ -4,8 +4,13 @@ import csv
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
+import random
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow
@@ -14,6 +19,7 @@ import pytest
 from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, pipeline
+from modernbert_jax.checkpoint.orbax import load_orbax
 from train import cli, configs
 from train.common.metrics import read_metrics
 from train.corpora.synthetic import synthetic_notes
@@ -21,6 +27,8 @@ from train.pretrain import export
 from train.pretrain.config import Phase, TrainConfig
 from train.pretrain.derive import changes, derived
 from train.pretrain.export import before_and_after
+
+SOAK_TRIALS = int(os.environ.get("SOAK_TRIALS", 0))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,7 @@ class TestDerived:
             Phase("a", tokens=800, learning_rate=None, warmup_tokens=80),
             Phase("b", tokens=200, learning_rate=None, decay_tokens=200),
         ),
-        sequence_length=8192, global_batch_size=64, gradient_accumulation_steps=0,
+        sequence_length=8192, global_batch_size=64, gradient_accumulation_steps=None,
         epochs=3.0, fit_to_corpus=True,
     )  # fmt: skip
 
@@ -194,3 +202,71 @@ def test_the_bars_are_the_scores(tmp_path, monkeypatch):
     np.testing.assert_allclose(widths, want)
     del phase["before"]
     assert export.plot_before_and_after(tmp_path, {"phases": [phase]}) is None and not seen
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, small_tokenizer):
+    """A seeded checkpoint that transformers has made: small, or base with SOAK_TRIALS."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    small = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "vocab_size": 320,
+    }  # fmt: skip
+    special = {
+        f"{name}_token_id": small_tokenizer.convert_tokens_to_ids(token)
+        for name, token in {"pad": "[PAD]", "bos": "[CLS]", "cls": "[CLS]", "eos": "[SEP]",
+                            "sep": "[SEP]"}.items()
+    }  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("theirs")
+    config = transformers.ModernBertConfig(**special, **({} if SOAK_TRIALS else small))
+    transformers.ModernBertForMaskedLM(config).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def command(checkpoint, notes, workdir):
+    return [
+        sys.executable, "-m", "train", "pretrain", "--config", "continue",
+        "--init-from", str(checkpoint), "--corpus", str(notes), "--workdir", str(workdir),
+        "--model.dtype", "float32", "--mesh.data", "1", "--epochs", "None", "--no-fit-to-corpus",
+        "--sequence-length", "64", "--global-batch-size", "1", "--checkpoint-every", "3",
+        "--eval-sequences", "2", "--phases.0.tokens", "700", "--phases.0.warmup-tokens", "200",
+        "--phases.1.tokens", "300", "--phases.1.decay-tokens", "300",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_in_the_same_weights(theirs, notes, tmp_path):
+    """SIGKILL while it starts, tokenizes, trains or saves; SOAK_TRIALS=10 kills base ten times."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    # Each start would compile the same programs again.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)} | cache
+    alone, workdir = tmp_path / "alone", tmp_path / "killed"
+    subprocess.run(command(theirs, notes, alone), cwd=root, env=env, check=True)
+    steps = json.loads((alone / "result.json").read_text())["steps"]
+    draw = random.Random(16)
+    seen = []
+    for _ in range(SOAK_TRIALS or 3):
+        target, delay = draw.randrange(steps), draw.random() * 3
+        with subprocess.Popen(command(theirs, notes, workdir), cwd=root, env=env) as process:
+            while process.poll() is None and len(losses(workdir)) < target:
+                time.sleep(0.05)
+            time.sleep(delay)
+            seen.append(len(losses(workdir)))
+            process.kill()
+    print("killed after the steps", seen, "of", steps)
+    subprocess.run(command(theirs, notes, workdir), cwd=root, env=env, check=True)
+    assert losses(workdir) == losses(alone)
+    weights = [(w / "export" / "model.safetensors").read_bytes() for w in (workdir, alone)]
+    assert weights[0] == weights[1]
+    marks = [
+        load_orbax(sorted((w / "checkpoints").iterdir())[-1])["data"]["fingerprints"]
+        for w in (workdir, alone)
+    ]
+    assert marks[0] == marks[1]  # the optimizer's moments as well
+
+
+def losses(workdir):
+    return {m["step"]: m["loss"] for m in read_metrics(workdir) if m["kind"] == "train"}

@@ -100,7 +100,7 @@ SMALLER = {
 REPLACED = {
     "--mesh.fsdp": "--mesh.fsdp 2",
     "--matryoshka-dims": "--matryoshka-dims 32 16 8",  # the model has 32
-    "--hosts.count": "--hosts.count 0 --hosts.index -1 --hosts.coordinator ''",
+    "--hosts.count": "--hosts.count None --hosts.index None --hosts.coordinator None",
 }
 
 

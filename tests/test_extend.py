@@ -152,7 +152,7 @@ def test_a_restart_within_the_extension(corpus, copy, tmp_path, monkeypatch):
 
 def test_epochs_keep_what_the_run_has_fixed(corpus, tmp_path, capsys):
     """More epochs move the decay; sequence, step and warm-up stay as they were."""
-    changes = {"fit_to_corpus": True, "global_batch_size": 64, "gradient_accumulation_steps": 0}
+    changes = {"fit_to_corpus": True, "global_batch_size": 64, "gradient_accumulation_steps": None}
     one = small(corpus, tmp_path, epochs=0.6, **changes)
     loop.run(one)
     before = json.loads((tmp_path / "run.json").read_text())["derived"]

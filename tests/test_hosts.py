@@ -64,14 +64,14 @@ class Job:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        coordinator = f"127.0.0.1:{port}" if count > 1 else ""
+        coordinator = f"127.0.0.1:{port}" if count > 1 else None
         self.workdir = workdir
         self.processes = []
         for index in range(count):
             code = SCRIPT.format(
                 root=str(ROOT), corpus=str(corpus), workdir=str(workdir), mesh=mesh,
-                coordinator=coordinator, count=count if count > 1 else 0,
-                index=index if count > 1 else -1, changes=changes[index],
+                coordinator=coordinator, count=count if count > 1 else None,
+                index=index if count > 1 else None, changes=changes[index],
                 folder=str(folders[index]),
             )  # fmt: skip
             self.processes.append(

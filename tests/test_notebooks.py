@@ -25,6 +25,7 @@ PICTURES = {
     "04_finetune_negex": 1,
     "05_inside_attention": 5,
     "06_plan_a_pod": 3,
+    "07_continue_pretraining": 1,
 }
 # A path that belongs to one machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
@@ -163,6 +164,17 @@ def test_convert_runs(folder, monkeypatch):
 def test_plan_runs(folder, monkeypatch):
     printed = ran("06_plan_a_pod", folder, monkeypatch)
     assert re.search(r"phase1_all +formula +([\d.]+) h, plan +\1 h", printed)
+
+
+def test_continue_pretraining_runs(folder, monkeypatch):
+    printed = ran("07_continue_pretraining", folder, monkeypatch)
+    notes = re.search(r"on the notes: ([\d.]+)% before, ([\d.]+)% after", printed)
+    general = re.search(r"general text: ([\d.]+)% before, ([\d.]+)% after", printed)
+    commonest = re.search(r"commonest token: ([\d.]+)%", printed)
+    assert notes and general and commonest
+    before, after = map(float, notes.groups())
+    assert after > 50 and before < 30 and float(commonest[1]) < 10
+    assert float(general[2]) < float(general[1])  # it forgets
 
 
 def test_fill_mask_runs(folder, monkeypatch):

@@ -25,10 +25,10 @@ _WEEK_MS = 7 * 24 * 3600 * 1000
 class Hosts:
     """How the processes of a multi-host run find each other (jax.distributed.initialize)."""
 
-    coordinator: str = ""
-    """HOST:PORT of process 0; empty detects it from Cloud TPU, SLURM or Open MPI."""
-    count: int = 0  # Number of processes; 0 detects it from the launcher.
-    index: int = -1  # Index of this process, from 0; -1 detects it from the launcher.
+    coordinator: str | None = None
+    """HOST:PORT of process 0; None detects it from Cloud TPU, SLURM or Open MPI."""
+    count: int | None = None  # Number of processes; None detects it from the launcher.
+    index: int | None = None  # Index of this process, from 0; None detects it from the launcher.
     heartbeat_seconds: int = 100
     """The run ends on all processes when one has been silent for this many seconds."""
 
@@ -40,13 +40,13 @@ def connect(hosts: Hosts) -> None:
     SLURM (`srun`) and Open MPI provide them; a single process needs none. Raises ValueError if only
     some are given.
     """
-    given = (bool(hosts.coordinator), hosts.count > 0, hosts.index >= 0)
+    given = (hosts.coordinator, hosts.count, hosts.index)
     heartbeat: dict[str, Any] = {"heartbeat_timeout_seconds": hosts.heartbeat_seconds}
-    if all(given):
-        if hosts.index >= hosts.count:
+    if hosts.coordinator and hosts.count is not None and hosts.index is not None:
+        if not 0 <= hosts.index < hosts.count:
             raise ValueError(f"hosts: expected index 0 to {hosts.count - 1}, got {hosts.index}")
         jax.distributed.initialize(hosts.coordinator, hosts.count, hosts.index, **heartbeat)
-    elif any(given):
+    elif any(value is not None for value in given):
         raise ValueError(
             "hosts: expected --hosts.coordinator HOST:PORT, --hosts.count and --hosts.index "
             "together, or none of them"

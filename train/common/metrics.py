@@ -33,7 +33,7 @@ class MetricsWriter:
     switches it off.
     """
 
-    def __init__(self, workdir: Any, resumed_step: int, wandb: str = ""):
+    def __init__(self, workdir: Any, resumed_step: int, wandb: str | None = None):
         self._wandb = _Extra("Weights & Biases", _wandb_run(wandb, workdir)) if wandb else None
         self.workdir, self._local = workdir, workdir
         self._temporary = None
@@ -129,7 +129,7 @@ def _add_scalars(board: EventsWriter, numbers: dict[str, Any], step: int) -> Non
         board.write_event(Event(step=step, summary=scalar(name, value), wall_time=time.time()))
 
 
-def check_wandb(project: str) -> None:
+def check_wandb(project: str | None) -> None:
     """Raises ValueError if a project is given and the package wandb is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb: expected the package wandb, found none; pip install wandb")

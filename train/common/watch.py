@@ -65,13 +65,13 @@ class Spikes:
 class Stall:
     """Dumps the stacks of all threads to stderr when no step completes for `minutes`.
 
-    It repeats every further `minutes`; 0 turns it off. Stacks name files, lines and functions, and
-    no values. `faulthandler` writes them from a thread without Python, so that a stall inside a C
-    call that holds the interpreter lock is shown as well.
+    It repeats every further `minutes`; None turns it off. Stacks name files, lines and functions,
+    and no values. `faulthandler` writes them from a thread without Python, so that a stall inside a
+    C call that holds the interpreter lock is shown as well.
     """
 
-    def __init__(self, minutes: float, file: TextIO | None = None):
-        self.seconds = 60.0 * minutes
+    def __init__(self, minutes: float | None, file: TextIO | None = None):
+        self.seconds = 60.0 * (minutes or 0.0)
         # A notebook's sys.stderr has no file descriptor.
         self.file = file or sys.__stderr__ or sys.stderr
         self.beat()
@@ -178,13 +178,13 @@ class Goodput:
 
 
 class Profile:
-    """Runs jax.profiler for `steps` steps from step `first` on, into `folder`; 0: never.
+    """Runs jax.profiler for `steps` steps from step `first` on, into `folder`; None: never.
 
     Read it with `tensorboard --logdir FOLDER` (its profile plug-in) or xprof.
     """
 
-    def __init__(self, first: int, steps: int, folder: str | os.PathLike):
-        self.first, self.last, self.folder = first, first + steps, os.fspath(folder)
+    def __init__(self, first: int | None, steps: int, folder: str | os.PathLike):
+        self.first, self.last, self.folder = first, (first or 0) + steps, os.fspath(folder)
         self.running = False
 
     def before(self, step: int, pending: Any = None) -> None:

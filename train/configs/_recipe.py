@@ -26,7 +26,7 @@ def recipe(model: ModernBertConfig, weight_decay: float, **fields: Any) -> Train
     optimizer = Optimizer(b1=0.9, b2=0.98, eps=1e-6, weight_decay=weight_decay)
     settings: dict[str, Any] = {
         # That of the checkpoint; large uses the same one as base.
-        "tokenizer": "" if fields.get("init_from") else "answerdotai/ModernBERT-base",
+        "tokenizer": None if fields.get("init_from") else "answerdotai/ModernBERT-base",
         "eval_mlm_probability": 0.15,
         "eval_fraction": 0.005,
         "synthetic_notes": 0,

@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
         phases=(phase,),
         workdir="runs/modernbert_base_context",
         init_from="./checkpoints/base_pretrain",
-        tokenizer="",  # that of the checkpoint
+        tokenizer=None,  # that of the checkpoint
         init_optimizer=True,
         global_rope_theta=160_000.0,
         sequence_length=8192,

@@ -40,8 +40,8 @@ def get_config() -> TrainConfig:
         phases=(phase,),
         workdir="runs/modernbert_base_decay",
         init_from="./checkpoints/base_context",
-        tokenizer="",  # that of the checkpoint
-        global_rope_theta=0.0,  # as in the checkpoint
+        tokenizer=None,  # that of the checkpoint
+        global_rope_theta=None,  # as in the checkpoint
         eval_fraction=0.005,
         eval_every=500,
         checkpoint_every=500,

@@ -110,7 +110,10 @@ def abstract_arguments(trainer: Trainer, phase: Phase) -> tuple[Any, ...]:
     positions = predicted_positions(config.sequence_length, phase.mlm_probability)
     widths = {"input_ids": config.sequence_length, "segment_ids": config.sequence_length}
     widths |= {"predict_positions": positions, "labels": positions}
-    rows = (config.gradient_accumulation_steps, padded_batch_size(config.micro_batch_size, mesh))
+    rows = (
+        config.gradient_accumulation_steps or 1,
+        padded_batch_size(config.micro_batch_size, mesh),
+    )
     batch = {
         name: jax.ShapeDtypeStruct((*rows, width), jnp.int32, sharding=batch_sharding(mesh))
         for name, width in widths.items()

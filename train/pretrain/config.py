@@ -27,8 +27,8 @@ class Phase:
     decay: Literal["one_minus_sqrt", "linear"] = "one_minus_sqrt"  # Shape of the decay.
     final_lr_ratio: float = 0.001
     """Learning rate at the end of the decay, as a fraction of the peak."""
-    batch_size_warmup_start: int = 0
-    """Sequences per step at the start of batch-size warm-up; 0 turns the warm-up off."""
+    batch_size_warmup_start: int | None = None
+    """Sequences per step at the start of batch-size warm-up; None: no such warm-up."""
     batch_size_warmup_tokens: int = 0
     """Tokens after which every step has global_batch_size sequences."""
 
@@ -64,7 +64,7 @@ class Phase:
         size is used for the same number of steps. Source: ModernBERT's batch-size warm-up (its
         sequence packer).
         """
-        if not self.batch_size_warmup_start or tokens >= self.batch_size_warmup_tokens:
+        if self.batch_size_warmup_start is None or tokens >= self.batch_size_warmup_tokens:
             return batch_size
         sizes = range(self.batch_size_warmup_start, batch_size + 1, micro_batch_size)
         done = 0
@@ -84,8 +84,8 @@ class Optimizer:
     eps: float = 1e-6  # Added to the denominator of the update.
     weight_decay: float = 1e-5
     """Fully decoupled: the fraction of a weight removed per step at the peak learning rate."""
-    max_learning_rate: float = 0.0
-    """Learning rate at which weight_decay applies in full; 0 uses the phase's peak."""
+    max_learning_rate: float | None = None
+    """Learning rate at which weight_decay applies in full; None: the phase's peak."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +104,20 @@ class TrainConfig:
     epoch. Empty trains on synthetic notes."""
     synthetic_notes: int = 12_000
     """Number of synthetic notes written when no corpus is given; 0 raises an error instead."""
-    text_column: str = ""
-    """Column or key of the text in tables and .jsonl; empty tries text, notes, note, ..."""
-    tokenizer: str = ""
-    """Folder or hub id; empty uses the one of --init-from, or trains a byte-level BPE."""
+    text_column: str | None = None
+    """Column or key of the text in tables and .jsonl; None: the first of text, notes, note, ..."""
+    tokenizer: str | None = None
+    """Folder or hub id; None: the one of --init-from, or else a byte-level BPE is trained."""
     extend: bool = False
     """Continue the run in --workdir with further phases at its end, or with a larger budget: then
     from the last checkpoint before the decay. Without it, such a change is refused."""
-    init_from: str = ""
-    """Checkpoint to start from: HF or Orbax folder, a run's workdir, or hub id; empty: random."""
+    init_from: str | None = None
+    """Checkpoint to start from: HF or Orbax folder, a run's workdir, or hub id; None: random
+    weights."""
     init_optimizer: bool = False
     """Also load the optimizer's moments from --init-from (Orbax checkpoints only)."""
-    global_rope_theta: float = 0.0
-    """Replaces the value of --init-from, for context extension; 0 keeps it."""
+    global_rope_theta: float | None = None
+    """Replaces the value of --init-from, for context extension; None keeps it."""
     seed: int = 17  # Seed used for initialization, order of the data, masks and dropout.
     sequence_length: int = 1024  # Tokens per packed sequence.
     global_batch_size: int = 32  # Packed sequences per step, over all devices and micro-batches.
@@ -127,9 +128,9 @@ class TrainConfig:
     fit_to_corpus: bool = False
     """Shorten sequence_length to the power of two that holds the longest chunk, with as many tokens
     per step, and then halve the step until the budget has 300."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches per step; 0 chooses them by the memory of the devices. The loss does not depend
-    on it with loss_weighting=tokens."""
+    gradient_accumulation_steps: int | None = 1
+    """Micro-batches per step; None: as few as the memory of the devices allows. The loss does not
+    depend on it with loss_weighting=tokens."""
     round_batch: bool = False
     """Change global_batch_size to the nearest number that the devices divide, and the learning rate
     by the square root of the ratio; both are logged."""
@@ -141,8 +142,8 @@ class TrainConfig:
     Composer."""
     mesh: MeshShape = MeshShape()  # Number of devices along each axis of the mesh.
     hosts: Hosts = Hosts()  # How the processes of a multi-host run find each other.
-    attention: str = ""
-    """Attention implementation by name (modernbert_jax.attention); empty chooses by device."""
+    attention: str | None = None
+    """Attention implementation by name (modernbert_jax.attention); None chooses by device."""
     fused_local_layers: bool = False
     """Run each local layer as one kernel, forward and backward (TPU v5e or v6e, mesh.tensor 1)."""
     scan_layers: bool = False  # Scan over groups of layers: compiles faster, runs slower on CPUs.
@@ -155,22 +156,23 @@ class TrainConfig:
     eval_fraction: float = 0.05
     """Fraction of documents in the evaluation set, chosen by a hash of the text."""
     eval_mlm_probability: float = 0.15  # mlm_probability of the evaluation set.
-    general_text: str = ""
+    general_text: str | None = None
     """Text of another kind (a file or folder as for --corpus), scored before and after to show what
     the model forgets; never trained on."""
     eval_every: int = 200  # Steps between evaluations; each phase also ends with one.
     eval_sequences: int = 128  # Maximum number of packed sequences per evaluation set.
     checkpoint_every: int = 200  # Steps between checkpoints; each phase also ends with one.
-    checkpoint_minutes: float = 20.0
-    """Minutes after which a checkpoint is written also between those; 0: never."""
+    checkpoint_minutes: float | None = 20.0
+    """Minutes after which a checkpoint is written also between those; None: never."""
     keep_checkpoints: int = 2  # Number of newest checkpoints to keep.
     log_every: int = 10  # Steps between updates of the progress line.
-    stall_minutes: float = 15.0
-    """Every host dumps the stacks of its threads when no step completes for this long; 0: never."""
-    profile_step: int = 0  # First step recorded with jax.profiler; 0 records none.
+    stall_minutes: float | None = 15.0
+    """Every host dumps the stacks of its threads when no step completes for this long; None:
+    never."""
+    profile_step: int | None = None  # First step recorded with jax.profiler; None: no recording.
     profile_steps: int = 3  # Number of steps to record.
-    wandb: str = ""
-    """Weights & Biases project to log to (needs the package wandb); empty logs to none."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs the package wandb); None: no logging there."""
     fill_mask: tuple[str, ...] = ()  # Sentences with [MASK] whose predictions are shown at the end.
 
     def __post_init__(self) -> None:
@@ -180,7 +182,7 @@ class TrainConfig:
     @property
     def micro_batch_size(self) -> int:
         """Sequences per micro-batch; the last micro-batch of a step may have fewer."""
-        return -(-self.global_batch_size // max(1, self.gradient_accumulation_steps))
+        return -(-self.global_batch_size // (self.gradient_accumulation_steps or 1))
 
     def rounded(self, unit: int) -> tuple["TrainConfig", str]:
         """Returns this with the multiple of `unit` nearest to global_batch_size, and a log line.
@@ -199,13 +201,13 @@ class TrainConfig:
                 phase,
                 learning_rate=(phase.learning_rate or 0.0) * factor,
                 # Batch-size warm-up goes from one multiple of the micro-batch to another.
-                batch_size_warmup_start=-(-phase.batch_size_warmup_start // micro) * micro,
+                batch_size_warmup_start=phase.batch_size_warmup_start
+                and -(-phase.batch_size_warmup_start // micro) * micro,
             )
             for phase in self.phases
         ]
-        optimizer = dataclasses.replace(
-            self.optimizer, max_learning_rate=self.optimizer.max_learning_rate * factor
-        )
+        rate = self.optimizer.max_learning_rate
+        optimizer = dataclasses.replace(self.optimizer, max_learning_rate=rate and rate * factor)
         tokens = [n * self.sequence_length for n in (old, size)]
         return dataclasses.replace(config, phases=tuple(phases), optimizer=optimizer), (
             f"round_batch: {size} sequences per step instead of {old} ({size / old - 1:+.1%}), "
@@ -229,16 +231,29 @@ class TrainConfig:
                 "round_batch: expected a batch size and learning rates that are set; pass "
                 "--no-fit-to-corpus and --phases.0.learning-rate and so on"
             )
-        if self.attention not in ("", *IMPLEMENTATIONS):
+        if self.attention not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {self.attention!r}"
             )
-        if not 0 <= self.gradient_accumulation_steps <= self.global_batch_size:
+        steps = self.gradient_accumulation_steps
+        if steps is not None and not 1 <= steps <= self.global_batch_size:
             raise ValueError(
-                f"gradient_accumulation_steps: expected at least 1, or 0 to choose, and at most "
-                f"global_batch_size "
-                f"{self.global_batch_size}, got {self.gradient_accumulation_steps}"
+                "gradient_accumulation_steps: expected at least 1 and at most global_batch_size "
+                f"{self.global_batch_size}, or None to choose, got {steps}"
             )
+        for name in ("text_column", "tokenizer", "init_from", "general_text", "wandb"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: expected a name, got an empty one; None means unset")
+        for name, value in (
+            ("optimizer.max_learning_rate", self.optimizer.max_learning_rate),
+            ("global_rope_theta", self.global_rope_theta),
+            ("stall_minutes", self.stall_minutes),
+            ("checkpoint_minutes", self.checkpoint_minutes),
+            ("epochs", self.epochs),
+            ("profile_step", self.profile_step),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected above 0, or None, got {value}")
         optimizer = self.optimizer
         for name, value, low, high in (
             ("eval_fraction", self.eval_fraction, 0, 1),
@@ -251,13 +266,7 @@ class TrainConfig:
             ("optimizer.b1", optimizer.b1, 1),
             ("optimizer.b2", optimizer.b2, 1),
             ("optimizer.weight_decay", optimizer.weight_decay, 1),
-            ("optimizer.max_learning_rate", optimizer.max_learning_rate, math.inf),
-            ("global_rope_theta", self.global_rope_theta, math.inf),
-            ("stall_minutes", self.stall_minutes, math.inf),
-            ("checkpoint_minutes", self.checkpoint_minutes, math.inf),
-            ("epochs", self.epochs or 0.0, math.inf),
             ("synthetic_notes", self.synthetic_notes, math.inf),
-            ("profile_step", self.profile_step, math.inf),
             ("profile_steps", self.profile_steps, math.inf),
             ("seed", self.seed, 2**32),
         ):
@@ -294,9 +303,7 @@ class TrainConfig:
             return f"learning_rate: expected above 0, got {phase.learning_rate}"
         if not 0 <= phase.final_lr_ratio <= 1:
             return f"final_lr_ratio: expected 0 to 1, got {phase.final_lr_ratio}"
-        for name in (
-            "warmup_tokens", "decay_tokens", "batch_size_warmup_start", "batch_size_warmup_tokens",
-        ):  # fmt: skip
+        for name in ("warmup_tokens", "decay_tokens", "batch_size_warmup_tokens"):
             if getattr(phase, name) < 0:
                 return f"{name}: expected at least 0, got {getattr(phase, name)}"
         if phase.tokens < step_tokens and not (self.epochs or self.fit_to_corpus):
@@ -310,8 +317,11 @@ class TrainConfig:
                 f"its {phase.tokens:,} tokens"
             )
         start = phase.batch_size_warmup_start
-        if start and (
-            start % micro_batch_size
+        if start is None and phase.batch_size_warmup_tokens:
+            return "batch_size_warmup_tokens: expected batch_size_warmup_start as well, got None"
+        if start is not None and (
+            start < 1
+            or start % micro_batch_size
             or batch_size % micro_batch_size
             or not phase.batch_size_warmup_tokens
             or start > batch_size

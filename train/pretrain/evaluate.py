@@ -70,9 +70,10 @@ def general_evaluation(
     config: TrainConfig, trainer: Trainer, masking: Masking, workdir: Any
 ) -> Evaluation | None:
     """Returns the evaluation of --general-text; None without one."""
-    if not config.general_text:
+    general = config.general_text
+    if general is None:
         return None
-    parts = first_then_others("general", lambda: open_corpus(config, workdir, config.general_text))
+    parts = first_then_others("general", lambda: open_corpus(config, workdir, general))
     store = joined([part for part in parts.values() if len(part.lengths)])
     return Evaluation(config, trainer, masking, {"general": store})
 

@@ -80,7 +80,9 @@ def run(config: TrainConfig, recipe: str = "", model_flags: Collection[str] = ()
     agree(flags | versions)
     mesh = make_mesh(config.mesh)
     if config.round_batch:
-        config, change = config.rounded(batch_shards(mesh) * config.gradient_accumulation_steps)
+        config, change = config.rounded(
+            batch_shards(mesh) * (config.gradient_accumulation_steps or 1)
+        )
         log(change)
         config.validate()
     check_wandb(config.wandb)

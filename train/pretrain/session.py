@@ -114,10 +114,10 @@ class StopSignal:
 
 
 class SaveClock:
-    """Reports when the next checkpoint is due by the clock; 0 minutes: never."""
+    """Reports when the next checkpoint is due by the clock; None: never."""
 
-    def __init__(self, minutes: float):
-        self.seconds, self._saved = 60.0 * minutes, time.monotonic()
+    def __init__(self, minutes: float | None):
+        self.seconds, self._saved = 60.0 * (minutes or 0.0), time.monotonic()
 
     def due(self) -> bool:
         """Returns whether `seconds` have passed since the last save."""

@@ -316,6 +316,7 @@ def _tokenizer_source(config: TrainConfig) -> Any:
     """
     if config.tokenizer:
         return config.tokenizer
+    assert config.init_from  # else a tokenizer is trained
     folder = start_folder(config.init_from)
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(
