@@ -220,7 +220,8 @@ def test_declared_dependencies_are_the_imports():
     library = declared(project["dependencies"])
     assert imports("modernbert_jax") == library | declared(extras["serve"])
     # What one flag asks for is imported there. Which build of torch is the user's choice.
-    elsewhere = declared(extras["beam"] + extras["huggingface"]) | {"torch", "wandb"}
+    chosen = {"torch", "wandb", "sentence_transformers"}
+    elsewhere = declared(extras["beam"] + extras["huggingface"]) | chosen
     train = declared(extras["train"])
     assert train <= imports("train") <= library | train | elsewhere
     convert = declared(extras["convert"])
