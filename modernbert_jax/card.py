@@ -58,6 +58,18 @@ vectors = SentenceTransformer("FOLDER_OR_HUB_ID").encode(["A text."])
 ```"""
 
 
+_MULTI_VECTOR = """\
+As normalized embeddings of each token, scored by MaxSim:
+
+```python
+from modernbert_jax import MultiVectorEmbedder
+
+model = MultiVectorEmbedder.from_pretrained("FOLDER_OR_HUB_ID")
+found = model.rank("A query.", ["A text.", "Another text."])
+```"""
+_FURTHER = {"sentence-transformers": _SENTENCES, "PyLate": _MULTI_VECTOR}
+
+
 def model_card(
     config: Mapping[str, Any], parameters: int, facts: Mapping[str, Any] | None = None
 ) -> str:
@@ -153,7 +165,7 @@ def _usage(suffix: str, ours: bool, library: str) -> list[str]:
     parts = ["## Use"]
     for name, tensors in (libraries | {"transformers": "pt"}).items():
         parts.append(_SNIPPET.format(library=name, model=model, text=text, tensors=tensors))
-    return [*parts, _SENTENCES] if library == "sentence-transformers" else parts
+    return [*parts, _FURTHER[library]] if library in _FURTHER else parts
 
 
 def _bullets(lines: Any) -> str:

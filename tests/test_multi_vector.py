@@ -1,4 +1,4 @@
-"""Multi-vector models: PyLate's layout, with the vectors and scores of sentence-transformers."""
+"""Multi-vector models: PyLate's layout, with the vectors, scores and loss of torch."""
 
 import json
 import string
@@ -7,8 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from modernbert_jax import Embedder, MultiVectorEmbedder
+from modernbert_jax import AutoTokenizer, Embedder, ModernBertModel, MultiVectorEmbedder
 from modernbert_jax.inference.colbert import max_sim, read_colbert
+from modernbert_jax.weights import to_hf
+from train import cli
+from train.finetune.retrieval.config import RetrievalConfig
+from train.finetune.retrieval.multi_vector import MultiVectorEncoder
 
 st = pytest.importorskip("sentence_transformers")
 torch = pytest.importorskip("torch")
@@ -36,13 +40,8 @@ DENSE = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory, small_tokenizer):
-    """A seeded encoder of transformers and a tokenizer with the prefixes of PyLate."""
-    folder = tmp_path_factory.mktemp("encoder")
-    small_tokenizer.save_pretrained(folder)
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.add_tokens(["[Q] ", "[D] "])
+def seeded(folder, tokenizer):
+    """Saves a seeded encoder of transformers beside its tokenizer."""
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.ModernBertConfig(
@@ -53,6 +52,20 @@ def encoder(tmp_path_factory, small_tokenizer):
     )  # fmt: skip
     transformers.ModernBertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, small_tokenizer):
+    """An encoder whose tokenizer has no prefixes."""
+    return seeded(tmp_path_factory.mktemp("plain"), small_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, plain):
+    """An encoder and a tokenizer with the prefixes of PyLate."""
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(plain)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    return seeded(tmp_path_factory.mktemp("encoder"), tokenizer)
 
 
 def write(path, data):
@@ -289,3 +302,109 @@ def test_embedder_names_this_class(encoder, tmp_path):
     (folder / SETTINGS).unlink()  # early releases of PyLate do not name the class
     with pytest.raises(ValueError, match="'pylate.models.Dense.Dense' makes a multi-vector model"):
         Embedder.from_pretrained(folder)
+
+
+NEGATIVES = ["a cough", "seen: no rash, no pain"]
+
+
+@pytest.mark.parametrize("attend, chunk, devices", [(False, 2, 2), (True, 64, 1)])
+def test_loss_and_gradient_equal_torch(encoder, tmp_path, attend, chunk, devices):
+    """The whole batch at once in torch, padded; here in chunks, packed, over devices."""
+    folder = made(encoder, tmp_path, attend_to_expansion_tokens=attend)
+    theirs = theirs_of(folder)
+    sides = []
+    for task, texts in (("query", QUERIES), ("document", DOCUMENTS[:4] + NEGATIVES)):
+        inputs = theirs.preprocess(texts, prompt=theirs.prompts[task], task=task)
+        found = theirs(inputs, task=task)
+        sides.append((found["token_embeddings"], found["attention_mask"].bool()))
+    (queries, _), (documents, kept) = sides
+    products = torch.einsum("qle,nme->qnlm", queries, documents)
+    products = products.masked_fill(~kept[None, :, None], -torch.inf)
+    scores = products.amax(-1).sum(-1) / 0.5
+    want = torch.nn.functional.cross_entropy(scores, torch.arange(4))
+    want.backward()
+
+    config = RetrievalConfig(
+        "", str(folder), multi_vector=True, chunk=chunk, devices=devices, query_length=24,
+        max_length=40, temperature=0.5,
+    )  # fmt: skip
+    config.validate()
+    model, tokenizer = (
+        ModernBertModel.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ours = MultiVectorEncoder(config, model, tokenizer, folder)
+    columns = [ours.tokens(QUERIES, True)]
+    columns += [ours.tokens(texts, False) for texts in (DOCUMENTS[:4], NEGATIVES)]
+    loss, grads = ours.gradient(jax.device_put(ours.params, ours.everywhere), columns)
+    np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
+    pairs = {p: (to_hf(p, grads[p]), w) for p, w in theirs[0].auto_model.named_parameters()}
+    pairs["Dense"] = (grads["sentence.0.weight"], theirs[1].linear.weight)
+    for got, weight in pairs.values():
+        expected = weight.grad.numpy()
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max() + 1e-6)
+
+
+WORDS = ("fever", "cough", "rash", "arm")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Pairs about one of four words, and a search."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = lambda name, records: (folder / name).write_text(  # noqa: E731
+        "".join(json.dumps(r) + "\n" for r in records)
+    )
+    texts = [f"{WORDS[i % 4]} {'seen today, ' * (i % 3)}{WORDS[i % 4]}!" for i in range(24)]
+    lines("train.jsonl", [
+        {"query": f"no {WORDS[i % 4]}?", "positive": text} | ({"negative": "pain"} if i % 2 else {})
+        for i, text in enumerate(texts)
+    ])  # fmt: skip
+    lines("corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    lines("queries.jsonl", [{"_id": f"q{i}", "text": f"a {w}"} for i, w in enumerate(WORDS)])
+    qrels = [f"q{i % 4}\td{i}\t1\n" for i in range(24)]
+    (folder / "qrels.tsv").write_text("".join(qrels))
+    return folder
+
+
+def trained(data, start, out, *more):
+    args = ["finetune", "--task", "retrieval", "--data", str(data), "--model", str(start), "--out",
+            str(out), "--multi-vector", "--query-length", "12", "--max-length", "40",
+            "--batch-size", "8", "--chunk", "8", "--learning-rate", "3e-3", *more]  # fmt: skip
+    assert cli.main(args) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def test_training(plain, data, tmp_path):
+    """From an encoder to a model that sentence-transformers reads, and from that one on."""
+    result = trained(data, plain, tmp_path / "a", "--embedding-size", "16", "--epochs", "4")
+    assert np.mean(result["losses"][-3:]) < 0.8 * np.mean(result["losses"][:3])
+    assert result["after"]["ndcg@10"] > result["before"]["ndcg@10"]
+    folder = tmp_path / "a" / "model"
+    ours, theirs = MultiVectorEmbedder.from_pretrained(folder), theirs_of(folder)
+    for some, others in zip(vectors_of(ours), vectors_of(theirs), strict=True):
+        close(some, others)
+    assert ours.dimension == 16 and len(ours.encode_query("a rash")) == 12
+    card = (folder / "README.md").read_text()
+    assert "- ColBERT\n" in card and "MultiVectorEmbedder.from_pretrained(" in card
+    again = trained(data, folder, tmp_path / "b", "--epochs", "1")
+    for name, score in result["after"].items():
+        assert again["before"][name] == pytest.approx(score, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"loss": "cosent"}, "loss: expected mnrl with --multi-vector, got cosent"),
+        ({"pooling": "cls"}, "pooling: expected mean with --multi-vector, got cls"),
+        ({"matryoshka_dims": (8, 4)}, "matryoshka_dims: expected none with .*, got 8 4"),
+        ({"embedding_size": 0}, "embedding_size: expected at least 1, got 0"),
+        (
+            {"multi_vector": False, "query_length": 8},
+            "query_length: expected 32 without --multi-vector, got 8",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RetrievalConfig("d", "m", **{"multi_vector": True, **changes}).validate()

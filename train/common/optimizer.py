@@ -1,7 +1,7 @@
 """StableAdamW and AdamW as optax transformations, and what they decay."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,13 +83,17 @@ def _unbiased(beta: float, t: jax.Array) -> jax.Array:
 
 
 def adamw(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, max_grad_norm: float = 1.0
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    max_grad_norm: float = 1.0,
+    decayed: Callable[[str], bool] = decays,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW after clipping the global gradient norm, both as PyTorch computes them.
 
     `update(grads, state, params, learning_rate=..., weight_decay=...)`; params maps paths to
-    arrays. learning_rate is a scalar, or {path: scalar} for a rate per parameter. Weight decay
-    applies where `modernbert_jax.weights.decays` says so.
+    arrays. learning_rate is a scalar, or {path: scalar} for a rate per parameter. decayed: whether
+    weight decay applies to the parameter of a path.
 
         update = -learning_rate (m / (sqrt(v) + eps) + weight_decay w)
 
@@ -108,7 +112,7 @@ def adamw(
 
         def one(path, u):
             rate: Any = learning_rate if rates is None else rates[path]
-            return -rate * (u + (weight_decay if decays(path) else 0.0) * params[path])
+            return -rate * (u + (weight_decay if decayed(path) else 0.0) * params[path])
 
         return {path: one(path, u) for path, u in moved.items()}, state
 

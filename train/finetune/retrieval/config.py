@@ -47,9 +47,14 @@ class RetrievalConfig:
     # Examples per step over all devices; in mnrl each is a negative for all others.
     batch_size: int = 128
     chunk: int = 32  # texts per device in one forward pass; lower it to save memory
-    temperature: float = 0.05  # divides the cosine similarities in mnrl and cosent
+    # Divides the similarities in mnrl and cosent; by default 0.05, and 1 with --multi-vector.
+    temperature: float | None = None
     max_length: int = 512  # in tokens; longer texts are truncated
     pooling: Literal["mean", "cls"] = "mean"  # of the token vectors of a text
+    # Trains a ColBERT model in PyLate's layout, with mnrl: a vector per token, scored by MaxSim.
+    multi_vector: bool = False
+    embedding_size: int | None = None  # of these vectors; by default 128, or that of the start
+    query_length: int = 32  # in tokens; queries are filled up with [MASK] to it
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
     devices: int = 1  # number of devices that share each step
 
@@ -63,9 +68,9 @@ class RetrievalConfig:
         check_rates(self.learning_rate, self.weight_decay)
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
-        if not 0 < self.temperature < math.inf:
+        if not 0 < self.divisor < math.inf:
             raise ValueError(f"temperature: expected above 0, got {self.temperature}")
-        if self.temperature != RetrievalConfig.temperature and self.loss not in COMPARING:
+        if self.temperature is not None and self.loss not in COMPARING:
             raise ValueError(f"temperature: expected none with --loss {self.loss}, which has none")
         if bool(self.teacher) != (self.loss not in COMPARING):
             expected, got = ("none", self.teacher) if self.teacher else ("a model", "none")
@@ -73,6 +78,29 @@ class RetrievalConfig:
         if self.teacher_backend != "jax" and not self.teacher:
             raise ValueError("teacher_backend: expected none without --teacher, got torch")
         self._validate_matryoshka()
+        self._validate_multi_vector()
+
+    @property
+    def divisor(self) -> float:
+        """The temperature, or its default."""
+        if self.temperature is not None:
+            return self.temperature
+        return 1.0 if self.multi_vector else 0.05
+
+    def _validate_multi_vector(self) -> None:
+        defaults = RetrievalConfig("", "")
+        multi = ("embedding_size", "query_length")
+        single = ("loss", "pooling", "matryoshka_dims")
+        for name in single if self.multi_vector else multi:
+            value, default = getattr(self, name), getattr(defaults, name)
+            if value != default:
+                raise ValueError(
+                    f"{name}: expected {default or 'none'} "
+                    f"{'with' if self.multi_vector else 'without'} --multi-vector, got "
+                    f"{_spaced(value) if isinstance(value, tuple) else value}"
+                )
+        if self.embedding_size is not None and self.embedding_size < 1:
+            raise ValueError(f"embedding_size: expected at least 1, got {self.embedding_size}")
 
     def _validate_matryoshka(self) -> None:
         dims, weights = self.matryoshka_dims, self.matryoshka_weights

@@ -23,7 +23,7 @@ Loss = Callable[[Columns, jax.Array | None], jax.Array]
 
 def loss_of(config: RetrievalConfig) -> Loss:
     """Returns the loss that a configuration names."""
-    temperature = config.temperature
+    temperature = config.divisor
     loss: Loss = {
         "mnrl": functools.partial(mnrl, temperature=temperature),
         "cosent": functools.partial(cosent, temperature=temperature),

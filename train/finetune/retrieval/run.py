@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from modernbert_jax.checkpoint.files import write_text
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.inference.sentence import Normalize, Pooling, SentenceModel, write_sentence
 from modernbert_jax.tokenizer import AutoTokenizer, check_ids, max_tokens
+from modernbert_jax.weights import decays
 
 from ...common.card import NOT_FOR_CARE, start_facts, versions
 from ...common.optimizer import adamw
@@ -30,7 +31,8 @@ from ...common.workdir import start_folder
 from .config import COMPARING, LOSSES, RetrievalConfig
 from .data import read_examples
 from .model import Encoder
-from .scores import read_measures
+from .multi_vector import MultiVectorEncoder
+from .scores import Measures, read_measures
 from .teacher import teach
 
 
@@ -43,7 +45,11 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     data, out = pathlib.Path(config.data), pathlib.Path(config.out)
     examples = read_examples(data / "train.jsonl", config.loss)
     measures = read_measures(data)
-    folder = start_folder(config.model)
+    if config.multi_vector and measures.pairs is not None:
+        raise ValueError(
+            f"{data / 'pairs.jsonl'}: expected none with --multi-vector, which scores searches only"
+        )
+    folder = pathlib.Path(start_folder(config.model))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = ModernBertModel.from_pretrained(folder, dtype=config.dtype, param_dtype="float32")
     check_ids(tokenizer, model.config.vocab_size)
@@ -54,20 +60,22 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         examples = dataclasses.replace(examples, targets=targets)
     limit = min(config.max_length, model.config.max_position_embeddings)
     config = dataclasses.replace(config, max_length=max_tokens(tokenizer, limit))
-    encoder = Encoder(config, model.config)
-    params = jax.device_put(flatten(model), encoder.everywhere)
-    options = {"truncation": True, "max_length": config.max_length, "split_special_tokens": True}
-
-    def tokens(texts: list[str]) -> list[np.ndarray]:
-        ids = tokenizer(texts, **options)["input_ids"] if texts else []
-        return [np.asarray(i, np.int32) for i in ids]
-
-    ids = iter(tokens(list(itertools.chain(*examples.texts))))
-    texts = [list(itertools.islice(ids, len(row))) for row in examples.texts]
+    encoder: BiEncoder | MultiVectorEncoder = (
+        MultiVectorEncoder(config, model, tokenizer, folder)
+        if config.multi_vector
+        else BiEncoder(config, model, tokenizer)
+    )
+    params = jax.device_put(encoder.params, encoder.everywhere)
+    # All queries, then the documents of each example.
+    queries = encoder.tokens([row[0] for row in examples.texts], True)
+    ids = iter(encoder.tokens([text for row in examples.texts for text in row[1:]], False))
+    texts = [
+        [query, *itertools.islice(ids, len(row) - 1)]
+        for query, row in zip(queries, examples.texts, strict=True)
+    ]
 
     def score() -> dict[str, float]:
-        encode = lambda texts: encoder.encode(params, tokens(texts))  # noqa: E731
-        return measures.score(encode, config.matryoshka_dims)
+        return encoder.score(params, measures)
 
     batch = min(config.batch_size, len(texts))
     steps = config.epochs * (len(texts) // batch)
@@ -75,7 +83,7 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(steps, warmup + 1)
     )
-    optimizer = adamw()
+    optimizer = adamw(decayed=encoder.decays)
     state = optimizer.init(params)
 
     def apply(params: Any, state: Any, grads: Any, learning_rate: Any) -> tuple[Any, Any]:
@@ -115,31 +123,50 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
         "losses": losses,
         "seconds": time.perf_counter() - started,
     }
-    trained = module_of(ModernBertModel, model.config, params)
     facts = retrieval_facts(config, len(texts), len(losses), before, result["after"], teacher)
-    save(out / "model", trained, tokenizer, config, facts)
+    encoder.save(out / "model", params, facts)
     write_text(out / "results.json", json.dumps(result, indent=1) + "\n")
     for name in result["after"]:
         print(f"{name}: {before[name]:.4f} before, {result['after'][name]:.4f} after")
-    print(f"model, for transformers and sentence-transformers: {out / 'model'}")
+    readers = "PyLate" if config.multi_vector else "transformers"
+    print(f"model, for {readers} and sentence-transformers: {out / 'model'}")
     return result
 
 
-def save(
-    folder: pathlib.Path,
-    model: Any,
-    tokenizer: Any,
-    config: RetrievalConfig,
-    facts: dict[str, Any],
-) -> None:
-    """Writes a Hugging Face folder with the modules that sentence-transformers reads.
+class BiEncoder(Encoder):
+    """The encoder of vectors of texts, with what surrounds its training."""
 
-    facts: of the model card.
-    """
-    model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
-    modules = (Pooling((config.pooling,)), Normalize())
-    sentence = SentenceModel(modules, truncate_dim=config.truncate_dim)
-    write_sentence(folder, sentence, model.config.hidden_size, config.max_length)
+    decays = staticmethod(decays)
+
+    def __init__(self, config: RetrievalConfig, model: ModernBertModel, tokenizer: Any):
+        super().__init__(config, model.config)
+        self.tokenizer, self.params = tokenizer, flatten(model)
+
+    def tokens(self, texts: Sequence[str], query: bool) -> list[np.ndarray]:
+        """Tokenizes texts; queries are texts as all others."""
+        options = {"truncation": True, "max_length": self.config.max_length}
+        ids = (
+            self.tokenizer(list(texts), split_special_tokens=True, **options)["input_ids"]
+            if texts
+            else []
+        )
+        return [np.asarray(i, np.int32) for i in ids]
+
+    def score(self, params: Mapping[str, Any], measures: Measures) -> dict[str, float]:
+        """The scores of the files that there are."""
+        encode = lambda texts: self.encode(params, self.tokens(texts, False))  # noqa: E731
+        return measures.score(encode, self.config.matryoshka_dims)
+
+    def save(self, folder: pathlib.Path, params: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        """Writes a Hugging Face folder with the modules that sentence-transformers reads.
+
+        facts: of the model card.
+        """
+        model = module_of(ModernBertModel, self.model_config, params)
+        model.save_pretrained(folder, tokenizer=self.tokenizer, card=facts)
+        modules = (Pooling((self.config.pooling,)), Normalize())
+        sentence = SentenceModel(modules, truncate_dim=self.config.truncate_dim)
+        write_sentence(folder, sentence, model.config.hidden_size, self.config.max_length)
 
 
 def retrieval_facts(
@@ -157,12 +184,20 @@ def retrieval_facts(
     start = start_facts(config.model)
     dims = ", ".join(map(str, config.matryoshka_dims))
     matryoshka = f", also of the first {dims} dimensions (MatryoshkaLoss)" if dims else ""
+    vectors = {"Pooling": f"{config.pooling}, then normalized to length 1"}
+    tags = ["sentence-transformers", "feature-extraction"]
+    if config.multi_vector:
+        vectors = {
+            "Vectors": "one per token, of length 1, scored by MaxSim",
+            "Query length": f"{config.query_length} tokens, filled up with [MASK]",
+        }
+        tags = ["ColBERT", "PyLate", *tags]
     return {
         "title": f"{start['name']}, trained for retrieval",
         "base_model": start.get("base_model"),
-        "library_name": "sentence-transformers",
+        "library_name": "PyLate" if config.multi_vector else "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "feature-extraction"],
+        "tags": tags,
         "training": {
             "Task": "retrieval",
             "Loss": LOSSES[config.loss] + matryoshka,
@@ -172,8 +207,8 @@ def retrieval_facts(
             "Steps": steps,
             "Examples per step": config.batch_size,
             "Learning rate": f"{config.learning_rate:g}",
-            **({"Temperature": config.temperature} if config.loss in COMPARING else {}),
-            "Pooling": f"{config.pooling}, then normalized to length 1",
+            **({"Temperature": config.divisor} if config.loss in COMPARING else {}),
+            **vectors,
             "Maximum length": f"{config.max_length:,} tokens",
             "Seed": config.seed,
             "Versions": versions(),

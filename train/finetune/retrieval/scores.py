@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -81,11 +81,21 @@ def retrieval_scores(
 
     nDCG as in trec_eval: linear gains, log2 discount. Of equal scores the earlier document wins.
     """
+    blocks = (
+        queries_QD[first : first + 256] @ documents_MD.T for first in range(0, len(queries_QD), 256)
+    )
+    return ranking_scores(blocks, relevant, k)
+
+
+def ranking_scores(
+    blocks: Iterable[np.ndarray], relevant: list[dict[int, float]], k: int = 10
+) -> dict[str, float]:
+    """As `retrieval_scores`, of the scores of all documents: blocks [*, M] of queries in order."""
     found: dict[str, list[float]] = {name: [] for name in ("ndcg", "recall", "recall100", "mrr")}
-    for first in range(0, len(queries_QD), 256):
-        scores_QM = queries_QD[first : first + 256] @ documents_MD.T
+    judged = iter(relevant)
+    for scores_QM in blocks:
         order_QM = np.argsort(-scores_QM, axis=1, kind="stable")[:, : max(k, 100)]
-        for order, gains in zip(order_QM, relevant[first : first + 256], strict=True):
+        for order, gains in zip(order_QM, judged, strict=False):
             got = [gains.get(int(d), 0.0) for d in order]
             discount = 1 / np.log2(np.arange(2, k + 2))
             ideal = sorted(gains.values(), reverse=True)[:k]
