@@ -264,6 +264,10 @@ REFUSED = {
         lambda f: edit(f / SETTINGS, do_query_expansion=1),
         "do_query_expansion: expected true or false, got 1",
     ),
+    "a cut": (
+        lambda f: edit(f / SETTINGS, truncate_dim=8),
+        "truncate_dim is not supported in a multi-vector model",
+    ),
     "a skiplist": (
         lambda f: edit(f / SETTINGS, skiplist_words=["a", 1]),
         "skiplist_words: expected a list of texts, got a list of 2",

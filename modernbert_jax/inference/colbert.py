@@ -271,6 +271,8 @@ def read_colbert(folder: pathlib.Path) -> Colbert:
 def _knobs(path: pathlib.Path) -> dict[str, Any]:
     """Returns the fields of Colbert that the settings have; null stands for PyLate's default."""
     data = read_json(path, MAX_MODEL_JSON) if path.exists() else {}
+    if data.get("truncate_dim") is not None:
+        raise ValueError(f"{path}: truncate_dim is not supported in a multi-vector model")
     kinds: dict[str, tuple[type, str]] = {
         "query_prefix": (str, "a text"),
         "document_prefix": (str, "a text"),
