@@ -258,7 +258,10 @@ def test_ranks_of_equal_values_are_shared():
     assert pair_scores(first, second, scores)["spearman"] == pytest.approx(want, abs=1e-12)
 
 
-@pytest.mark.parametrize("loss, truncate_dim", [("mnrl", None), ("cosent", 8)])
+@pytest.mark.parametrize(
+    "loss, truncate_dim",
+    [pytest.param("mnrl", None, marks=pytest.mark.slow), ("cosent", 8)],
+)
 def test_trains_and_sentence_transformers_gives_the_same_vectors(
     start, data, tmp_path, capsys, loss, truncate_dim
 ):
@@ -490,4 +493,6 @@ def test_a_student_learns_from_a_teacher(start, teachers, data, tmp_path):
     assert result["losses"][-1] < result["losses"][0] / 2
     assert result["teacher"]["teacher"] == "vectors"
     assert json.loads((tmp_path / "results.json").read_text())["teacher"] == result["teacher"]
+    settings = json.loads((tmp_path / "model/config_sentence_transformers.json").read_text())
+    assert "truncate_dim" not in settings
     assert "- Teacher: vectors (embedding model)\n" in (tmp_path / "model/README.md").read_text()
