@@ -379,6 +379,7 @@ def trained(data, start, out, *more):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_training(plain, data, tmp_path):
     """From an encoder to a model that sentence-transformers reads, and from that one on."""
     result = trained(data, plain, tmp_path / "a", "--embedding-size", "16", "--epochs", "4")
