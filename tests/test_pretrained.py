@@ -284,6 +284,14 @@ class TestOrbax:
         assert all(v.dtype == ml_dtypes.bfloat16 for v in loaded["params"].values())
         same(mj.ModernBertForMaskedLM.from_pretrained(tmp_path / "c"), model)
 
+    @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+    def test_a_large_array(self, tmp_path, kind):
+        """One that alone reaches the limit of what is in flight, as the embeddings of base."""
+        params = {"wte": np.arange(17 * 1024**2, dtype=np.float32).reshape(1024, -1)}
+        given = {path: kind(x) for path, x in params.items()}
+        save_orbax(tmp_path / "c", architecture="ModernBertModel", config=CONFIG, params=given)
+        np.testing.assert_array_equal(load_orbax(tmp_path / "c")["params"]["wte"], params["wte"])
+
     def test_half_written_is_no_checkpoint_and_a_complete_one_is_not_overwritten(self, tmp_path):
         self.save(tmp_path / "c")
         with pytest.raises(FileExistsError, match="found a checkpoint"):

@@ -192,7 +192,8 @@ def _orbax_context(largest_bytes: int, copy: bool = False) -> ocp.Context:
     # Orbax's defaults peak at 2.4 to 3.3 times the checkpoint's size in memory. This writes
     # uncompressed, keeps at most the largest leaf in flight, and copies NumPy leaves only if the
     # save continues in the background.
-    limit = max(largest_bytes, 64 * 1024**2)
+    # Orbax refuses a leaf of exactly the limit.
+    limit = max(largest_bytes, 64 * 1024**2) + 1
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = copy
