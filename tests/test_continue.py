@@ -247,9 +247,11 @@ def test_killed_at_random_it_ends_in_the_same_weights(theirs, notes, tmp_path):
     subprocess.run(command(theirs, notes, alone), cwd=root, env=env, check=True)
     steps = json.loads((alone / "result.json").read_text())["steps"]
     draw = random.Random(16)
+    kills = SOAK_TRIALS or 3
     seen = []
-    for _ in range(SOAK_TRIALS or 3):
-        target, delay = draw.randrange(steps), draw.random() * 3
+    for i in range(kills):  # each in another part of the run
+        target = int((i + draw.random()) * steps / kills)
+        delay = draw.random() * (3 if SOAK_TRIALS else 0.5)
         with subprocess.Popen(command(theirs, notes, workdir), cwd=root, env=env) as process:
             while process.poll() is None and len(losses(workdir)) < target:
                 time.sleep(0.05)
