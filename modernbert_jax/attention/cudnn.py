@@ -1,7 +1,9 @@
 """cuDNN's flash attention through `jax.nn.dot_product_attention`, for global layers on a GPU.
 
 The public function has no segments, and no window without a causal mask. It therefore supports only
-rows that are one segment without padding (`bounds.whole`).
+rows that are one segment without padding (`bounds.whole`). Transformer Engine also gives cuDNN
+packed sequences, but its windows reach only to the left (its issue 2493, open in November 2026), so
+it cannot compute a local layer.
 """
 
 from typing import Any
