@@ -423,8 +423,8 @@ class TestEmbedder:
         np.testing.assert_allclose(spread, alone, atol=1e-6)
         last = Embedder.from_pretrained(folder, device=jax.devices()[-1])
         np.testing.assert_allclose(last.encode(some, batch_tokens=128), alone, atol=1e-6)
-        where = last._embed(last._params, *[jax.device_put(x, last._sharding) for x in
-                            np.ones((2, 1, 64), np.int32)], 1).devices()  # fmt: skip
+        arrays = last._placement.put_rows(*np.ones((2, 1, 64), np.int32))
+        where = last._embed(last._params, *arrays, 1).devices()
         assert where == {jax.devices()[-1]}
         assert {d for leaf in last._params.values() for d in leaf.devices()} == where
         with pytest.raises(ValueError, match="device, mesh: expected one of them"):
