@@ -557,7 +557,13 @@ def _accumulate(plan, *terms) -> Any:
     They get all products before the first is waited for.
     """
     if plan.interpreted:
-        return tuple(sum_RK + _register_product(a, b, plan) for sum_RK, a, b in terms)
+        # JAX's interpreter knows wgmma on shared memory only.
+        ends = tuple(
+            sum_RK + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+            for sum_RK, a, b in terms
+        )
+        plgpu.commit_smem()  # wgmma would have read b through the proxy that TMA writes through
+        return ends
 
     def multiply(sums):
         for sum_ref, (_, a, b) in zip(sums, terms, strict=True):
@@ -585,8 +591,8 @@ def _overlapped(plan, product, meanwhile, term) -> Any:
             plgpu.wgmma(sum_ref, c, d)
             return meanwhile(plgpu.wgmma_accumulator_load(product_ref, wait_n=1))
 
-        product = plgpu.WGMMAAccumulatorRef(product_RC.shape, jnp.float32)
-        found = pl.run_scoped(with_product, product)
+        accumulator = plgpu.WGMMAAccumulatorRef(product_RC.shape, jnp.float32)
+        found = pl.run_scoped(with_product, accumulator)
         for ref, x in zip(found_refs, found, strict=True):
             ref[...] = x
 
@@ -595,15 +601,6 @@ def _overlapped(plan, product, meanwhile, term) -> Any:
     start: Any = plgpu.WGMMAAccumulatorRef.init(sum_RK), zeros
     sum_RK, found = pl.run_state(run)(start)
     return found, sum_RK
-
-
-def _register_product(a, b, plan):
-    """Computes a @ b with `a` in registers."""
-    if plan.interpreted:  # JAX's interpreter knows wgmma on shared memory only
-        product = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # wgmma would have read b through the proxy that TMA writes through
-        return product
-    return _products((a, b))[0]
 
 
 def _seen(s_RC, edges, column, block):
