@@ -305,7 +305,7 @@ class Rerank(Endpoint):
         return list(self.reranker.predict(values, show_progress_bar=False))
 
     def warm_up(self, tokens: Sequence[int]) -> None:
-        self.reranker.warm_up(tokens)
+        """Nothing: /classify compiles the programs that both run."""
 
 
 class Fill(Endpoint):
