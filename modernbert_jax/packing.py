@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -148,10 +148,21 @@ def fill_rows(
     """
     size = size or row_size(max(sum(len(texts[i]) for i in row) for row in rows))
     input_ids_BL, segment_ids_BL = np.zeros((2, len(rows), size), np.int32)
+    for r, segment, start, i in placed(rows, lambda i: len(texts[i])):
+        end = start + len(texts[i])
+        input_ids_BL[r, start:end], segment_ids_BL[r, start:end] = texts[i], segment + 1
+    return input_ids_BL, segment_ids_BL
+
+
+def placed(
+    rows: Sequence[Sequence[int] | np.ndarray], length: Callable[[int], int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (row, segment counted from 0, first position, index) of each text of `fill_rows`.
+
+    length: the number of tokens of the text of an index.
+    """
     for r, row in enumerate(rows):
         start = 0
-        for number, i in enumerate(row, start=1):
-            end = start + len(texts[i])
-            input_ids_BL[r, start:end], segment_ids_BL[r, start:end] = texts[i], number
-            start = end
-    return input_ids_BL, segment_ids_BL
+        for segment, i in enumerate(row):
+            yield r, segment, start, int(i)
+            start += length(i)

@@ -45,6 +45,7 @@ from modernbert_jax.inference.sentence import (
 )
 from modernbert_jax.layers import Op
 from modernbert_jax.model import ModernBertModel
+from modernbert_jax.packing import placed
 from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json, shown
 
 if TYPE_CHECKING:
@@ -167,11 +168,8 @@ def attended_ends(
     if all(texts[i].attended == len(texts[i].ids) for row in rows for i in row):
         return None
     ends_BL = np.zeros((len(rows), size), np.int32)
-    for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            ends_BL[r, start : start + len(texts[i].ids)] = start + texts[i].attended
-            start += len(texts[i].ids)
+    for r, _, start, i in placed(rows, lambda i: len(texts[i].ids)):
+        ends_BL[r, start : start + len(texts[i].ids)] = start + texts[i].attended
     return ends_BL
 
 

@@ -28,11 +28,11 @@ from modernbert_jax.inference.sentence import (
     SentenceModel,
     read_sentence,
     resolve_prompt,
-    unit,
+    unit_array,
     write_sentence,
 )
 from modernbert_jax.model import ModernBertModel
-from modernbert_jax.packing import segment_slots
+from modernbert_jax.packing import placed, segment_slots
 from modernbert_jax.tokenizer import check_ids, lower_case, max_tokens
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ class Embedder:
                 for i in range(len(ids))
             ]  # fmt: skip
         elif output_value == "sentence_embedding":
-            out = _unit(out) if normalize_embeddings else out
+            out = unit_array(out) if normalize_embeddings else out
             results = quantized(out, precision)
         if convert_to_tensor and output_value == "sentence_embedding":
             results = jnp.asarray(results)
@@ -296,10 +296,8 @@ class Embedder:
                     found["sentence_embedding"],
                     np.asarray(found["token_embeddings"]),
                 )
-                for row, indices in enumerate(batch):
-                    ends = np.cumsum([len(ids[i]) for i in indices])
-                    for i, end in zip(indices, ends, strict=True):
-                        tokens[i] = hidden_BLD[row, end - len(ids[i]) : end]
+                for row, _, start, i in placed(batch, lambda i: len(ids[i])):
+                    tokens[i] = hidden_BLD[row, start : start + len(ids[i])]
             for indices, vectors_SD in zip(batch, np.asarray(found), strict=True):
                 out[indices] = vectors_SD[: len(indices)]
         return out, tokens
@@ -346,7 +344,7 @@ class Embedder:
         if kind == "dot":
             return a @ b.T
         if kind == "cosine":
-            return _unit(a) @ _unit(b).T
+            return unit_array(a) @ unit_array(b).T
         rows = [self._distance(row[None], b) for row in a]
         return -np.stack(rows) if rows else np.zeros((0, len(b)), np.float32)
 
@@ -355,7 +353,7 @@ class Embedder:
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         kind = self.sentence.similarity
         if kind in ("dot", "cosine"):
-            a, b = (_unit(a), _unit(b)) if kind == "cosine" else (a, b)
+            a, b = (unit_array(a), unit_array(b)) if kind == "cosine" else (a, b)
             return (a * b).sum(-1)
         return -self._distance(a, b)
 
@@ -408,10 +406,6 @@ class Embedder:
 
     def _further_args(self, sequence_length: int) -> tuple[int, ...]:
         return (segment_slots(sequence_length), *self._skip(self._prompt(None, None, None)))
-
-
-def _unit(vectors: Any) -> np.ndarray:
-    return np.asarray(unit(jnp.atleast_2d(np.asarray(vectors, np.float32))))
 
 
 def quantized(vectors: np.ndarray, precision: str) -> np.ndarray:

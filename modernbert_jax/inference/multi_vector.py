@@ -27,6 +27,7 @@ from modernbert_jax.inference.pipelines.text_ranking import ranked
 from modernbert_jax.inference.placement import Placement
 from modernbert_jax.inference.sentence import TOKENS, resolve_prompt
 from modernbert_jax.model import ModernBertModel
+from modernbert_jax.packing import placed
 from modernbert_jax.tokenizer import check_ids, lower_case
 
 if TYPE_CHECKING:
@@ -158,12 +159,9 @@ class MultiVectorEmbedder:
             ends_BL = attended_ends(tokens, batch, packed[0].shape[1])
             arrays = packed if ends_BL is None else [*packed, ends_BL]
             vectors_BLE = np.asarray(self._embed(self._params, *place.put_rows(*arrays)))
-            for row, indices in enumerate(batch):
-                start = 0
-                for i in indices:
-                    end = start + len(tokens[i].ids)
-                    out[i] = vectors_BLE[row, start:end][tokens[i].kept]
-                    start = end
+            for row, _, start, i in placed(batch, lambda i: len(tokens[i].ids)):
+                vectors_LE = vectors_BLE[row, start : start + len(tokens[i].ids)]
+                out[i] = vectors_LE[tokens[i].kept]
         return out
 
     def similarity(self, queries: Any, documents: Any) -> np.ndarray:

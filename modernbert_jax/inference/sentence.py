@@ -254,6 +254,11 @@ def unit(vectors: jax.Array) -> jax.Array:
     return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
 
 
+def unit_array(vectors: Any) -> np.ndarray:
+    """Returns `unit` of vectors [N, D], or of one, as NumPy's float32 [N, D]."""
+    return np.asarray(unit(jnp.atleast_2d(np.asarray(vectors, np.float32))))
+
+
 def _weights(params: Mapping[str, jax.Array], number: int) -> dict[str, jax.Array]:
     """The float32 weights of a module; vectors as [1, 1, D], the rank of what they are added to."""
     found = {}

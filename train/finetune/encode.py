@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modernbert_jax.packing import IGNORE_INDEX, fill_rows, plan_rows, row_size
+from modernbert_jax.packing import IGNORE_INDEX, fill_rows, placed, plan_rows, row_size
 
 from .tasks.task import KIND, Example
 
@@ -132,16 +132,13 @@ def pack(
     shape = (len(rows), width) if kind == "tokens" else (len(rows), slots, *shapes[kind])
     targets = np.full(shape, IGNORE_INDEX, np.int32)
     where = [(0, 0, 0)] * len(batch)
-    for r, row in enumerate(rows):
-        start = 0
-        for segment, i in enumerate(row):
-            target, end = batch[i].target, start + len(batch[i].input_ids)
-            if kind == "tokens":
-                targets[r, start:end] = target
-            elif kind == "qa":
-                targets[r, segment] = np.where(target == IGNORE_INDEX, IGNORE_INDEX, target + start)
-            else:
-                targets[r, segment] = target
-            where[i] = (r, segment, start)
-            start = end
+    for r, segment, start, i in placed(rows, lambda i: len(batch[i].input_ids)):
+        target = batch[i].target
+        if kind == "tokens":
+            targets[r, start : start + len(batch[i].input_ids)] = target
+        elif kind == "qa":
+            targets[r, segment] = np.where(target == IGNORE_INDEX, IGNORE_INDEX, target + start)
+        else:
+            targets[r, segment] = target
+        where[i] = (r, segment, start)
     return {"input_ids": input_ids, "segment_ids": segment_ids, "targets": targets}, where

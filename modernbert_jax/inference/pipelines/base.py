@@ -12,7 +12,7 @@ import numpy as np
 from modernbert_jax.checkpoint.params import flatten, module_of
 from modernbert_jax.heads import ModernBertForSequenceClassification
 from modernbert_jax.inference.export import Function, packed_batches, save, tokens_per_sequence
-from modernbert_jax.packing import segment_slots
+from modernbert_jax.packing import placed, segment_slots
 from modernbert_jax.tokenizer import check_ids, max_tokens
 
 if TYPE_CHECKING:
@@ -95,10 +95,8 @@ class Pipeline:
         """
         for batch, input_ids_BL, segment_ids_BL in self._batches(ids, show_progress_bar):
             found = np.asarray(self._run(self._params, input_ids_BL, segment_ids_BL))[0]
-            offset = 0
-            for i in batch:
-                yield i, found[offset : offset + len(ids[i])]
-                offset += len(ids[i])
+            for _, _, start, i in placed([batch], lambda i: len(ids[i])):
+                yield i, found[start : start + len(ids[i])]
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Compiles the function for sequences of up to each number of tokens."""

@@ -6,7 +6,7 @@ runs again with this as its cotangent. The result is the same gradient. Source: 
 arXiv 2101.06983.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,16 @@ from modernbert_jax.packing import fill_rows
 from ...common.sharding import DATA, MeshShape, make_mesh
 from .config import RetrievalConfig
 from .losses import loss_of
+
+
+def parts_of(
+    texts: Sequence[Sequence[int] | np.ndarray], config: RetrievalConfig
+) -> Iterator[list[np.ndarray]]:
+    """Yields the indices of each device's texts, of similar lengths, for each forward pass."""
+    order = np.argsort([-len(ids) for ids in texts], kind="stable")
+    for first in range(0, len(order), config.devices * config.chunk):
+        some = order[first : first + config.devices * config.chunk]
+        yield [some[d :: config.devices] for d in range(config.devices)]
 
 
 class Encoder:
@@ -52,15 +62,11 @@ class Encoder:
 
     def groups(self, texts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, jax.Array, jax.Array]]:
         """(which texts, input_ids, segment_ids) of each forward pass; -1 is an empty slot."""
-        order = np.argsort([-len(t) for t in texts], kind="stable")  # similar lengths share a pass
-        devices, chunk = self.config.devices, self.config.chunk
         out = []
-        for first in range(0, len(order), devices * chunk):
-            some = order[first : first + devices * chunk]
-            parts = [some[d::devices] for d in range(devices)]
+        for parts in parts_of(texts, self.config):
             ids, segments = fill_rows(texts, parts)
             put = lambda x: jax.device_put(x, self.rows)  # noqa: E731
-            which = np.full((devices, chunk), -1)
+            which = np.full((self.config.devices, self.config.chunk), -1)
             for row, part in enumerate(parts):
                 which[row, : len(part)] = part
             out.append((which, put(ids), put(segments)))

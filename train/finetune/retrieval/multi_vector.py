@@ -29,7 +29,7 @@ from modernbert_jax.inference.colbert import (
     write_colbert,
 )
 from modernbert_jax.inference.sentence import COLBERT, SETTINGS_FILE, TOKENS, Dense, SentenceModel
-from modernbert_jax.packing import fill_rows, row_size
+from modernbert_jax.packing import fill_rows, placed, row_size
 from modernbert_jax.precision import einsum
 from modernbert_jax.tokenizer import absent_ids, vocab_size
 from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json
@@ -37,6 +37,7 @@ from modernbert_jax.weights import decays
 
 from ...common.sharding import DATA, MeshShape, make_mesh
 from .config import RetrievalConfig
+from .model import parts_of
 from .scores import Measures, ranking_scores
 
 _OWN = "sentence."  # begins the names of the weights that follow the encoder's
@@ -83,7 +84,7 @@ class MultiVectorEncoder:
         out: list[Any] = [None] * len(texts)
         for parts, arrays in self._passes(texts):
             vectors_BLE = np.asarray(self._embed(params, *arrays))
-            for row, start, i in _places(parts, texts):
+            for row, _, start, i in placed(parts, lambda i: len(texts[i].ids)):
                 out[i] = vectors_BLE[row, start : start + len(texts[i].ids)]
         return out
 
@@ -99,11 +100,11 @@ class MultiVectorEncoder:
         loss, cotangents = self._loss(*vectors, *kept)
         sums = jax.tree.map(jnp.zeros_like, dict(params))
         for texts, d_NLE in zip(sides, map(np.asarray, cotangents), strict=True):
+            lengths = [len(text.ids) for text in texts]
             for parts, arrays in self._passes(texts):
                 d_BLE = np.zeros((*arrays[0].shape, d_NLE.shape[-1]), np.float32)
-                for row, start, i in _places(parts, texts):
-                    count = len(texts[i].ids)
-                    d_BLE[row, start : start + count] = d_NLE[i, :count]
+                for row, _, start, i in placed(parts, lengths.__getitem__):
+                    d_BLE[row, start : start + lengths[i]] = d_NLE[i, : lengths[i]]
                 sums = self._pull(params, sums, jax.device_put(d_BLE, self._rows3), *arrays)
         return loss, sums
 
@@ -148,12 +149,9 @@ class MultiVectorEncoder:
 
     def _passes(self, texts: Sequence[TokenIds]) -> Iterator[tuple[list[np.ndarray], list[Any]]]:
         """The texts of each device's row and the packed arrays, for each forward pass."""
-        order = np.argsort([-len(t.ids) for t in texts], kind="stable")  # similar lengths together
-        devices, chunk = self.config.devices, self.config.chunk
-        for first in range(0, len(order), devices * chunk):
-            some = order[first : first + devices * chunk]
-            parts = [some[d::devices] for d in range(devices)]
-            packed = fill_rows([t.ids for t in texts], parts)
+        ids = [text.ids for text in texts]
+        for parts in parts_of(ids, self.config):
+            packed = fill_rows(ids, parts)
             ends_BL = attended_ends(texts, parts, packed[0].shape[1])
             arrays = packed if ends_BL is None else (*packed, ends_BL)
             yield parts, [jax.device_put(x, self._rows) for x in arrays]
@@ -246,14 +244,3 @@ def _colbert(config: RetrievalConfig, folder: pathlib.Path, hidden_size: int) ->
     weight = np.random.default_rng(config.seed).uniform(-bound, bound, (size, hidden_size))
     dense = Dense({"weight": weight.astype(np.float32)}, "Identity", reads=TOKENS, writes=TOKENS)
     return Colbert(SentenceModel((dense, UNIT)), **lengths)
-
-
-def _places(
-    parts: Sequence[np.ndarray], texts: Sequence[TokenIds]
-) -> Iterator[tuple[int, int, int]]:
-    """(row, first position, number) of each packed text."""
-    for row, part in enumerate(parts):
-        start = 0
-        for i in part:
-            yield row, start, int(i)
-            start += len(texts[i].ids)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from modernbert_jax.inference.sentence import unit_array
+
 from .data import Examples, read_judged, read_scored
 
 Encode = Callable[[list[str]], np.ndarray]
@@ -50,9 +52,7 @@ def _shortened(vectors: Sequence[np.ndarray], dims: Sequence[int]) -> dict[str, 
     width = vectors[0].shape[1]
     found = {"": list(vectors)}
     for dim in sorted(set(dims) - {width}, reverse=True):
-        cut = [v[:, :dim] for v in vectors]
-        lengths = [np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in cut]
-        found[f"dim_{dim}_"] = [v / length for v, length in zip(cut, lengths, strict=True)]
+        found[f"dim_{dim}_"] = [unit_array(v[:, :dim]) for v in vectors]
     return found
 
 

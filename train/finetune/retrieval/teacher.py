@@ -10,7 +10,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -18,7 +17,7 @@ import safetensors.numpy
 from modernbert_jax import Embedder, Reranker
 from modernbert_jax.checkpoint.files import CONFIG_FILE, write_bytes
 from modernbert_jax.inference.pipelines.text_ranking import read_ranking
-from modernbert_jax.inference.sentence import read_sentence, unit
+from modernbert_jax.inference.sentence import read_sentence, unit_array
 from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json
 
 from ...common.card import start_facts
@@ -70,7 +69,7 @@ def _answers(
     rows, model = examples.texts, _load(config, folder, ranks)
     if config.loss == "mse":
         _check_width(config, _dimension(model), width)
-        return np.asarray(unit(jnp.asarray(model.encode([text for (text,) in rows]))))
+        return unit_array(model.encode([text for (text,) in rows]))
     pairs = [(row[0], document) for row in rows for document in row[1:]]
     if ranks:
         scores = model.predict(pairs)
