@@ -151,7 +151,7 @@ class ModernBertConfig:
                     f"{name}: expected one of {', '.join(ACTIVATION_NAMES)}, "
                     f"got {shown(getattr(self, name))}"
                 )
-        for name in _DROPOUTS:
+        for name in DROPOUTS:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected 0 <= rate < 1, got {getattr(self, name)!r}")
         if self.classifier_pooling not in ("cls", "mean"):
@@ -186,6 +186,11 @@ class ModernBertConfig:
     def window(self) -> int:
         """The radius of a sliding layer in tokens: query i sees keys with |i - j| <= window."""
         return self.local_attention // 2
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any rate of dropout is above 0."""
+        return any(getattr(self, name) for name in DROPOUTS)
 
     def rope_theta(self, kind: str) -> float:
         """The base of RoPE in layers of `kind`."""
@@ -425,7 +430,7 @@ _LIMITS = {
 # The keys of a config.json that hold objects.
 _OBJECTS = ("rope_parameters", "rope_scaling", "label2id")
 _KINDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "text"}
-_DROPOUTS = (
+DROPOUTS = (
     "embedding_dropout",
     "attention_dropout",
     "attention_out_dropout",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from modernbert_jax import losses
 from modernbert_jax.attention import attention as default_attention, make_segment_ids
 from modernbert_jax.attention.bounds import host_array
 from modernbert_jax.checkpoint.pretrained import Pretrained
@@ -22,6 +23,7 @@ from modernbert_jax.model import (
     BaseModelOutput,
     ModernBertModel,
     Remat,
+    RngSource,
     check_range,
     one_of,
     refuse_inputs,
@@ -34,33 +36,36 @@ _HEAD_KEY = 1_000_000  # the number of the head's dropout key, beyond those of a
 
 @struct.dataclass
 class MaskedLMOutput:
-    """logits: float32 [B, L, V], or [B, P, V] at the predicted positions."""
+    """logits: float32 [B, L, V], or [B, P, V] at the predicted positions. loss: with labels."""
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
+    loss: jax.Array | None = None
 
 
 @struct.dataclass
 class ClassifierOutput:
     """logits: float32 [B, E], [B, S, E] for packed sequences, [B, L, E] for tokens, or [B, C].
 
-    E is the number of labels, C the number of choices.
+    E is the number of labels, C the number of choices. loss: a float32 scalar, with labels.
     """
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
+    loss: jax.Array | None = None
 
 
 @struct.dataclass
 class QuestionAnsweringOutput:
-    """start_logits and end_logits: float32 [B, L]."""
+    """start_logits and end_logits: float32 [B, L]. loss: with start_positions and end_positions."""
 
     start_logits: jax.Array
     end_logits: jax.Array
     hidden_states: tuple[jax.Array, ...] | None = None
     attentions: tuple[jax.Array, ...] | None = None
+    loss: jax.Array | None = None
 
 
 class PredictionHead(nnx.Module):
@@ -115,7 +120,8 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         predict_positions: Array | None = None, inputs_embeds: Array | None = None,
-        dropout_key: jax.Array | None = None, attention: Op = default_attention,
+        dropout_key: jax.Array | None = None, deterministic: bool | None = None,
+        rngs: RngSource = None, attention: Op = default_attention,
         scan_layers: bool = False, remat: Remat = False, **unsupported: Any,
     ) -> jax.Array:  # fmt: skip
         """Returns the decoder's input at the predicted positions, hidden_BPD (or hidden_BLD).
@@ -126,7 +132,8 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         """
         hidden_BLD = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=dropout_key, deterministic=deterministic, rngs=rngs, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=False, output_attentions=False, **unsupported,
         ).last_hidden_state  # fmt: skip
         return self.head(_gather(hidden_BLD, predict_positions))
@@ -144,20 +151,29 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         predict_positions: Array | None = None,
+        labels: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None, rngs: RngSource = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **unsupported: Any,
     ) -> MaskedLMOutput:  # fmt: skip
-        """Returns logits at every position, or at `predict_positions` [B, P] only."""
+        """Returns logits at every position, or at `predict_positions` [B, P] only.
+
+        labels: token ids at the same positions, -100 where there is none; the output then has a
+        loss (`modernbert_jax.losses.cross_entropy`).
+        """
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=dropout_key, deterministic=deterministic, rngs=rngs, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             **unsupported,
         )  # fmt: skip
         hidden = self.head(_gather(out.last_hidden_state, predict_positions))
-        return MaskedLMOutput(self.logits(hidden), out.hidden_states, out.attentions)
+        logits = self.logits(hidden)
+        loss = None if labels is None else losses.cross_entropy(logits, labels)
+        return MaskedLMOutput(logits, out.hidden_states, out.attentions, loss)
 
 
 def _gather(hidden_BLD: jax.Array, positions_BP: Array | None) -> jax.Array:
@@ -280,7 +296,9 @@ class ModernBertForSequenceClassification(_Classifier):
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
+        labels: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None, rngs: RngSource = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **unsupported: Any,
@@ -289,6 +307,9 @@ class ModernBertForSequenceClassification(_Classifier):
 
         num_segments: S, the largest number of sequences packed into one; an int. "cls" pools the
         first token, also with padding on the left, where transformers pools position 0.
+        labels: [B] or [B, E], from which `modernbert_jax.losses.sequence_classification` computes
+        the loss for config.problem_type; with num_segments class indices [B, S], and -100 for a
+        segment that a row does not have.
         Raises ValueError for segment_ids without num_segments, and for ids above num_segments in a
         list or a NumPy array; in a jax array, whose values are not read, they are left out.
         """
@@ -297,16 +318,32 @@ class ModernBertForSequenceClassification(_Classifier):
                 "segment_ids: packed sequences need num_segments, the largest number of segments "
                 "in a row (an int)"
             )
+        kind = self.config.problem_type
+        if (
+            labels is not None
+            and num_segments
+            and (self.config.num_labels == 1 or kind not in (None, "single_label_classification"))
+        ):
+            raise ValueError(
+                "labels: packed sequences need one class index each (single_label_classification), "
+                f"got problem_type {kind!r} and num_labels {self.config.num_labels}; compute the "
+                "loss of the segments that exist from the logits"
+            )
+        key = self.model.draw_key(dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=key, deterministic=key is None, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             **unsupported,
         )  # fmt: skip
-        logits = self._classify_segments(
-            out, attention_mask, segment_ids, num_segments, dropout_key
-        )
-        return ClassifierOutput(logits, out.hidden_states, out.attentions)
+        logits = self._classify_segments(out, attention_mask, segment_ids, num_segments, key)
+        loss = None
+        if labels is not None and num_segments:
+            loss = losses.cross_entropy(logits, labels)
+        elif labels is not None:
+            loss = losses.sequence_classification(logits, labels, kind)
+        return ClassifierOutput(logits, out.hidden_states, out.attentions, loss)
 
 
 class ModernBertForTokenClassification(_Classifier):
@@ -315,20 +352,29 @@ class ModernBertForTokenClassification(_Classifier):
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        labels: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None, rngs: RngSource = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **unsupported: Any,
     ) -> ClassifierOutput:  # fmt: skip
-        """Returns logits [B, L, E], for packed sequences too."""
+        """Returns logits [B, L, E], for packed sequences too.
+
+        labels: class indices [B, L], -100 for a token without one; the output then has a loss
+        (`modernbert_jax.losses.cross_entropy`).
+        """
+        key = self.model.draw_key(dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=key, deterministic=key is None, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             **unsupported,
         )  # fmt: skip
-        logits = self._classify(out.last_hidden_state, dropout_key)
-        return ClassifierOutput(logits, out.hidden_states, out.attentions)
+        logits = self._classify(out.last_hidden_state, key)
+        loss = None if labels is None else losses.cross_entropy(logits, labels)
+        return ClassifierOutput(logits, out.hidden_states, out.attentions, loss)
 
 
 class ModernBertForQuestionAnswering(_Classifier):
@@ -337,24 +383,37 @@ class ModernBertForQuestionAnswering(_Classifier):
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
+        start_positions: Array | None = None, end_positions: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None, rngs: RngSource = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **unsupported: Any,
     ) -> QuestionAnsweringOutput:  # fmt: skip
-        """Returns start_logits and end_logits [B, L]. Raises ValueError unless num_labels is 2."""
+        """Returns start_logits and end_logits [B, L].
+
+        start_positions, end_positions: [B]; with both, the output has a loss
+        (`modernbert_jax.losses.question_answering`). Raises ValueError for one of them alone, and
+        unless num_labels is 2.
+        """
         if self.config.num_labels != 2:
             raise ValueError(f"num_labels: expected 2 (start, end), got {self.config.num_labels}")
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("start_positions, end_positions: expected both or neither, got one")
+        key = self.model.draw_key(dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=key, deterministic=key is None, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             **unsupported,
         )  # fmt: skip
-        logits_BLE = self._classify(out.last_hidden_state, dropout_key)
-        return QuestionAnsweringOutput(
-            logits_BLE[..., 0], logits_BLE[..., 1], out.hidden_states, out.attentions
-        )
+        logits_BLE = self._classify(out.last_hidden_state, key)
+        start, end = logits_BLE[..., 0], logits_BLE[..., 1]
+        loss = None
+        if start_positions is not None:
+            loss = losses.question_answering(start, end, start_positions, end_positions)
+        return QuestionAnsweringOutput(start, end, out.hidden_states, out.attentions, loss)
 
 
 class ModernBertForMultipleChoice(_Classifier):
@@ -368,7 +427,9 @@ class ModernBertForMultipleChoice(_Classifier):
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
         num_segments: int | None = None,
+        labels: Array | None = None,
         inputs_embeds: Array | None = None, dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None, rngs: RngSource = None,
         attention: Op = default_attention, scan_layers: bool = False, remat: Remat = False,
         output_hidden_states: bool | None = None, output_attentions: bool | None = None,
         **unsupported: Any,
@@ -376,7 +437,8 @@ class ModernBertForMultipleChoice(_Classifier):
         """Returns logits [B, C] for inputs [B, C, L].
 
         With num_segments (an int), the inputs are packed sequences [B, L] whose segments are the
-        choices, and the logits are [B, S].
+        choices, and the logits are [B, S]. labels: the index of the right choice, [B]; the output
+        then has a loss (`modernbert_jax.losses.cross_entropy`).
         """
         refuse_inputs(
             unsupported, input_ids=input_ids, attention_mask=attention_mask,
@@ -395,20 +457,18 @@ class ModernBertForMultipleChoice(_Classifier):
             input_ids, inputs_embeds = _merge(input_ids), _merge(inputs_embeds)
             attention_mask, segment_ids = _merge(attention_mask), _merge(segment_ids)
             position_ids = _merge(position_ids)
+        key = self.model.draw_key(dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
-            dropout_key=dropout_key, attention=attention, scan_layers=scan_layers, remat=remat,
+            dropout_key=key, deterministic=key is None, attention=attention,
+            scan_layers=scan_layers, remat=remat,
             output_hidden_states=output_hidden_states, output_attentions=output_attentions,
             **unsupported,
         )  # fmt: skip
-        logits = self._classify_segments(
-            out, attention_mask, segment_ids, num_segments, dropout_key
-        )
-        return ClassifierOutput(
-            logits[..., 0] if num_segments else logits.reshape(choices),
-            out.hidden_states,
-            out.attentions,
-        )
+        logits = self._classify_segments(out, attention_mask, segment_ids, num_segments, key)
+        logits = logits[..., 0] if num_segments else logits.reshape(choices)
+        loss = None if labels is None else losses.cross_entropy(logits, labels)
+        return ClassifierOutput(logits, out.hidden_states, out.attentions, loss)
 
 
 def _merge(x: Array | None) -> Array | None:

@@ -23,6 +23,7 @@ from modernbert_jax.dropout import Key, PartKeys, fold
 from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op
 
 Array = jax.Array | np.ndarray
+RngSource = nnx.Rngs | nnx.RngStream | jax.Array | None
 Remat = bool | Callable[..., bool]  # True, or a policy of jax.checkpoint_policies
 
 
@@ -40,12 +41,15 @@ class BaseModelOutput:
     attentions: tuple[jax.Array, ...] | None = None
 
 
+_DROPOUT_STREAM = 1_000_001  # what is folded into a key of rngs to derive the model's own stream
+
 # Arguments of other models and libraries, and what to do instead.
 FOREIGN = {
     "token_type_ids": "ModernBERT has none, remove them with `del inputs['token_type_ids']`; "
     "segment_ids separate texts that share a packed sequence",
-    "labels": "not supported, models return logits and no loss; compute one with optax, or train "
-    "with `python -m train finetune`",
+    "labels": "an argument of the models for masked LM, sequence and token classification and "
+    "multiple choice; question answering takes start_positions and end_positions, and the encoder "
+    "has no loss; modernbert_jax.losses has the functions",
     "head_mask": "not supported, heads cannot be masked",
     "return_dict": "not supported, outputs are always named (`.logits`)",
     "use_cache": "not supported, an encoder has no cache",
@@ -117,16 +121,51 @@ def one_of(input_ids: Any, inputs_embeds: Any) -> tuple[str, Any]:
 class ModernBertModel(Pretrained, nnx.Module):
     """The encoder without a head.
 
-    Args: config; rngs (stream: params). Weights are initialized as in ModernBERT's own training.
+    Args: config; rngs (streams: params, dropout). Weights are initialized as in ModernBERT's own
+    training. A new or loaded model is in evaluation mode: `train()` enables the dropout of the
+    configuration, `eval()` and `nnx.view(model, deterministic=True)` disable it. The model then
+    draws a key per call from `dropout_rngs`, which is None without dropout.
     """
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
         self.config: ModernBertConfig = config
+        self.deterministic = True
+        self.dropout_rngs = nnx.data(_dropout_stream(config, rngs))
         self.embeddings = Embeddings(config, rngs)
         self.layers = nnx.List(
             [EncoderLayer(config, i, rngs) for i in range(config.num_hidden_layers)]
         )
         self.final_norm = LayerNorm(config)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Used by `nnx.view`. deterministic: True disables dropout, False enables it."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def draw_key(
+        self, dropout_key: jax.Array | None, deterministic: bool | None, rngs: RngSource
+    ) -> jax.Array | None:
+        """Returns the key of a call with these arguments; None disables dropout."""
+        if dropout_key is not None:
+            if rngs is not None or deterministic:
+                other = "deterministic=True" if rngs is None else "rngs"
+                raise ValueError(f"dropout_key, {other}: expected one of them, got both")
+            return dropout_key
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic or not self.config.has_dropout:
+            return None
+        rngs = self.dropout_rngs if rngs is None else rngs
+        if isinstance(rngs, jax.Array):
+            return rngs
+        if isinstance(rngs, nnx.Rngs):
+            return rngs.dropout()
+        if isinstance(rngs, nnx.RngStream):
+            return rngs()
+        raise TypeError(
+            "rngs: expected an nnx.Rngs, an nnx.RngStream or a jax.random key for dropout, got "
+            f"{type(rngs).__name__}; pass rngs= to the call, or call eval()"
+        )
 
     def __call__(
         self,
@@ -138,6 +177,8 @@ class ModernBertModel(Pretrained, nnx.Module):
         inputs_embeds: Array | None = None,
         first_token: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        deterministic: bool | None = None,
+        rngs: RngSource = None,
         attention: Op = default_attention,
         scan_layers: bool = False,
         remat: Remat = False,
@@ -153,14 +194,17 @@ class ModernBertModel(Pretrained, nnx.Module):
         at 0 in each segment. inputs_embeds: [B, L, D], instead of input_ids: embeddings before the
         norm. first_token: the index of the first token, if input_ids or inputs_embeds are a part
         [B, L/n] of each sequence, on n devices; then segment_ids and position_ids are of the
-        complete ones and attention is from `context_parallel`. dropout_key: a jax.random key, or
-        keys [B], one per sequence (which parts need); None disables dropout.
+        complete ones and attention is from `context_parallel`. deterministic: False enables and
+        True disables dropout in this call; None means the model's mode (`train()`, `eval()`).
+        rngs: an nnx.Rngs (stream: dropout), an nnx.RngStream or a jax.random key for this call's
+        dropout, instead of the model's own stream. dropout_key: a jax.random key, or keys [B], one
+        per sequence (which parts need); it enables dropout in any mode.
         attention: the attention function, such as `functools.partial(attention,
         implementation="reference")` or a sharded one. scan_layers: compile one body for each
         repeated group of layers, which compiles faster. remat: recompute each layer in the backward
         pass, or whatever a policy of jax.checkpoint_policies does not save. output_attentions:
         costs [B, H, L, M] of memory per layer; `modernbert_jax.capture` selects some by name. None
-        for either output means the configuration's value, in training (remat, dropout_key) False.
+        for either output means the configuration's value, in training (remat, dropout) False.
         Raises ValueError for shapes or dtypes that do not match, and unpacked sequences longer than
         max_position_embeddings; in lists and NumPy arrays also for ids outside the vocabulary and a
         mask with holes. The values of jax arrays are not read, because that would wait for the
@@ -177,6 +221,7 @@ class ModernBertModel(Pretrained, nnx.Module):
             inputs_embeds=inputs_embeds,
         )
         config = self.config
+        dropout_key = self.draw_key(dropout_key, deterministic, rngs)
         name, given = one_of(input_ids, inputs_embeds)
         if input_ids is not None:
             check_range("input_ids", input_ids, config.vocab_size, "vocab_size - 1")
@@ -248,7 +293,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         if output_attentions:
             if training or first_token is not None:
                 raise ValueError(
-                    "output_attentions: expected inference, got remat, a dropout_key or a "
+                    "output_attentions: expected inference, got remat, dropout or a "
                     "first_token; leave them out"
                 )
             attention = _keeping_maps(attention, maps)
@@ -303,6 +348,18 @@ class ModernBertModel(Pretrained, nnx.Module):
 
         first = jnp.arange(groups) * period + 2
         return jax.lax.scan(body, x_BLD, (stacked, first))[0]
+
+
+def _dropout_stream(config: ModernBertConfig, rngs: nnx.Rngs) -> nnx.RngStream | None:
+    """Returns a model's own stream of dropout keys; None without dropout or a stream to derive it.
+
+    `rngs` is not advanced, so that the weights of a seed do not depend on the rates of dropout.
+    """
+    source = getattr(rngs, "dropout", None) if config.has_dropout else None
+    if source is None:
+        return None
+    key = jax.random.fold_in(source.key[...], source.count[...])
+    return nnx.RngStream(jax.random.fold_in(key, _DROPOUT_STREAM), tag="dropout")
 
 
 def _complete(config, shape, segment_ids, attention_mask, first_token, dropout_key):

@@ -14,9 +14,9 @@ from modernbert_jax.config import DTYPES, ModernBertConfig
 from modernbert_jax.weights import EMBEDDING, check_axes
 
 
-def flatten(module: nnx.Module) -> dict[str, Any]:
-    """Returns {path: array} for every parameter of a module."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+def flatten(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
+    """Returns {path: array} for every parameter of a module, or every variable of a kind."""
+    flat = nnx.to_flat_state(nnx.state(module, kind))
     return {".".join(map(str, path)): param.get_value() for path, param in flat}
 
 
@@ -32,14 +32,29 @@ def param_shapes(cls: type, config: ModernBertConfig) -> dict[str, jax.ShapeDtyp
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in params.items()}
 
 
-def module_of(cls: type, config: ModernBertConfig, params: Mapping[str, Any]) -> Any:
-    """Builds the module `cls(config)` around existing parameters; works under jit."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0))))
-    flat = {
-        path: param.replace(params[".".join(map(str, path))])
-        for path, param in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graph, nnx.from_flat_state(flat))
+def module_of(cls: type, config: ModernBertConfig, params: Mapping[str, Any], seed: int = 0) -> Any:
+    """Builds the module `cls(config)` around existing parameters; works under jit.
+
+    Variables that are no parameters, such as the keys of dropout, are initialized from `seed`.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(seed))))
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    others = tuple(key for key, (_, leaf) in flat.items() if not isinstance(leaf, nnx.Param))
+    values = {**params, **(initialize(cls, config, seed, others) if others else {})}
+    filled = {path: leaf.replace(values[key]) for key, (path, leaf) in flat.items()}
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def initialize(
+    cls: type, config: ModernBertConfig, seed: int, paths: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Returns the initial values of some variables; the compiler drops the others."""
+
+    def some() -> dict[str, jax.Array]:
+        flat = flatten(cls(config, rngs=nnx.Rngs(seed)), nnx.Variable)
+        return {path: flat[path] for path in paths}
+
+    return jax.jit(some)()
 
 
 def check_keys(what: str, found: Collection[str], expected: Collection[str]) -> None:

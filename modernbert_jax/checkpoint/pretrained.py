@@ -8,7 +8,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from modernbert_jax.attention import check as check_attention
 from modernbert_jax.checkpoint.files import read_config
@@ -21,6 +20,7 @@ from modernbert_jax.checkpoint.params import (
     check_sizes,
     dtypes_of,
     flatten,
+    initialize,
     module_of,
     param_shapes,
     widest_dtype,
@@ -120,12 +120,19 @@ class Pretrained:
         check_attention(dtype=compute, head_dim=config.head_dim)
         return _load(cls, config, tensors, seed, ignore_mismatched_sizes, os.fspath(folder))
 
-    def eval(self) -> Self:
-        """Returns the model: dropout is active only in calls with a dropout_key."""
+    def eval(self, **attributes: Any) -> Self:
+        """Disables dropout, as `nnx.Module.eval` does, and returns the model."""
+        super().eval(**attributes)  # type: ignore[misc]
         return self
 
-    def train(self, mode: bool = True) -> Self:
-        """Returns the model: dropout is active only in calls with a dropout_key."""
+    def train(self, mode: bool = True, **attributes: Any) -> Self:
+        """Enables dropout, as `nnx.Module.train` does, and returns the model.
+
+        mode: False is `eval()`, as in torch.
+        """
+        if not mode:
+            return self.eval(**attributes)
+        super().train(**attributes)  # type: ignore[misc]
         return self
 
     def to(self, *_: Any, **__: Any) -> Self:
@@ -230,16 +237,4 @@ def _load(
         elif array.shape != shapes[path]:
             raise ValueError(f"{path}: expected shape {shapes[path]}, got {array.shape}")
         values[path] = jnp.asarray(array, config.param_dtype)
-    return module_of(cls, config, values)
-
-
-def initialize(
-    cls: type, config: ModernBertConfig, seed: int, paths: tuple[str, ...]
-) -> dict[str, jax.Array]:
-    """Returns the initial values of some parameters; the compiler drops the others."""
-
-    def some() -> dict[str, jax.Array]:
-        flat = flatten(cls(config, rngs=nnx.Rngs(seed)))
-        return {path: flat[path] for path in paths}
-
-    return jax.jit(some)()
+    return module_of(cls, config, values, seed)

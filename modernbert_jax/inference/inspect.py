@@ -90,7 +90,7 @@ def capture(
 
 
 def _capture(graph, static, names: tuple[str, ...], state, arrays) -> dict[str, jax.Array]:
-    model = nnx.merge(graph, state)
+    model = nnx.merge(graph, state).eval()
     out = model(**arrays, **dict(static), output_hidden_states=True, output_attentions=True)
     captured = {}
     for name in names:

@@ -17,8 +17,7 @@ from modernbert_jax import (
 )
 from modernbert_jax.checkpoint.hf import SafetensorsFolder
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
-from modernbert_jax.checkpoint.params import flatten, module_of
-from modernbert_jax.checkpoint.pretrained import initialize
+from modernbert_jax.checkpoint.params import flatten, initialize, module_of
 from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.tokenizer import AutoTokenizer, check_ids
 from modernbert_jax.weights import HEADS
