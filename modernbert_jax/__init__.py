@@ -8,6 +8,7 @@ Axis letters, used in the names of arrays, in einsums, in sharding and in docstr
 `hidden_BLD` is [sequences, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
 """
 
+from modernbert_jax import losses as losses
 from modernbert_jax.auto import (
     AutoConfig as AutoConfig,
     AutoModel as AutoModel,

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from modernbert_jax.checkpoint.files import read_config
+from modernbert_jax.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, read_config
 from modernbert_jax.checkpoint.hf import SafetensorsFolder, hf_to_params
+from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import check_dtypes, with_dtype
 from modernbert_jax.config import ModernBertConfig
@@ -22,13 +23,37 @@ from modernbert_jax.model import ModernBertModel
 from modernbert_jax.weights import BACKBONE
 
 # With these names a snippet written for transformers needs one changed import.
-AutoConfig = ModernBertConfig
 AutoModel = ModernBertModel
 AutoModelForMaskedLM = ModernBertForMaskedLM
 AutoModelForSequenceClassification = ModernBertForSequenceClassification
 AutoModelForTokenClassification = ModernBertForTokenClassification
 AutoModelForQuestionAnswering = ModernBertForQuestionAnswering
 AutoModelForMultipleChoice = ModernBertForMultipleChoice
+
+
+class AutoConfig:
+    """Reads a configuration; the name and the method of transformers' AutoConfig."""
+
+    @staticmethod
+    def from_pretrained(
+        path_or_repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **config_changes: Any,
+    ) -> ModernBertConfig:
+        """Returns the configuration of a Hugging Face folder, a hub id or an Orbax directory.
+
+        config_changes: fields to replace, as in `ModernBertConfig.replace`. revision, cache_dir,
+        local_files_only, token: passed to the hub, from which only config.json is downloaded.
+        Raises FileNotFoundError or OSError if there is no config.json, ValueError for one that is
+        not of a ModernBERT, TypeError for an unknown field.
+        """
+        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        folder = resolve(path_or_repo, revision, files=(CONFIG_FILE, ADAPTER_FILE), **hub)
+        return read_config(folder)[0].replace(**config_changes)
 
 
 def class_of(keys: Iterable[str], architecture: str | None) -> type[Any]:

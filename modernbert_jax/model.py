@@ -15,7 +15,7 @@ from modernbert_jax.attention import (
     make_segment_ids,
     reference,
 )
-from modernbert_jax.attention.bounds import has_holes, host_array
+from modernbert_jax.attention.bounds import has_holes, host_array, refuse_traced_list
 from modernbert_jax.attention.rope import Rope, apply_rope, rope_tables
 from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
@@ -73,6 +73,7 @@ def refuse_input(name: str, value: Any) -> None:
         raise TypeError(f"{name}: {FOREIGN[name]}")
     if isinstance(value, Mapping):
         raise TypeError(f"{name}: expected an array, got a dictionary; call model(**inputs)")
+    refuse_traced_list(name, value)
     if type(value).__module__.partition(".")[0] == "torch":
         raise TypeError(
             f"{name}: expected a NumPy or JAX array, got a torch tensor; pass {name}.numpy(), or "

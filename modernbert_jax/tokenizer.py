@@ -13,6 +13,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from modernbert_jax.tokenizer_files import FILES, TOKENIZER_FILE, check_files
 from modernbert_jax.untrusted import panics_as_errors, printable
 
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {
     f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")
 }
+
+
+def _register_batches() -> None:
+    """Makes BatchEncoding, what a tokenizer returns, a pytree, so that jax compiles its callers.
+
+    Lists become NumPy arrays. What else it holds (offsets, words) is not passed on.
+    """
+    import jax
+    from transformers import BatchEncoding
+
+    def flatten(batch: Any) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        array = lambda x: np.asarray(x) if isinstance(x, list) else x  # noqa: E731
+        names = tuple(sorted(batch.data))
+        return [(jax.tree_util.DictKey(n), array(batch.data[n])) for n in names], names
+
+    def unflatten(names: tuple[str, ...], values: Any) -> Any:
+        return BatchEncoding(dict(zip(names, values, strict=True)))
+
+    with contextlib.suppress(ValueError):  # registered before, perhaps by the caller
+        jax.tree_util.register_pytree_with_keys(BatchEncoding, flatten, unflatten)
 
 
 class AutoTokenizer:
@@ -41,6 +63,8 @@ class AutoTokenizer:
     ) -> PreTrainedTokenizerFast:
         """Returns transformers' PreTrainedTokenizerFast for a folder or a hub id.
 
+        What it returns for texts, a BatchEncoding, is a pytree: compiled functions take it.
+
         The folder holds tokenizer.json (a Hugging Face or an Orbax checkpoint). A tokenizer class
         or an `auto_map` in tokenizer_config.json is ignored: their code is not loaded.
 
@@ -54,6 +78,7 @@ class AutoTokenizer:
         """
         from transformers import PreTrainedTokenizerFast
 
+        _register_batches()
         folder = pathlib.Path(path_or_repo).expanduser()
         if not folder.is_dir():
             hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
@@ -91,6 +116,7 @@ def from_backend(backend: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
     """
     from transformers import PreTrainedTokenizerFast
 
+    _register_batches()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_input_names=["input_ids", "attention_mask"],

@@ -19,7 +19,7 @@ import modernbert_jax
 import modernbert_jax.attention.__main__
 import modernbert_jax.inference.cli
 import train.cli
-from modernbert_jax import attention, card
+from modernbert_jax import attention, card, losses
 from modernbert_jax.checkpoint.pretrained import Pretrained
 
 INSTALLED = """With a wheel, `python -m train X` and `python -m modernbert_jax X` are
@@ -45,6 +45,10 @@ def page() -> str:
     parts += ["### Names of transformers", "\n".join(aliases)]
     parts += ["### Every model", *_methods(Pretrained)]
     parts += ["### Model cards", _doc(card), *_public("model_card", card.model_card)]
+    parts += ["## modernbert_jax.losses", _doc(losses)]
+    for name, value in vars(losses).items():
+        if inspect.isfunction(value) and value.__module__ == losses.__name__ and name[0] != "_":
+            parts += _public(name, value)
     parts += ["## modernbert_jax.attention", _doc(attention)]
     for name in attention.__all__:
         parts += _public(name, getattr(attention, name))

@@ -1,6 +1,9 @@
 """The models in idiomatic flax.nnx and transformers code, written from their documentation."""
 
 import functools
+import inspect
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -238,7 +241,7 @@ class TestLosses:
                 "problem_type: expected None or one of regression, .*got 'ranking'",
             ),
             (
-                lambda: losses.question_answering(np.ones((2, 3)), np.ones((2, 3)), [0.0, 1], [1, 1]),
+                lambda: losses.question_answering(*[np.ones((2, 3))] * 2, [0.0, 1], [1, 1]),
                 "start_positions: expected positions",
             ),
         ],
@@ -306,3 +309,102 @@ def test_a_training_loop_follows_torch():
     got = [float(train_step(model, optimizer, ids, labels)) for _ in range(10)]
     np.testing.assert_allclose(got, want, rtol=2e-3)
     assert want[-1] < want[0] / 2
+
+
+class TestTokenizedBatches:
+    """What a tokenizer returns goes into compiled functions."""
+
+    texts = ("the patient has no fever", "a rash")
+
+    def test_a_batch_is_a_pytree(self, small_tokenizer):
+        model = make(config=CONFIG.replace(vocab_size=300))
+        call = nnx.jit(lambda model, batch: model(**batch).logits)
+        lists = small_tokenizer(list(self.texts), padding=True)
+        arrays = small_tokenizer(list(self.texts), padding=True, return_tensors="np")
+        want = model(arrays["input_ids"], arrays["attention_mask"]).logits
+        for batch in (lists, arrays):
+            np.testing.assert_allclose(call(model, batch), want, rtol=1e-4, atol=1e-5)
+        got = nnx.jit(model)(**arrays).logits
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+        again = jax.tree.map(lambda x: x, arrays)
+        assert type(again) is type(arrays) and same(again["input_ids"], arrays["input_ids"])
+
+    def test_lists_are_refused_when_compiled(self, small_tokenizer):
+        lists = small_tokenizer(list(self.texts), padding=True)
+        with pytest.raises(TypeError, match="input_ids: .*got lists.*return_tensors"):
+            nnx.jit(make(config=CONFIG.replace(vocab_size=300)))(**lists)
+
+
+class TestNamesOfTransformers:
+    def test_auto_config(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        make(mj.ModernBertForTokenClassification).save_pretrained(tmp_path)
+        config = mj.AutoConfig.from_pretrained(tmp_path)
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        assert isinstance(config, mj.ModernBertConfig)
+        assert config.num_labels == theirs.num_labels == 3
+        assert config.hidden_size == theirs.hidden_size
+        assert mj.AutoConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
+        with pytest.raises(TypeError, match="colour: expected a field of ModernBertConfig"):
+            mj.AutoConfig.from_pretrained(tmp_path, colour=1)
+        with pytest.raises(FileNotFoundError, match=r"expected config\.json, found none"):
+            mj.AutoConfig.from_pretrained(tmp_path.parent)
+
+    def test_from_config(self):
+        model = mj.AutoModelForMaskedLM.from_config(CONFIG, seed=3)
+        want = flatten(make(config=CONFIG, seed=3))
+        assert all(same(value, want[path]) for path, value in flatten(model).items())
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_num_parameters(self, tied):
+        pytest.importorskip("torch")
+        theirs, ours = torch_pair("ModernBertForMaskedLM", {"tie_word_embeddings": tied})
+        assert ours.num_parameters() == theirs.num_parameters()
+        got = ours.num_parameters(exclude_embeddings=True)
+        assert got == theirs.num_parameters(exclude_embeddings=True)
+        assert ours.model.num_parameters() == theirs.model.num_parameters()
+
+    def test_push_to_hub(self, tmp_path, monkeypatch):
+        """Creates the repository and uploads one commit, which transformers loads."""
+        torch = pytest.importorskip("torch")
+        import huggingface_hub
+        import transformers
+
+        calls = []
+
+        class Api:
+            def __init__(self, token=None):
+                calls.append(("token", token))
+
+            def create_repo(self, repo_id, **options):
+                calls.append(("create", repo_id, options))
+                return types.SimpleNamespace(repo_id="me/" + repo_id)
+
+            def upload_folder(self, *, folder_path, **options):
+                calls.append(("upload", options))
+                shutil.copytree(folder_path, tmp_path / "sent")
+                return types.SimpleNamespace(commit_url="https://hub/me/notes/commit/1")
+
+        for name in ("create_repo", "upload_folder"):  # the stub takes what huggingface_hub takes
+            known = inspect.signature(getattr(huggingface_hub.HfApi, name)).parameters
+            assert {"repo_id", "private", "exist_ok"} <= set(known) or name == "upload_folder"
+            assert name == "create_repo" or {"commit_message", "revision"} <= set(known)
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+        model = make(config=CONFIG)
+        assert model.push_to_hub("notes", private=True, token="t").endswith("/commit/1")
+        assert calls == [
+            ("token", "t"),
+            ("create", "notes", {"private": True, "exist_ok": True}),
+            (
+                "upload",
+                {"repo_id": "me/notes", "commit_message": "Upload ModernBERT", "revision": None},
+            ),
+        ]
+        theirs = transformers.ModernBertForMaskedLM.from_pretrained(tmp_path / "sent").eval()
+        with torch.no_grad():
+            want = theirs(torch.tensor(IDS)).logits.numpy()
+        np.testing.assert_allclose(model(IDS).logits, want, rtol=1e-3, atol=1e-4)
+        calls.clear()
+        with pytest.raises(ValueError):
+            model.push_to_hub("notes", card={"no_such_fact": 1})
+        assert [call[0] for call in calls] == ["token"]  # nothing was sent

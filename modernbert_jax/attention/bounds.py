@@ -81,10 +81,23 @@ def host_array(name: str, x: Any) -> np.ndarray | None:
     """
     if isinstance(x, jax.Array):
         return None
+    refuse_traced_list(name, x)
     try:
         return np.asarray(x)
     except ValueError:
         raise ValueError(f"{name}: expected lists of one length, got several; pad them") from None
+
+
+def refuse_traced_list(name: str, x: Any) -> None:
+    """Raises TypeError for lists inside a compiled function, where each number is an argument."""
+    first = x
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    if first is not x and isinstance(first, jax.core.Tracer):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name}: expected an array in a compiled function, got lists, whose numbers would be "
+            'an argument each; call the tokenizer with return_tensors="np"'
+        )
 
 
 def check_segment_ids(segment_ids: Any) -> None:

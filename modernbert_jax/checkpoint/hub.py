@@ -2,17 +2,29 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from modernbert_jax.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, TOKENIZER_FILES
 from modernbert_jax.checkpoint.hf import INDEX_FILE
 
+MODEL_FILES = (
+    CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, ADAPTER_FILE,
+    # What sentence-transformers adds: its settings, and a numbered folder for each module.
+    "modules.json", "*sentence_*.json", "[0-9]*_*.json", "[0-9]*_*.safetensors",
+)  # fmt: skip
+
 
 def resolve(
-    path_or_repo: str | os.PathLike[str], revision: str | None = None, **hub: Any
+    path_or_repo: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    files: Sequence[str] = MODEL_FILES,
+    **hub: Any,
 ) -> pathlib.Path:
     """Returns the folder of a checkpoint, downloading a hub repository unless it is cached.
 
+    files: names or patterns of the files of a repository that are needed.
     hub: arguments of `huggingface_hub.snapshot_download` (cache_dir, local_files_only, token);
     HF_HUB_OFFLINE is respected. Raises FileNotFoundError for a name that is neither a folder nor a
     hub id, OSError if the hub fails.
@@ -31,11 +43,8 @@ def resolve(
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, ADAPTER_FILE]
-        # What sentence-transformers adds: its settings, and a numbered folder for each module.
-        patterns += ["modules.json", "*sentence_*.json", "[0-9]*_*.json", "[0-9]*_*.safetensors"]
         return pathlib.Path(
-            snapshot_download(text, revision=revision, allow_patterns=patterns, **hub)
+            snapshot_download(text, revision=revision, allow_patterns=list(files), **hub)
         )
     except HFValidationError as error:
         raise FileNotFoundError(f"{text}: no such folder and not a hub id: {error}") from None

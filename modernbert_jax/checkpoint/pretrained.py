@@ -1,6 +1,7 @@
 """`Pretrained`: from_pretrained and save_pretrained for every model class."""
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from typing import Any, Self
@@ -8,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from modernbert_jax.attention import check as check_attention
 from modernbert_jax.checkpoint.files import read_config
@@ -27,7 +29,7 @@ from modernbert_jax.checkpoint.params import (
     with_dtype,
 )
 from modernbert_jax.config import DTYPES, ModernBertConfig
-from modernbert_jax.weights import BACKBONE, HEADS, find_weight, from_hf, hf_shape
+from modernbert_jax.weights import BACKBONE, EMBEDDING, HEADS, find_weight, from_hf, hf_shape
 
 # Arguments of transformers' from_pretrained that have no meaning here, and what to use instead.
 UNSUPPORTED = {
@@ -120,6 +122,19 @@ class Pretrained:
         check_attention(dtype=compute, head_dim=config.head_dim)
         return _load(cls, config, tensors, seed, ignore_mismatched_sizes, os.fspath(folder))
 
+    @classmethod
+    def from_config(cls, config: ModernBertConfig, *, seed: int = 0) -> Self:
+        """Returns a new model with weights initialized from `seed`: `cls(config, rngs=...)`."""
+        return cls(config, rngs=nnx.Rngs(seed))  # type: ignore[call-arg]
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """Returns the number of parameters; a tied decoder shares those of the embedding."""
+        return sum(
+            param.size
+            for path, param in flatten(self).items()  # type: ignore[arg-type]
+            if not (exclude_embeddings and path in (EMBEDDING, EMBEDDING.removeprefix("model.")))
+        )
+
     def eval(self, **attributes: Any) -> Self:
         """Disables dropout, as `nnx.Module.eval` does, and returns the model."""
         super().eval(**attributes)  # type: ignore[misc]
@@ -169,6 +184,40 @@ class Pretrained:
             max_shard_size=max_shard_size,
             card=card,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        commit_message: str = "Upload ModernBERT",
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        max_shard_size: int = 5 * 1024**3,
+        card: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes in one commit and returns the commit's address.
+
+        repo_id: "owner/name", created if it does not exist; private applies only then. revision:
+        the branch. token: None uses the one of `hf auth login`. Raises as `save_pretrained`
+        does, before anything is sent, and the errors of huggingface_hub.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, tokenizer=tokenizer, max_shard_size=max_shard_size, card=card
+            )
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+            )
+        return commit.commit_url
 
 
 def _dtype_name(name: str, dtype: Any) -> str:
