@@ -25,6 +25,7 @@ from modernbert_jax.model import (
     Remat,
     RngSource,
     check_range,
+    draw_key,
     one_of,
     refuse_inputs,
 )
@@ -329,7 +330,7 @@ class ModernBertForSequenceClassification(_Classifier):
                 f"got problem_type {kind!r} and num_labels {self.config.num_labels}; compute the "
                 "loss of the segments that exist from the logits"
             )
-        key = self.model.draw_key(dropout_key, deterministic, rngs)
+        key = draw_key(self.model, dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=key, deterministic=key is None, attention=attention,
@@ -364,7 +365,7 @@ class ModernBertForTokenClassification(_Classifier):
         labels: class indices [B, L], -100 for a token without one; the output then has a loss
         (`modernbert_jax.losses.cross_entropy`).
         """
-        key = self.model.draw_key(dropout_key, deterministic, rngs)
+        key = draw_key(self.model, dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=key, deterministic=key is None, attention=attention,
@@ -400,7 +401,7 @@ class ModernBertForQuestionAnswering(_Classifier):
             raise ValueError(f"num_labels: expected 2 (start, end), got {self.config.num_labels}")
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions, end_positions: expected both or neither, got one")
-        key = self.model.draw_key(dropout_key, deterministic, rngs)
+        key = draw_key(self.model, dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=key, deterministic=key is None, attention=attention,
@@ -457,7 +458,7 @@ class ModernBertForMultipleChoice(_Classifier):
             input_ids, inputs_embeds = _merge(input_ids), _merge(inputs_embeds)
             attention_mask, segment_ids = _merge(attention_mask), _merge(segment_ids)
             position_ids = _merge(position_ids)
-        key = self.model.draw_key(dropout_key, deterministic, rngs)
+        key = draw_key(self.model, dropout_key, deterministic, rngs)
         out = self.model(
             input_ids, attention_mask, segment_ids, position_ids, inputs_embeds=inputs_embeds,
             dropout_key=key, deterministic=key is None, attention=attention,

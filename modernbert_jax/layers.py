@@ -251,7 +251,7 @@ class EncoderLayer(nnx.Module):
             return attention.layer(self, x_BLD, rope, bounds, fold(fold(key, 0), 2))
         x_BLD = row_major(attention, x_BLD)
         h_BLD = self.attn_norm(x_BLD) if self.has_attn_norm else x_BLD
-        h_BLD = self.attn(h_BLD, rope, bounds, attention, fold(key, 0))
+        h_BLD = self.attn(h_BLD, rope=rope, bounds=bounds, attention=attention, key=fold(key, 0))
         x_BLD = x_BLD + h_BLD.astype(x_BLD.dtype)
         h_BLD = self.mlp(self.mlp_norm(x_BLD), fold(key, 1))
         return row_major(attention, x_BLD + h_BLD.astype(x_BLD.dtype))

@@ -126,6 +126,11 @@ class ModernBertModel(Pretrained, nnx.Module):
     training. A new or loaded model is in evaluation mode: `train()` enables the dropout of the
     configuration, `eval()` and `nnx.view(model, deterministic=True)` disable it. The model then
     draws a key per call from `dropout_rngs`, which is None without dropout.
+
+    Compile calls (`nnx.jit(model)`) under `jax.transfer_guard("disallow")` and jax_debug_infs: one
+    operation at a time, a call passes numbers to the device, and the log-sum-exp of a query without
+    keys is -inf. Attention has a reverse derivative only; for jvp and Hessians pass
+    `attention=functools.partial(attention, implementation="reference")`.
     """
 
     def __init__(self, config: ModernBertConfig, *, rngs: nnx.Rngs):
@@ -142,31 +147,6 @@ class ModernBertModel(Pretrained, nnx.Module):
         """Used by `nnx.view`. deterministic: True disables dropout, False enables it."""
         if deterministic is not None:
             self.deterministic = deterministic
-
-    def draw_key(
-        self, dropout_key: jax.Array | None, deterministic: bool | None, rngs: RngSource
-    ) -> jax.Array | None:
-        """Returns the key of a call with these arguments; None disables dropout."""
-        if dropout_key is not None:
-            if rngs is not None or deterministic:
-                other = "deterministic=True" if rngs is None else "rngs"
-                raise ValueError(f"dropout_key, {other}: expected one of them, got both")
-            return dropout_key
-        if deterministic is None:
-            deterministic = self.deterministic
-        if deterministic or not self.config.has_dropout:
-            return None
-        rngs = self.dropout_rngs if rngs is None else rngs
-        if isinstance(rngs, jax.Array):
-            return rngs
-        if isinstance(rngs, nnx.Rngs):
-            return rngs.dropout()
-        if isinstance(rngs, nnx.RngStream):
-            return rngs()
-        raise TypeError(
-            "rngs: expected an nnx.Rngs, an nnx.RngStream or a jax.random key for dropout, got "
-            f"{type(rngs).__name__}; pass rngs= to the call, or call eval()"
-        )
 
     def __call__(
         self,
@@ -222,7 +202,7 @@ class ModernBertModel(Pretrained, nnx.Module):
             inputs_embeds=inputs_embeds,
         )
         config = self.config
-        dropout_key = self.draw_key(dropout_key, deterministic, rngs)
+        dropout_key = draw_key(self, dropout_key, deterministic, rngs)
         name, given = one_of(input_ids, inputs_embeds)
         if input_ids is not None:
             check_range("input_ids", input_ids, config.vocab_size, "vocab_size - 1")
@@ -278,7 +258,10 @@ class ModernBertModel(Pretrained, nnx.Module):
         def apply(layer: EncoderLayer, kind: str, x_BLD: jax.Array, key: Key | None):
             def run(state, x_BLD, key):
                 layer = nnx.merge(graph, state)
-                return layer(x_BLD, rope[kind], bounds[kind], attention, key)
+                # As keywords: nnx.tabulate cannot show a dataclass among positional arguments.
+                return layer(
+                    x_BLD, rope=rope[kind], bounds=bounds[kind], attention=attention, key=key
+                )
 
             graph, state = nnx.split(layer)
             if remat:
@@ -349,6 +332,35 @@ class ModernBertModel(Pretrained, nnx.Module):
 
         first = jnp.arange(groups) * period + 2
         return jax.lax.scan(body, x_BLD, (stacked, first))[0]
+
+
+def draw_key(
+    encoder: ModernBertModel,
+    dropout_key: jax.Array | None,
+    deterministic: bool | None,
+    rngs: RngSource,
+) -> jax.Array | None:
+    """Returns the dropout key of a call with these arguments; None disables dropout."""
+    if dropout_key is not None:
+        if rngs is not None or deterministic:
+            other = "deterministic=True" if rngs is None else "rngs"
+            raise ValueError(f"dropout_key, {other}: expected one of them, got both")
+        return dropout_key
+    if deterministic is None:
+        deterministic = encoder.deterministic
+    if deterministic or not encoder.config.has_dropout:
+        return None
+    rngs = encoder.dropout_rngs if rngs is None else rngs
+    if isinstance(rngs, jax.Array):
+        return rngs
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout()
+    if isinstance(rngs, nnx.RngStream):
+        return rngs()
+    raise TypeError(
+        "rngs: expected an nnx.Rngs, an nnx.RngStream or a jax.random key for dropout, got "
+        f"{type(rngs).__name__}; pass rngs= to the call, or call eval()"
+    )
 
 
 def _dropout_stream(config: ModernBertConfig, rngs: nnx.Rngs) -> nnx.RngStream | None:
