@@ -263,12 +263,12 @@ class _Classifier(Pretrained, nnx.Module):
         self.config: ModernBertConfig = config
         self.model = ModernBertModel(config, rngs=rngs)
         self.head = PredictionHead(config, rngs, init_std(config, "out"))
-        shape = (config.hidden_size, self.outputs(config))
+        shape = (config.hidden_size, self._outputs(config))
         std = init_std(config, "classifier")
         self.classifier = Linear("...D,DE->...E", shape, shape[1:], std, config, rngs)
 
     @staticmethod
-    def outputs(config: ModernBertConfig) -> int:
+    def _outputs(config: ModernBertConfig) -> int:
         return config.num_labels
 
     def _classify(self, hidden: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -421,7 +421,7 @@ class ModernBertForMultipleChoice(_Classifier):
     """Scores the choices of a question."""
 
     @staticmethod
-    def outputs(config: ModernBertConfig) -> int:
+    def _outputs(config: ModernBertConfig) -> int:
         return 1
 
     def __call__(

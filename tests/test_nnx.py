@@ -419,6 +419,8 @@ class TestToolsOfJax:
             assert f" {path} " in table, path
         total = sum(value.size for value in flatten(model).values())
         assert f"Total Parameters: {total:,}" in table
+        # It puts public methods back as plain functions, which breaks static ones.
+        assert same(make(type(model), CONFIG)(IDS).logits, model(IDS).logits)
 
     def test_forward_derivatives(self):
         """jvp with the reference attention: a difference quotient along the tangent."""
