@@ -147,7 +147,7 @@ def torch_pair(head: str, changes=None):
 
     theirs = hf_model(head, {"num_hidden_layers": 3, "num_labels": 5, **(changes or {})})
     config = mj.ModernBertConfig.from_dict(theirs.config.to_dict())
-    tensors = {name: t.detach().numpy() for name, t in theirs.state_dict().items()}
+    tensors = {name: t.detach().numpy().copy() for name, t in theirs.state_dict().items()}
     cls = getattr(mj, head)
     if config.tie_word_embeddings:
         tensors.pop("decoder.weight", None)
