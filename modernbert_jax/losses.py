@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from modernbert_jax.attention.bounds import host_array
+from modernbert_jax.packing import IGNORE_INDEX
 
-IGNORED = -100
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
-def cross_entropy(logits: Any, labels: Any, *, ignore_index: int = IGNORED) -> jax.Array:
+def cross_entropy(logits: Any, labels: Any, *, ignore_index: int = IGNORE_INDEX) -> jax.Array:
     """Returns the mean cross-entropy of class indices: masked LM, tokens, texts, choices.
 
     logits: [..., E]. labels: integers [...]; those equal to ignore_index are left out. Raises
