@@ -1,5 +1,7 @@
 """`python -m train`: the verbs, the flags that configs change, exit codes and names in help."""
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,13 @@ from pathlib import Path
 import pytest
 
 from train import cli, configs, flags
+from train.corpora.build.prepare import prepare
+from train.corpora.reports.catalogue import catalogue
+from train.corpora.reports.decontaminate import decontaminate
+from train.corpora.reports.mixture import mixture
+from train.finetune.config import FinetuneConfig
+from train.finetune.retrieval import RetrievalConfig
+from train.plan.run import Options
 from train.pretrain import run as loop
 from train.pretrain.config import TrainConfig
 
@@ -176,3 +185,50 @@ def test_nothing_unset_is_shown_as_a_number_or_an_empty_text(capsys):
 def test_what_meant_unset_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes).validate()
+
+
+# Flags that name a file, a column or a model, and what else the command needs.
+NAMES = {
+    "prepare": (("--text-column",), "--source s --tokenizer t --out o"),
+    "decontaminate": (
+        ("--task-column", "--text-column", "--tokenizer", "--out"),
+        "--corpus c --task t",
+    ),
+    "mixture": (("--png",), ""),
+    "corpora": (("--source", "--out"), ""),
+    "finetune": (
+        ("--out", "--text-column", "--text-pair-column", "--label-column"),
+        "--task classification --data d --model m",
+    ),
+    "finetune --task retrieval": (("--teacher",), "--data d --model m"),
+}
+
+
+@pytest.mark.parametrize(
+    "verb, flag", [(verb, flag) for verb, (flags, _) in NAMES.items() for flag in flags]
+)
+def test_an_empty_name_is_refused(verb, flag, capsys):
+    """None means unset, and an empty text has no meaning of its own."""
+    more = NAMES[verb][1].split()
+    assert cli.main([*verb.split(), *more, flag, ""]) == 2
+    name = flag.removeprefix("--").replace("-", "_")
+    expected = f"error: {name}: expected a name, got an empty one; None means unset\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        (dataclasses.fields(FinetuneConfig), NAMES["finetune"][0]),
+        (dataclasses.fields(RetrievalConfig), NAMES["finetune --task retrieval"][0]),
+        (dataclasses.fields(Options), ("--cuda-compiler", "--json")),
+        (inspect.signature(prepare).parameters.values(), NAMES["prepare"][0]),
+        (inspect.signature(decontaminate).parameters.values(), NAMES["decontaminate"][0]),
+        (inspect.signature(mixture).parameters.values(), NAMES["mixture"][0]),
+        (inspect.signature(catalogue).parameters.values(), NAMES["corpora"][0]),
+    ],
+)
+def test_what_is_not_set_is_none(flags, options):
+    defaults = {f"--{flag.name.replace('_', '-')}": flag.default for flag in flags}
+    assert "" not in defaults.values()
+    assert {defaults[option] for option in options} == {None}

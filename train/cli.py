@@ -117,7 +117,7 @@ def plan(args: list[str], prog: str) -> int:
     )
     found = {"config": config, "command": " ".join([prog, *args])} | found
     print(table(found))
-    if options.json:
+    if options.json is not None:
         write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
     return 0 if found["fits"] else 1
 
@@ -217,7 +217,7 @@ class _Peek:
     config: str = ""
     task: str = ""
     topology: str = ""
-    cuda_compiler: str = ""
+    cuda_compiler: str | None = None
     gradient_accumulation_steps: int | None = None  # None: chosen by `plan`
 
 

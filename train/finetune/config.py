@@ -5,6 +5,8 @@ import itertools
 import math
 from typing import Any, Literal
 
+from ..common.settings import check_set
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
@@ -16,10 +18,11 @@ class FinetuneConfig:
     task: str  # one of the tasks above; `--task retrieval` has its own flags
     data: str  # folder with the files of the task
     model: str  # checkpoint: an HF or Orbax folder, a pretraining workdir, or a hub id
-    out: str = ""  # output folder; runs/finetune/TASK by default
-    text_column: str = ""  # column of the text; empty tries text, sentence, notes, ...
-    text_pair_column: str = ""  # column of the second text; empty tries text_pair, sentence2, ...
-    label_column: str = ""  # column of the label; empty tries label, class, ...
+    out: str | None = None  # output folder; runs/finetune/TASK by default
+    text_column: str | None = None  # column of the text; None tries text, sentence, notes, ...
+    # Column of the second text; None tries text_pair, sentence2, ...
+    text_pair_column: str | None = None
+    label_column: str | None = None  # column of the label; None tries label, class, ...
     backend: Literal["jax", "torch"] = "jax"  # torch fine-tunes any model of transformers
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)  # one run each
     learning_rate: float = 2e-5  # peak; decays linearly to 0 without warm-up
@@ -43,6 +46,8 @@ class FinetuneConfig:
 
     def validate(self) -> None:
         """Raises ValueError with one line for values that cannot be combined."""
+        for name in ("out", "text_column", "text_pair_column", "label_column"):
+            check_set(**{name: getattr(self, name)})
         for name in ("max_length", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -102,7 +102,9 @@ class Experiment:
     def __init__(self, config: FinetuneConfig):
         config.validate()
         self.config = config
-        self.out = pathlib.Path(config.out or f"runs/finetune/{config.task}")
+        self.out = pathlib.Path(
+            f"runs/finetune/{config.task}" if config.out is None else config.out
+        )
         self.task = task_named(config.task)
         data = load_data(self.task, config)
         self.data = with_shown_labels(data, config.data, config.allow_long_labels)

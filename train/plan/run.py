@@ -33,9 +33,9 @@ class Options:
 
     topology: str
     """Such as v5e:4x4, v5p:8x8x16 or h100:1x1x8 (slices x hosts x GPUs per host)."""
-    cuda_compiler: str = ""
+    cuda_compiler: str | None = None
     """For GPUs: the folder that `python -m train.plan.install_cuda` filled."""
-    json: str = ""
+    json: str | None = None
     """Also write the plan to this file."""
     mfu: float | None = None
     """Also report the hours at this model FLOPs utilization, an assumption or a measurement."""

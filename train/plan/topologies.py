@@ -27,7 +27,7 @@ def is_gpu(topology: str) -> bool:
     return topology.startswith("h100:")
 
 
-def environment(topology: str, cuda_compiler: str = "") -> dict[str, str]:
+def environment(topology: str, cuda_compiler: str | None = None) -> dict[str, str]:
     """Returns the environment variables to set, before jax is imported, to compile for `topology`.
 
     cuda_compiler: for GPUs, the folder that `python -m train.plan.install_cuda` filled. Raises
@@ -35,10 +35,10 @@ def environment(topology: str, cuda_compiler: str = "") -> dict[str, str]:
     """
     if not is_gpu(topology):
         return dict(_TPU)
-    folder = Path(cuda_compiler)
+    folder = None if cuda_compiler is None else Path(cuda_compiler)
     jax_version = version("jax")
     plugins = f"jax_cuda*_plugin-{jax_version}.dist-info"
-    if not cuda_compiler or not any(folder.glob(plugins)):
+    if folder is None or not any(folder.glob(plugins)):
         raise ValueError(
             f"topology {topology}: expected --cuda-compiler DIR with the CUDA compiler of jax "
             f"{jax_version}, got {cuda_compiler or 'none'}; install it with "

@@ -8,6 +8,7 @@ from modernbert_jax import ModernBertConfig
 from modernbert_jax.attention import IMPLEMENTATIONS
 
 from ..common.hosts import Hosts
+from ..common.settings import check_set
 from ..common.sharding import MeshShape
 
 
@@ -242,8 +243,7 @@ class TrainConfig:
                 f"{self.global_batch_size}, or None to choose, got {steps}"
             )
         for name in ("text_column", "tokenizer", "init_from", "general_text", "wandb"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name}: expected a name, got an empty one; None means unset")
+            check_set(**{name: getattr(self, name)})
         for name, value in (
             ("optimizer.max_learning_rate", self.optimizer.max_learning_rate),
             ("global_rope_theta", self.global_rope_theta),

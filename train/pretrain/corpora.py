@@ -108,7 +108,7 @@ def open_corpus(config: TrainConfig, workdir: Any, corpus: str) -> dict[str, Tok
         out=os.fspath(out),
         sequence_length=config.sequence_length,
         eval_fraction=config.eval_fraction,
-        text_column=config.text_column or "",
+        text_column=config.text_column,
         workers=1,  # new processes would import the calling script again
     )
     log(summary)
@@ -132,7 +132,7 @@ def train_tokenizer(config: TrainConfig, workdir: Any) -> Any:
         raise ValueError(
             "tokenizer: a corpus of tokens needs the one it was made with; pass --tokenizer"
         )
-    source = find("text", config.text_column or "")
+    source = find("text", config.text_column)
     folders = [_prepared(workdir, corpus) for corpus in corpora]
     for corpus, out in zip(corpora, folders, strict=True):
         prepare_text(source, corpus, out, config.eval_fraction)

@@ -40,7 +40,7 @@ def prepare(
     corpus: str = "text",
     sequence_length: int = 8192,
     eval_fraction: float = 0.005,
-    text_column: str = "",
+    text_column: str | None = None,
     add_prefix_space: bool = True,
     space_before_chunks: bool = False,
     workers: int = 0,
@@ -59,7 +59,7 @@ def prepare(
         corpus: a name that `python -m train corpora` lists, or all.
         sequence_length: maximum tokens in a chunk, [CLS] and [SEP] included.
         eval_fraction: share of documents in the evaluation split, chosen by a hash of their text.
-        text_column: text column for text, jsonl, csv, huggingface; empty: text, notes, note, ...
+        text_column: text column for text, jsonl, csv, huggingface; None: text, notes, note, ...
         add_prefix_space: put a space before each document, as the reference does.
         space_before_chunks: encode the first token of each chunk again as a space and its text, as
             the reference's script convert_dataset_to_mds does; a chunk may then be a few tokens

@@ -4,27 +4,29 @@ import pathlib
 import textwrap
 
 from ...common.records import read_object
+from ...common.settings import check_set
 from ..source import Source
 from ..sources import sources
 from .mixture import aligned
 
 
-def catalogue(source: str = "", out: str = "") -> str:
+def catalogue(source: str | None = None, out: str | None = None) -> str:
     """Tabulates all corpora: access, license, size, the files on disk and what is prepared.
 
     Args:
-        source: folder of downloads, each in a folder with the corpus's name; empty: not checked.
-        out: output folder of `prepare --corpus all`; empty: not checked.
+        source: folder of downloads, each in a folder with the corpus's name; None: not checked.
+        out: output folder of `prepare --corpus all`; None: not checked.
     """
+    check_set(source=source, out=out)
     head = ["name", "access", "license", "expected documents", "tokens"]
-    head += ["files"] * bool(source) + ["documents", "tokens"] * bool(out)
+    head += ["files"] * (source is not None) + ["documents", "tokens"] * (out is not None)
     rows = [head]
     for entry in sources():
         license = textwrap.shorten(entry.license, 44, placeholder=" ...")
         row = [entry.name, entry.access, license, *_size(entry.documents, entry.tokens)]
-        if source:
+        if source is not None:
             row.append(_files(entry, pathlib.Path(source) / entry.name))
-        if out:
+        if out is not None:
             row += _prepared(pathlib.Path(out) / entry.name)
         rows.append(row)
     return aligned(rows, left=3)

@@ -23,6 +23,7 @@ import tokenizers
 
 from ...common.parallel import run_all
 from ...common.records import read_object
+from ...common.settings import check_set
 from ...tokens.store import is_store, open_store
 from ..build.tokenize import read_shard
 from ..readers.text import find_files, read_documents, read_file
@@ -104,10 +105,10 @@ class Part:
 def decontaminate(
     corpus: str,
     task: str,
-    task_column: str = "",
-    text_column: str = "",
-    tokenizer: str = "",
-    out: str = "",
+    task_column: str | None = None,
+    text_column: str | None = None,
+    tokenizer: str | None = None,
+    out: str | None = None,
     words: int = 13,
     workers: int = 0,
 ) -> str:
@@ -116,19 +117,20 @@ def decontaminate(
     Args:
         corpus: an output of `prepare`, or a folder or file of text; tokens alone need a tokenizer.
         task: the test set: a file or folder of .txt, .jsonl, .csv, .tsv or .parquet.
-        task_column: its text column; empty: text, notes, note, ...
+        task_column: its text column; None: text, notes, note, ...
         text_column: text column of the corpus, if it is a table or .jsonl.
         tokenizer: folder or hub id, for a token folder without its text.
         out: file for the report: a line of JSON for each document found, with ids and counts.
         words: number of words in a span.
         workers: number of processes; 0 starts one for each core.
     """
+    check_set(task_column=task_column, text_column=text_column, tokenizer=tokenizer, out=out)
     if words < 1:
         raise ValueError(f"words: expected at least 1, got {words}")
     names = []
 
     def texts() -> Iterator[str]:
-        for document in read_documents(task, text_column=task_column or None):
+        for document in read_documents(task, text_column=task_column):
             names.append(document.id)
             yield document.text
 
@@ -136,7 +138,9 @@ def decontaminate(
     short = len(names) - len(np.unique(spans.documents))
     with tempfile.TemporaryDirectory() as folder:
         parts = _parts(pathlib.Path(corpus), text_column, tokenizer, pathlib.Path(folder))
-        decoder = _decoder(tokenizer) if any(part.split for part in parts) else ""
+        decoder = ""
+        if tokenizer is not None and any(part.split for part in parts):
+            decoder = _decoder(tokenizer)
         find = functools.partial(_find, spans, text_column, decoder)
         run_all(find, parts, "decontaminate", workers or len(os.sched_getaffinity(0)))
         total, touched = collections.Counter(), set()
@@ -157,12 +161,12 @@ def decontaminate(
         f"{total['found']:,} of {total['documents']:,} documents of {corpus} share {words}-word "
         f"spans with {task} ({total['spans']:,} positions); {len(touched):,} of its {len(names):,} "
         f"documents are affected ({short:,} are too short to check)"
-        + (f"; report: {out}" if out else "")
+        + ("" if out is None else f"; report: {out}")
     )
 
 
 def _parts(
-    corpus: pathlib.Path, text_column: str, tokenizer: str, folder: pathlib.Path
+    corpus: pathlib.Path, text_column: str | None, tokenizer: str | None, folder: pathlib.Path
 ) -> list[Part]:
     reports = (folder / f"{number:06d}.jsonl" for number in range(10**9))
     for text in (corpus, corpus / "text", corpus.parent / "text"):
@@ -175,14 +179,14 @@ def _parts(
         ):
             return [Part(text / shard["name"], next(reports)) for shard in facts["shards"]]
     if is_store(corpus):
-        if not tokenizer:
+        if tokenizer is None:
             raise ValueError(f"{corpus}: tokens without their text; pass --tokenizer to read them")
         return [
             Part(corpus, next(reports), split, (first, min(first + _CHUNKS, len(store.lengths))))
             for split, store in open_store(corpus).items()
             for first in range(0, len(store.lengths), _CHUNKS)
         ]
-    files = find_files(corpus, text_column or None)
+    files = find_files(corpus, text_column)
     return [Part(file.path, next(reports), name=file.name) for file in files]
 
 
@@ -192,7 +196,7 @@ def _decoder(tokenizer: str) -> str:
     return backend_json(AutoTokenizer.from_pretrained(tokenizer))
 
 
-def _find(spans: Spans, text_column: str, decoder: str, part: Part) -> None:
+def _find(spans: Spans, text_column: str | None, decoder: str, part: Part) -> None:
     documents = 0
     with part.report.open("w", encoding="utf-8") as report:
         for name, text in _texts(part, text_column, decoder):
@@ -203,7 +207,7 @@ def _find(spans: Spans, text_column: str, decoder: str, part: Part) -> None:
         report.write(json.dumps({"documents": documents}) + "\n")
 
 
-def _texts(part: Part, text_column: str, decoder: str) -> Iterator[tuple[str, str]]:
+def _texts(part: Part, text_column: str | None, decoder: str) -> Iterator[tuple[str, str]]:
     if part.split:
         backend = tokenizers.Tokenizer.from_str(decoder)
         store: Any = open_store(part.path)[part.split]
@@ -212,7 +216,7 @@ def _texts(part: Part, text_column: str, decoder: str) -> Iterator[tuple[str, st
             texts = backend.decode_batch([ids.tolist() for ids in store.read(numbers)])
             yield from ((f"{part.split}:{n}", t) for n, t in zip(numbers, texts, strict=True))
     elif part.name:
-        for file in find_files(part.path, text_column or None):
+        for file in find_files(part.path, text_column):
             for number, text in read_file(file):
                 if text.strip():
                     yield f"{part.name}:{number}", text

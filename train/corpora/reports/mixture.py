@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from modernbert_jax.checkpoint.files import write_bytes
 
 from ...common.records import read_object
+from ...common.settings import check_set
 from ..sources import sources
 
 
@@ -49,7 +50,7 @@ def mixture(
     prepared: tuple[str, ...] = (),
     epochs: int = 3,
     repeat: tuple[str, ...] = (),
-    png: str = "",
+    png: str | None = None,
 ) -> str:
     """Tabulates documents, tokens and shares of each source, with the flags that train on them.
 
@@ -59,6 +60,7 @@ def mixture(
         repeat: other epochs for a source, NAME=PHASE 1,PHASE 2, such as medqa=3,6.
         png: file for a chart of the table.
     """
+    check_set(png=png)
     parts = [_prepared(folder) for name in prepared for folder in _folders(pathlib.Path(name))]
     if not prepared:
         parts = _planned()
@@ -66,7 +68,7 @@ def mixture(
     if len(set(names)) < len(names):
         raise ValueError(f"prepared: expected each source once, got {', '.join(names)}")
     parts = _with_epochs(parts, epochs, repeat)
-    if png:
+    if png is not None:
         write_bytes(pathlib.Path(png), picture(parts))
     lines = [table(parts)]
     if prepared:

@@ -1,5 +1,6 @@
 """The sources of text: the published corpora as their owners distribute them, and local files."""
 
+from ...common.settings import check_set
 from ..source import Source
 from .generic import generic
 
@@ -54,8 +55,9 @@ def transcripts() -> tuple[Source, ...]:
     return aci_bench.DIALOGUE, primock57.DIALOGUE
 
 
-def find(name: str, text_column: str = "") -> Source:
+def find(name: str, text_column: str | None = None) -> Source:
     """Finds a source by name. Raises ValueError for an unknown name or an unused text_column."""
+    check_set(text_column=text_column)
     from . import brain_mri_stroke
 
     if name in GENERIC:
@@ -63,9 +65,9 @@ def find(name: str, text_column: str = "") -> Source:
     found = {source.name: source for source in (*sources(), *transcripts())}
     if name not in found:
         raise ValueError(f"corpus: expected all or one of {', '.join(found)}; got {name!r}")
-    if text_column and name == "brain_mri_stroke":
+    if text_column is not None and name == "brain_mri_stroke":
         return brain_mri_stroke.with_column(text_column)
-    if text_column:
+    if text_column is not None:
         raise ValueError(
             f"text_column: {name} has its own; expected it only with {', '.join(GENERIC)}"
         )

@@ -59,12 +59,12 @@ _SPLIT = re.compile(
 class FilesSource(Source):
     """Files of text, found and read by readers/text.py."""
 
-    text_column: str = ""
+    text_column: str | None = None
     suffixes: tuple[str, ...] = SUFFIXES
 
     def parts(self, root: pathlib.Path) -> list[pathlib.Path]:
         """The files; with text_column, tables without it are left out as long as one has it."""
-        files = find_files(root, self.text_column or None, suffixes=self.suffixes)
+        files = find_files(root, self.text_column, suffixes=self.suffixes)
         if not files:
             raise ValueError(f"{root}: expected files of {', '.join(self.suffixes)} with text")
         return [file.path for file in files]
@@ -136,7 +136,7 @@ def _is_cache(part: pathlib.Path) -> bool:
     return part.name not in [file["filename"] for file in files]
 
 
-def generic(name: str, text_column: str = "") -> Source:
+def generic(name: str, text_column: str | None = None) -> Source:
     """The source text, jsonl, csv or huggingface."""
     suffixes = {"text": SUFFIXES, "jsonl": (".jsonl",), "csv": (".csv", ".tsv")}.get(name, ())
     about: dict[str, Any] = {
@@ -165,10 +165,10 @@ def generic(name: str, text_column: str = "") -> Source:
 
 
 def _read_files(
-    part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str
+    part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str | None
 ) -> Iterator[Example]:
     name = name_of(pathlib.Path(part.name) if part == root else part.relative_to(root))
-    for file in find_files(part, text_column or None):
+    for file in find_files(part, text_column):
         for number, text in read_file(file):
             if text.strip():
                 yield Example(f"{name}:{number}", text)
@@ -177,7 +177,7 @@ def _read_files(
 
 
 def _read_datasets(
-    part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str
+    part: pathlib.Path, root: pathlib.Path, report: Report, text_column: str | None
 ) -> Iterator[Example]:
     if part.exists() and part.name.endswith(_TABLES):
         yield from _read_files(part, root, report, text_column)
@@ -187,7 +187,7 @@ def _read_datasets(
     column = ""
     for number, row in enumerate(rows, start=1):
         if not column:
-            wanted = (text_column,) if text_column else TEXT_COLUMNS
+            wanted = TEXT_COLUMNS if text_column is None else (text_column,)
             found = find_column(list(row), wanted)
             if found is None:
                 raise ValueError(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
+from ...common.settings import check_set
 from ..config import check_rates
 
 # For model cards: the loss, and its name in sentence-transformers.
@@ -13,10 +14,12 @@ LOSSES = {
     "cosent": "the order of scored pairs (CoSENTLoss)",
     "mse": "a teacher's vectors (MSELoss)",
     "margin-mse": "the margins of a teacher's scores (MarginMSELoss)",
+    "kl": "the distribution of a teacher's scores (DistillKLDivLoss)",
 }
-# These losses compare the examples of a batch, by their cosines divided by the temperature. The
-# others follow a teacher.
-COMPARING = ("mnrl", "cosent")
+COMPARING = ("mnrl", "cosent")  # these losses compare the examples of a batch
+TAUGHT = ("mse", "margin-mse", "kl")  # these follow a teacher
+# The default temperature of the losses that have one.
+TEMPERATURES = {"mnrl": 0.05, "cosent": 0.05, "kl": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +30,10 @@ class RetrievalConfig:
     model: str  # checkpoint: an HF or Orbax folder, a pretraining workdir, or a hub id
     out: str = "runs/retrieval"  # output folder
     # What each example of train.jsonl is trained for; the files are described above.
-    loss: Literal["mnrl", "cosent", "mse", "margin-mse"] = "mnrl"
-    # Model that mse and margin-mse learn from, as --model, or a cross-encoder. Its vectors or
+    loss: Literal["mnrl", "cosent", "mse", "margin-mse", "kl"] = "mnrl"
+    # Model that mse, margin-mse and kl learn from, as --model, or a cross-encoder. Its vectors or
     # scores are computed before training and kept in OUT.
-    teacher: str = ""
+    teacher: str | None = None
     teacher_backend: Literal["jax", "torch"] = "jax"  # torch takes any of sentence-transformers
     # Also trains the first numbers of a vector to be a vector, for example 768 512 256; each
     # dimension is scored too.
@@ -47,11 +50,13 @@ class RetrievalConfig:
     # Examples per step over all devices; in mnrl each is a negative for all others.
     batch_size: int = 128
     chunk: int = 32  # texts per device in one forward pass; lower it to save memory
-    # Divides the similarities in mnrl and cosent; by default 0.05, and 1 with --multi-vector.
+    # Divides the similarities in mnrl and cosent, and in kl also the teacher's scores; by default
+    # 0.05, and 1 in kl and with --multi-vector.
     temperature: float | None = None
     max_length: int = 512  # in tokens; longer texts are truncated
     pooling: Literal["mean", "cls"] = "mean"  # of the token vectors of a text
-    # Trains a ColBERT model in PyLate's layout, with mnrl: a vector per token, scored by MaxSim.
+    # Trains a ColBERT model in PyLate's layout, with mnrl or kl: a vector per token, scored by
+    # MaxSim.
     multi_vector: bool = False
     embedding_size: int | None = None  # of these vectors; by default 128, or that of the start
     query_length: int = 32  # in tokens; queries are filled up with [MASK] to it
@@ -70,12 +75,13 @@ class RetrievalConfig:
             raise ValueError(f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         if not 0 < self.divisor < math.inf:
             raise ValueError(f"temperature: expected above 0, got {self.temperature}")
-        if self.temperature is not None and self.loss not in COMPARING:
+        if self.temperature is not None and self.loss not in TEMPERATURES:
             raise ValueError(f"temperature: expected none with --loss {self.loss}, which has none")
-        if bool(self.teacher) != (self.loss not in COMPARING):
+        check_set(teacher=self.teacher)
+        if (self.teacher is not None) != (self.loss in TAUGHT):
             expected, got = ("none", self.teacher) if self.teacher else ("a model", "none")
             raise ValueError(f"teacher: expected {expected} with --loss {self.loss}, got {got}")
-        if self.teacher_backend != "jax" and not self.teacher:
+        if self.teacher_backend != "jax" and self.teacher is None:
             raise ValueError("teacher_backend: expected none without --teacher, got torch")
         self._validate_matryoshka()
         self._validate_multi_vector()
@@ -85,12 +91,14 @@ class RetrievalConfig:
         """The temperature, or its default."""
         if self.temperature is not None:
             return self.temperature
-        return 1.0 if self.multi_vector else 0.05
+        return 1.0 if self.multi_vector else TEMPERATURES.get(self.loss, 1.0)
 
     def _validate_multi_vector(self) -> None:
         defaults = RetrievalConfig("", "")
         multi = ("embedding_size", "query_length")
-        single = ("loss", "pooling", "matryoshka_dims")
+        single = ("pooling", "matryoshka_dims")
+        if self.multi_vector and self.loss not in ("mnrl", "kl"):
+            raise ValueError(f"loss: expected mnrl or kl with --multi-vector, got {self.loss}")
         for name in single if self.multi_vector else multi:
             value, default = getattr(self, name), getattr(defaults, name)
             if value != default:

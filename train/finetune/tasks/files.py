@@ -286,13 +286,15 @@ def _objects(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", row
 
 
-def _column(at: str, found: list[str], flag: str, named: str, usual: tuple[str, ...]) -> str | None:
+def _column(
+    at: str, found: list[str], flag: str, named: str | None, usual: tuple[str, ...]
+) -> str | None:
     """The column that a flag names, or one of the usual names; None without either.
 
     Raises ValueError if the named one is missing.
     """
-    column = find_column(found, (named,) if named else usual)
-    if column is None and named:
+    column = find_column(found, usual if named is None else (named,))
+    if column is None and named is not None:
         raise ValueError(f"{at}: expected the column of {flag}, {named}; {listed(found)}")
     return column
 

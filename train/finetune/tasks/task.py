@@ -57,11 +57,11 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The columns of your own tables; empty: the usual names, see `files`."""
+    """The columns of your own tables; None: the usual names, see `files`."""
 
-    text: str = ""
-    text_pair: str = ""
-    label: str = ""
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
 
 
 USUAL = Columns()
