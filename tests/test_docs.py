@@ -221,6 +221,7 @@ def write_tasks(folder: Path) -> None:
     taught = {
         "mse": [{"text": pair["positive"]} for pair in pairs],
         "margin-mse": [pair | {"negative": "no fever"} for pair in pairs],
+        "kl": [pair | {"negative": "no fever"} for pair in pairs],
     }
     for loss, lines in taught.items():  # of `--task retrieval --loss LOSS`
         (folder / f"retrieval-{loss}").mkdir()

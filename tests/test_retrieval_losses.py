@@ -1,6 +1,7 @@
 """Each loss of `finetune --task retrieval` against sentence-transformers, and what goes with it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -33,7 +34,8 @@ LOSSES = {
     "mnrl": ({"loss": "mnrl"}, 4, None),
     "cosent": ({"loss": "cosent"}, 2, "scores"),
     "mse": ({"loss": "mse"}, 1, "vectors"),
-    "margin-mse": ({"loss": "margin-mse"}, 3, "margins"),
+    "margin-mse": ({"loss": "margin-mse"}, 3, "ranks"),
+    "kl": ({"loss": "kl", "temperature": 0.5}, 4, "ranks"),
 }
 MATRYOSHKA = {"matryoshka_dims": (8, 32, 16), "matryoshka_weights": (0.25, 1.0, 0.5)}
 
@@ -55,7 +57,7 @@ def targets_of(kind, count, columns, seed=1):
     made = {
         "scores": lambda: rng.integers(0, 4, count) / 4,  # some are equal
         "vectors": lambda: rng.normal(size=(count, D)),
-        "margins": lambda: rng.normal(size=(count, columns - 1)),
+        "ranks": lambda: rng.normal(size=(count, columns - 1)),
     }
     return None if kind is None else made[kind]().astype(np.float32)
 
@@ -124,6 +126,7 @@ def theirs(model, flags):
         "cosent": losses.CoSENTLoss,
         "mse": losses.MSELoss,
         "margin-mse": losses.MarginMSELoss,
+        "kl": functools.partial(losses.DistillKLDivLoss, temperature=flags.get("temperature", 1.0)),
     }
     loss = made[flags["loss"]](model)
     if "matryoshka_dims" in flags:
@@ -206,7 +209,8 @@ def data(tmp_path_factory):
     texts = texts_of(64, seed=5)
     names = ("query", "positive", "negative", "negative_1")
     rows = [dict(zip(names, texts[i : i + 4], strict=True)) for i in range(0, 64, 4)]
-    write(folder / "margin-mse", "train.jsonl", rows)
+    for loss in ("margin-mse", "kl"):
+        write(folder / loss, "train.jsonl", rows)
     few = [{k: v for k, v in r.items() if i % 2 or k != "negative_1"} for i, r in enumerate(rows)]
     write(folder / "mnrl", "train.jsonl", few)
     write(folder / "mse", "train.jsonl", [{"text": text} for text in texts[:16]])
@@ -347,6 +351,11 @@ def test_negatives_are_in_the_order_of_their_numbers(tmp_path):
             "line 2: expected 1 in columns negative, .*, as in the first line, got 0",
         ),
         (
+            "kl",
+            [{"query": "a", "positive": "b", "negative": "c"}, {"query": "a", "positive": "b"}],
+            "line 2: expected 1 in columns negative, .*, as in the first line, got 0",
+        ),
+        (
             "mnrl",
             [{"query": "a", "positive": "b", "negatives": ["c"]}] * 2,
             "line 1: .* negatives is not text",
@@ -371,6 +380,11 @@ def test_bad_lines_are_named(tmp_path, loss, lines, expect):
         ({"matryoshka_dims": (0,)}, "matryoshka_dims: expected different numbers from 1 on"),
         ({"matryoshka_dims": (64, 8)}, "matryoshka_dims: expected at most 32, .* got 64 8"),
         ({"loss": "mse"}, "teacher: expected a model with --loss mse, got none"),
+        ({"loss": "kl"}, "teacher: expected a model with --loss kl, got none"),
+        (
+            {"loss": "kl", "teacher": "t", "temperature": 0.0},
+            "temperature: expected above 0, got 0.0",
+        ),
         ({"teacher": "t"}, "teacher: expected none with --loss mnrl, got t"),
         ({"teacher_backend": "torch"}, "teacher_backend: expected none without --teacher"),
         (
@@ -407,7 +421,7 @@ def test_unfit_flags_are_refused_before_tokenization(
 
 
 @pytest.mark.parametrize(
-    "loss, name", [("mse", "vectors"), ("margin-mse", "vectors"), ("margin-mse", "ranker")]
+    "loss, name", [("mse", "vectors"), ("margin-mse", "vectors"), ("kl", "ranker")]
 )
 def test_a_teacher_answers_once(start, teachers, data, tmp_path, loss, name):
     """Targets are those of sentence-transformers from both backends, and hold no text."""

@@ -225,6 +225,12 @@ def _groups(texts: Sequence[np.ndarray], tokens: int) -> list[list[int]]:
 # Files.
 
 
+def is_colbert(folder: pathlib.Path) -> bool:
+    """Whether the files of a folder name a multi-vector model."""
+    path = folder / SETTINGS_FILE
+    return path.exists() and read_json(path, MAX_MODEL_JSON).get("model_type") == COLBERT
+
+
 def read_colbert(folder: pathlib.Path) -> Colbert:
     """Reads the files of a PyLate model.
 

@@ -20,8 +20,10 @@ COLUMNS = {
     "cosent": ("sentence1", "sentence2"),
     "mse": ("text",),
     "margin-mse": ("query", "positive"),
+    "kl": ("query", "positive"),
 }
-PASSAGES = ("mnrl", "margin-mse")
+PASSAGES = ("mnrl", "margin-mse", "kl")
+RANKED = ("margin-mse", "kl")  # by a teacher, so that each line needs as many documents
 # For --help: what a loss learns from, and a line of train.jsonl.
 TRAINING = {
     "mnrl": (
@@ -38,6 +40,10 @@ TRAINING = {
     ),
     "margin-mse": (
         "queries with as many negatives in each line; --teacher scores them",
+        '{"query": "fever", "positive": "38.9 C.", "negative": "Calm.", "negative_1": "A cast."}',
+    ),
+    "kl": (
+        "the same",
         '{"query": "fever", "positive": "38.9 C.", "negative": "Calm.", "negative_1": "A cast."}',
     ),
 }
@@ -86,7 +92,7 @@ def read_examples(path: pathlib.Path, loss: str) -> Examples:
     for number, record in read_records(path, *fields, optional=further):
         names = [name for name in record if re.fullmatch(further, name) and record[name]]
         texts.append([record[name] for name in (*fields, *sorted(names, key=_position))])
-        if loss == "margin-mse" and not len(texts[-1]) == max(len(texts[0]), 3):
+        if loss in RANKED and not len(texts[-1]) == max(len(texts[0]), 3):
             expected = max(len(texts[0]) - 2, 1)
             raise ValueError(
                 f"{path}, line {number}: expected {expected} in columns negative, negative_1, ..., "

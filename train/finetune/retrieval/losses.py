@@ -29,6 +29,7 @@ def loss_of(config: RetrievalConfig) -> Loss:
         "cosent": functools.partial(cosent, temperature=temperature),
         "mse": mse,
         "margin-mse": margin_mse,
+        "kl": functools.partial(kl, temperature=temperature),
     }[config.loss]
     if not config.matryoshka_dims:
         return loss
@@ -80,10 +81,35 @@ def margin_mse(columns: Columns, targets: jax.Array) -> jax.Array:
     [Q, D]. targets: the teacher's scores of the documents in that order [Q, C]. Source:
     MarginMSELoss.
     """
-    queries_QD, *documents = columns
-    scores_QC = jnp.stack([jnp.sum(queries_QD * d, axis=-1) for d in documents], axis=-1)
+    scores_QC = _own_scores(columns)
     margin = lambda scores: scores[:, :1] - scores[:, 1:]  # noqa: E731
     return jnp.mean((margin(scores_QC) - margin(targets)) ** 2)
+
+
+def kl(columns: Columns, targets: jax.Array, *, temperature: float) -> jax.Array:
+    """`divergence` of the dot products of each query with its documents from a teacher's scores.
+
+    columns and targets as in `margin_mse`. Source: DistillKLDivLoss.
+    """
+    return divergence(_own_scores(columns), targets, temperature)
+
+
+def divergence(scores_QC: jax.Array, targets_QC: jax.Array, temperature: float) -> jax.Array:
+    """Mean over queries of KL(teacher || student) in nats, times the square of the temperature.
+
+    Each is the softmax of its scores, divided by the temperature, over the documents of a query.
+    The square keeps the size of the gradient at high temperatures (arXiv 1503.02531).
+    """
+    student_QC = jax.nn.log_softmax(scores_QC / temperature)
+    teacher_QC = jax.nn.log_softmax(targets_QC / temperature)
+    terms_Q = jnp.sum(jnp.exp(teacher_QC) * (teacher_QC - student_QC), axis=-1)
+    return jnp.mean(terms_Q) * temperature**2
+
+
+def _own_scores(columns: Columns) -> jax.Array:
+    """The dot products [Q, C] of each query [Q, D] with its document of each column [Q, D]."""
+    queries_QD, *documents = columns
+    return jnp.stack([jnp.sum(queries_QD * d, axis=-1) for d in documents], axis=-1)
 
 
 def matryoshka(

@@ -1,4 +1,4 @@
-"""Training a multi-vector (ColBERT) model: a vector per token, and the contrast of MaxSim scores.
+"""Training a multi-vector (ColBERT) model: a vector per token, and losses of MaxSim scores.
 
 As in model.py, a batch is embedded in chunks without gradients, and each chunk runs again with the
 gradient of the loss as its cotangent.
@@ -24,19 +24,20 @@ from modernbert_jax.inference.colbert import (
     Colbert,
     TokenIds,
     attended_ends,
+    is_colbert,
     max_sim,
     read_colbert,
     write_colbert,
 )
-from modernbert_jax.inference.sentence import COLBERT, SETTINGS_FILE, TOKENS, Dense, SentenceModel
+from modernbert_jax.inference.sentence import TOKENS, Dense, SentenceModel
 from modernbert_jax.packing import fill_rows, placed, row_size
 from modernbert_jax.precision import einsum
 from modernbert_jax.tokenizer import absent_ids, vocab_size
-from modernbert_jax.untrusted import MAX_MODEL_JSON, read_json
 from modernbert_jax.weights import decays
 
 from ...common.sharding import DATA, MeshShape, make_mesh
 from .config import RetrievalConfig
+from .losses import divergence
 from .model import parts_of
 from .scores import Measures, ranking_scores
 
@@ -67,7 +68,9 @@ class MultiVectorEncoder:
         self._attention = sharded(mesh, rows=(DATA,))
         self._embed = jax.jit(self._vectors)
         self._pull = jax.jit(self._add_gradient, donate_argnums=1)
-        loss = functools.partial(contrast, temperature=config.divisor)
+        loss = functools.partial(
+            {"mnrl": contrast, "kl": distill}[config.loss], temperature=config.divisor
+        )
         self._loss = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
     @staticmethod
@@ -94,10 +97,13 @@ class MultiVectorEncoder:
         columns: Sequence[Sequence[TokenIds]],
         targets: np.ndarray | None = None,
     ) -> tuple[Any, Any]:
-        """(loss, gradients) of a batch: queries, positives, then columns of negatives."""
+        """(loss, gradients) of a batch: queries, positives, then columns of negatives.
+
+        targets: a teacher's scores of each query's own documents [Q, C], for kl.
+        """
         sides = (columns[0], [text for column in columns[1:] for text in column])
         vectors, kept = zip(*(self._padded(params, side) for side in sides), strict=True)
-        loss, cotangents = self._loss(*vectors, *kept)
+        loss, cotangents = self._loss(*vectors, *kept, targets)
         sums = jax.tree.map(jnp.zeros_like, dict(params))
         for texts, d_NLE in zip(sides, map(np.asarray, cotangents), strict=True):
             lengths = [len(text.ids) for text in texts]
@@ -174,6 +180,7 @@ def contrast(
     documents_NME: jax.Array,
     kept_QL: jax.Array,
     kept_NM: jax.Array,
+    targets: jax.Array | None = None,
     *,
     temperature: float,
 ) -> jax.Array:
@@ -184,15 +191,41 @@ def contrast(
     not count is left out of the maximum, where PyLate takes its product as 0.
     """
 
-    def scores(item):
-        query_LE, kept_L = item
-        products_LNM = einsum("LE,NME->LNM", query_LE, documents_NME)
-        best_LN = jnp.max(jnp.where(kept_NM[None], products_LNM, -_LARGE), axis=-1)
-        return jnp.sum(jnp.where(kept_L[:, None], best_LN, 0.0), axis=0)
+    def scores(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _max_sim(*item, documents_NME, kept_NM)
 
     scores_QN = jax.lax.map(jax.checkpoint(scores), (queries_QLE, kept_QL)) / temperature
     own = jnp.arange(len(queries_QLE))
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores_QN, own))
+
+
+def distill(
+    queries_QLE: jax.Array,
+    documents_NME: jax.Array,
+    kept_QL: jax.Array,
+    kept_NM: jax.Array,
+    targets_QC: jax.Array,
+    *,
+    temperature: float,
+) -> jax.Array:
+    """`losses.divergence` of the MaxSim scores of each query's own documents from a teacher's.
+
+    documents_NME: column after column, as many in each as queries. Source: DistillKLDivLoss for
+    multi-vector models, and the Distillation loss of PyLate with normalize_scores=False.
+    """
+    by_query = lambda x: jnp.swapaxes(x.reshape(-1, len(queries_QLE), *x.shape[1:]), 0, 1)  # noqa: E731
+    items = (queries_QLE, kept_QL, by_query(documents_NME), by_query(kept_NM))
+    scores_QC = jax.lax.map(jax.checkpoint(lambda item: _max_sim(*item)), items)
+    return divergence(scores_QC, targets_QC, temperature)
+
+
+def _max_sim(
+    query_LE: jax.Array, kept_L: jax.Array, documents_NME: jax.Array, kept_NM: jax.Array
+) -> jax.Array:
+    """The scores [N] of documents for a query."""
+    products_LNM = einsum("LE,NME->LNM", query_LE, documents_NME)
+    best_LN = jnp.max(jnp.where(kept_NM[None], products_LNM, -_LARGE), axis=-1)
+    return jnp.sum(jnp.where(kept_L[:, None], best_LN, 0.0), axis=0)
 
 
 def with_prefixes(
@@ -225,12 +258,11 @@ def with_prefixes(
 
 def _colbert(config: RetrievalConfig, folder: pathlib.Path, hidden_size: int) -> Colbert:
     """That of the start if it is a multi-vector model, else a new one with a seeded projection."""
-    settings = folder / SETTINGS_FILE
     lengths: dict[str, Any] = {
         "query_length": config.query_length,
         "document_length": config.max_length,
     }
-    if settings.exists() and read_json(settings, MAX_MODEL_JSON).get("model_type") == COLBERT:
+    if is_colbert(folder):
         colbert = dataclasses.replace(read_colbert(folder), **lengths)
         found = colbert.sentence.dimension(hidden_size, TOKENS)
         if config.embedding_size not in (None, found):

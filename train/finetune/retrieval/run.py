@@ -28,7 +28,7 @@ from ...common.card import NOT_FOR_CARE, start_facts, versions
 from ...common.optimizer import adamw
 from ...common.progress import Progress
 from ...common.workdir import start_folder
-from .config import COMPARING, LOSSES, RetrievalConfig
+from .config import LOSSES, TEMPERATURES, RetrievalConfig
 from .data import read_examples
 from .model import Encoder
 from .multi_vector import MultiVectorEncoder
@@ -55,7 +55,7 @@ def train(config: RetrievalConfig) -> dict[str, Any]:
     check_ids(tokenizer, model.config.vocab_size)
     config.check_width(model.config.hidden_size)
     teacher = None
-    if config.teacher:
+    if config.teacher is not None:
         targets, teacher = teach(config, examples, model.config.hidden_size)
         examples = dataclasses.replace(examples, targets=targets)
     limit = min(config.max_length, model.config.max_position_embeddings)
@@ -207,7 +207,7 @@ def retrieval_facts(
             "Steps": steps,
             "Examples per step": config.batch_size,
             "Learning rate": f"{config.learning_rate:g}",
-            **({"Temperature": config.divisor} if config.loss in COMPARING else {}),
+            **({"Temperature": config.divisor} if config.loss in TEMPERATURES else {}),
             **vectors,
             "Maximum length": f"{config.max_length:,} tokens",
             "Seed": config.seed,

@@ -36,12 +36,13 @@ def teach(
     answered for the same texts. width: of the student's vectors. Raises ValueError if the teacher
     does not fit the loss, or if the file in OUT is damaged.
     """
+    assert config.teacher is not None
     folder = pathlib.Path(start_folder(config.teacher))
     ranks = _ranks(folder)
     if ranks and config.loss == "mse":
         raise ValueError(
             f"teacher: {config.teacher} is a cross-encoder, which has no vectors; use --loss "
-            "margin-mse, or an embedding model"
+            "margin-mse or kl, or an embedding model"
         )
     facts = {
         "teacher": start_facts(config.teacher)["name"],
@@ -112,7 +113,7 @@ def _check_width(config: RetrievalConfig, given: int, width: int) -> None:
     if given != width:
         raise ValueError(
             f"teacher: expected vectors of {width} numbers, as the student's, with --loss mse, got "
-            f"{given} from {config.teacher}; --loss margin-mse takes any teacher"
+            f"{given} from {config.teacher}; margin-mse and kl take any teacher"
         )
 
 
