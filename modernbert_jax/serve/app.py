@@ -14,11 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from modernbert_jax.serve.batcher import Batcher, Closed, QueueFull, row_costs
@@ -69,6 +70,12 @@ class Service:
             lambda key, values: key[0].run(key[1], values),
             limits.row_tokens, limits.queue_tokens, self.metrics.row,
         )  # fmt: skip
+        for name, about, value in (
+            ("queue_tokens", "Tokens that wait or run.", lambda: self._batcher.queued_tokens),
+            ("queue_tokens_limit", "The most of them.", lambda: limits.queue_tokens),
+            ("requests_active", "Requests without an answer yet.", lambda: self._active),
+        ):
+            self.metrics.gauge(name, about, value)
         routes = [Route("/health", self._health), Route("/metrics", self._metrics)]
         for endpoint in endpoints:
             routes.append(Route(endpoint.path, self._post(endpoint), methods=["POST"]))
@@ -203,13 +210,7 @@ class Service:
             self._check_sender(request)
         except Refused as error:
             return _error(error.status, error.message)
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "queue_tokens": ("Tokens that wait or run.", lambda: self._batcher.queued_tokens),
-            "queue_tokens_limit": ("The most of them.", lambda: self.limits.queue_tokens),
-            "requests_active": ("Requests without an answer yet.", lambda: self._active),
-        }
-        text = self.metrics.text(gauges)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     def _absent(self, why: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
