@@ -6,9 +6,13 @@ import string
 import jax
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from modernbert_jax import AutoTokenizer, Embedder, ModernBertModel, MultiVectorEmbedder
 from modernbert_jax.inference.colbert import max_sim, read_colbert
+from modernbert_jax.serve import cli as serving
+from modernbert_jax.serve.app import Limits, Service
+from modernbert_jax.serve.endpoints import endpoints_of
 from modernbert_jax.weights import to_hf
 from train import cli
 from train.finetune.retrieval.config import RetrievalConfig
@@ -308,16 +312,20 @@ def test_embedder_names_this_class(encoder, tmp_path):
         Embedder.from_pretrained(folder)
 
 
-NEGATIVES = ["a cough", "seen: no rash, no pain"]
+NEGATIVES = ["a cough", "seen: no rash, no pain", "itching", "a rash, and seen"]
 
 
-@pytest.mark.parametrize("attend, chunk, devices", [(False, 2, 2), (True, 64, 1)])
-def test_loss_and_gradient_equal_torch(encoder, tmp_path, attend, chunk, devices):
+@pytest.mark.parametrize(
+    "loss, attend, chunk, devices",
+    [("mnrl", False, 2, 2), ("mnrl", True, 64, 1), ("kl", False, 2, 8)],
+)
+def test_loss_and_gradient_equal_torch(encoder, tmp_path, loss, attend, chunk, devices):
     """The whole batch at once in torch, padded; here in chunks, packed, over devices."""
+    negatives = NEGATIVES if loss == "kl" else NEGATIVES[:2]
     folder = made(encoder, tmp_path, attend_to_expansion_tokens=attend)
     theirs = theirs_of(folder)
     sides = []
-    for task, texts in (("query", QUERIES), ("document", DOCUMENTS[:4] + NEGATIVES)):
+    for task, texts in (("query", QUERIES), ("document", DOCUMENTS[:4] + negatives)):
         inputs = theirs.preprocess(texts, prompt=theirs.prompts[task], task=task)
         found = theirs(inputs, task=task)
         sides.append((found["token_embeddings"], found["attention_mask"].bool()))
@@ -325,12 +333,20 @@ def test_loss_and_gradient_equal_torch(encoder, tmp_path, attend, chunk, devices
     products = torch.einsum("qle,nme->qnlm", queries, documents)
     products = products.masked_fill(~kept[None, :, None], -torch.inf)
     scores = products.amax(-1).sum(-1) / 0.5
-    want = torch.nn.functional.cross_entropy(scores, torch.arange(4))
+    targets = None
+    if loss == "kl":  # the documents of each query are in its row
+        targets = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+        own = torch.stack([scores[:, :4].diagonal(), scores[:, 4:].diagonal()], dim=-1)
+        log_softmax = torch.nn.functional.log_softmax
+        pair = log_softmax(own, dim=-1), log_softmax(torch.tensor(targets) / 0.5, dim=-1)
+        want = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)(*pair) * 0.5**2
+    else:
+        want = torch.nn.functional.cross_entropy(scores, torch.arange(4))
     want.backward()
 
     config = RetrievalConfig(
         "", str(folder), multi_vector=True, chunk=chunk, devices=devices, query_length=24,
-        max_length=40, temperature=0.5,
+        max_length=40, temperature=0.5, loss=loss, teacher="t" if loss == "kl" else None,
     )  # fmt: skip
     config.validate()
     model, tokenizer = (
@@ -339,14 +355,64 @@ def test_loss_and_gradient_equal_torch(encoder, tmp_path, attend, chunk, devices
     )
     ours = MultiVectorEncoder(config, model, tokenizer, folder)
     columns = [ours.tokens(QUERIES, True)]
-    columns += [ours.tokens(texts, False) for texts in (DOCUMENTS[:4], NEGATIVES)]
-    loss, grads = ours.gradient(jax.device_put(ours.params, ours.everywhere), columns)
-    np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
+    columns += [ours.tokens(texts, False) for texts in (DOCUMENTS[:4], negatives)]
+    params = jax.device_put(ours.params, ours.everywhere)
+    value, grads = ours.gradient(params, columns, targets)
+    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
     pairs = {p: (to_hf(p, grads[p]), w) for p, w in theirs[0].auto_model.named_parameters()}
     pairs["Dense"] = (grads["sentence.0.weight"], theirs[1].linear.weight)
     for got, weight in pairs.values():
         expected = weight.grad.numpy()
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max() + 1e-6)
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query": "find this: ", "document": "pain: "}])
+def test_served(encoder, tmp_path, prompts):
+    """/rerank gives the scores of `rank`, and counts and limits the tokens that are computed."""
+    folder = made(encoder, tmp_path, prompts=prompts)
+    runner, reranker = serving.load(serving.parser().parse_args([str(folder)]))
+    assert isinstance(runner, MultiVectorEmbedder) and reranker is None
+    endpoints, missing = endpoints_of(runner, "tiny", 128)
+    documents = [text for text in DOCUMENTS if len(text) < 50]
+    service = Service(endpoints, missing, Limits(128, 4000))
+    try:
+        client = TestClient(service.app, base_url="http://127.0.0.1")
+        for query in ("no fever?", "a RASH today", ""):
+            body = {"query": query, "documents": documents}
+            answer = client.post("/rerank", json=body).json()
+            want = runner.rank(query, documents)
+            assert [x["index"] for x in answer["results"]] == [x["corpus_id"] for x in want]
+            got = [x["relevance_score"] for x in answer["results"]]
+            np.testing.assert_allclose(got, [x["score"] for x in want], atol=1e-5)
+            texts = [(query, True), *((text, False) for text in documents)]
+            ids = [
+                runner.colbert.token_ids(runner.tokenizer, [runner.prompt(q) + text], query=q)[0]
+                for text, q in texts
+            ]
+            assert answer["usage"]["total_tokens"] == sum(text.attended for text in ids)
+            work = endpoints[0].read(body)
+            assert endpoints[0].count(work)[0] == [len(text.ids) for text in ids]
+        long = {"query": QUERIES[1], "documents": DOCUMENTS}
+        for field, body in (("query", long), ("documents", long | {"query": "a"})):
+            response = client.post("/rerank", json=body)
+            expected = {"query": 23, "documents": 39}[field]
+            assert response.status_code == 413
+            error = response.json()["error"]["message"]
+            assert f"{field}: expected at most {expected} tokens per text" in error
+        answer = client.post("/rerank", json=long | {"truncate": True}).json()
+        want = runner.rank(QUERIES[1], DOCUMENTS)
+        got = [x["relevance_score"] for x in answer["results"]]
+        np.testing.assert_allclose(got, [x["score"] for x in want], atol=1e-5)
+        refused = client.post("/v1/embeddings", json={"input": "a"})
+        assert refused.status_code == 404
+        expected = "/v1/embeddings: this model (a vector per token) answers /rerank"
+        assert refused.json()["error"]["message"] == expected
+    finally:
+        service.close()
+    endpoints[0].warm_up([100])
+    for option in (["--task", "embed"], ["--exported"]):
+        with pytest.raises(ValueError, match=f"{option[0][2:]}: expected none for a multi-vector"):
+            serving.load(serving.parser().parse_args([str(folder), *option]))
 
 
 WORDS = ("fever", "cough", "rash", "arm")
@@ -400,7 +466,7 @@ def test_training(plain, data, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"loss": "cosent"}, "loss: expected mnrl with --multi-vector, got cosent"),
+        ({"loss": "cosent"}, "loss: expected mnrl or kl with --multi-vector, got cosent"),
         ({"pooling": "cls"}, "pooling: expected mean with --multi-vector, got cls"),
         ({"matryoshka_dims": (8, 4)}, "matryoshka_dims: expected none with .*, got 8 4"),
         ({"embedding_size": 0}, "embedding_size: expected at least 1, got 0"),

@@ -27,7 +27,7 @@ from modernbert_jax.inference.pipelines.text_ranking import ranked
 from modernbert_jax.inference.placement import Placement
 from modernbert_jax.inference.sentence import TOKENS, resolve_prompt
 from modernbert_jax.model import ModernBertModel
-from modernbert_jax.packing import placed
+from modernbert_jax.packing import placed, row_size
 from modernbert_jax.tokenizer import check_ids, lower_case
 
 if TYPE_CHECKING:
@@ -136,16 +136,30 @@ class MultiVectorEmbedder:
                 raise TypeError(
                     f"inputs: expected texts, number {number} is a {type(text).__name__}"
                 )
-        sentence = self.colbert.sentence
-        task = "query" if is_query else "document"
-        default = task if task in sentence.prompts else sentence.default_prompt_name
-        begin = resolve_prompt(sentence.prompts, default, prompt, prompt_name)
+        begin = self.prompt(is_query, prompt, prompt_name)
         tokens: list[TokenIds] = []
         for first in range(0, len(texts), 512):
             some = [begin + text for text in texts[first : first + 512]]
             tokens += self.colbert.token_ids(self.tokenizer, some, query=is_query)
         vectors = self._run(tokens, batch_tokens, show_progress_bar)
         return vectors[0] if single else vectors
+
+    def prompt(
+        self, is_query: bool, prompt: str | None = None, prompt_name: str | None = None
+    ) -> str:
+        """Returns what `encode` puts before each text."""
+        sentence = self.colbert.sentence
+        task = "query" if is_query else "document"
+        default = task if task in sentence.prompts else sentence.default_prompt_name
+        return resolve_prompt(sentence.prompts, default, prompt, prompt_name)
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Compiles the functions for packed sequences of up to each number of tokens."""
+        place = self._placement
+        for size in sorted({row_size(count) for count in tokens}):
+            zeros_BL = np.zeros((place.sequences, size), np.int32)
+            for arrays in ([zeros_BL] * 2, [zeros_BL] * 3):  # all tokens are attended to, or not
+                self._embed(self._params, *place.put_rows(*arrays)).block_until_ready()
 
     def _run(
         self, tokens: list[TokenIds], batch_tokens: int | None, show_progress_bar: bool | None

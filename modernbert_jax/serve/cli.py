@@ -16,8 +16,10 @@ import uvicorn
 
 from modernbert_jax.auto import read_class
 from modernbert_jax.checkpoint.hub import resolve
+from modernbert_jax.inference.colbert import is_colbert
 from modernbert_jax.inference.embedder import Embedder
 from modernbert_jax.inference.export import tokens_per_sequence, whole_number
+from modernbert_jax.inference.multi_vector import MultiVectorEmbedder
 from modernbert_jax.inference.pipelines import Reranker, pipeline
 from modernbert_jax.inference.sentence import MODULES_FILE, read_modules
 from modernbert_jax.packing import row_size
@@ -32,6 +34,7 @@ What the checkpoint is decides the endpoints:
   an encoder, or a folder of sentence-transformers    POST /v1/embeddings   (OpenAI's API)
   a sequence classifier                               POST /classify
   a sequence classifier with one label                POST /rerank as well  (Cohere's or TEI's)
+  a multi-vector (ColBERT) model                      POST /rerank          by MaxSim
   a masked LM                                         POST /fill-mask
 GET /health and GET /metrics (Prometheus) are always there."""
 EXAMPLES = f"""examples:
@@ -191,11 +194,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Reranker | None]:
-    """Returns the Embedder or the pipeline that the checkpoint is served with.
+    """Returns the embedder or the pipeline that the checkpoint is served with.
 
     With it comes the reranker of a sequence classifier that has one label.
     """
     folder = resolve(args.model)
+    if is_colbert(folder):
+        for option in ("task", "exported"):
+            if getattr(args, option):
+                raise ValueError(f"{option}: expected none for a multi-vector model")
+        return MultiVectorEmbedder.from_pretrained(
+            args.model, dtype=args.dtype, compile_cache=args.compile_cache
+        ), None
     task = args.task or ("embed" if embeds(folder) else None)
     if task != "embed":
         found = task_of(read_class(folder))

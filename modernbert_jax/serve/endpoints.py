@@ -15,6 +15,7 @@ from modernbert_jax.heads import (
     ModernBertForSequenceClassification,
 )
 from modernbert_jax.inference.embedder import Embedder
+from modernbert_jax.inference.multi_vector import MultiVectorEmbedder
 from modernbert_jax.inference.pipelines import FillMask, Reranker, TextClassification
 from modernbert_jax.inference.sentence import resolve_prompt
 from modernbert_jax.model import ModernBertModel
@@ -282,7 +283,7 @@ class Rerank(Endpoint):
         with_documents = fields.flag("return_documents")
 
         def answer(results: list[Any], tokens: int) -> Any:
-            scores = [float(score) for score in results]
+            scores = [float(score) for score in self.scores(results)]
             order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_n]
             if field == "texts":
                 return [
@@ -298,14 +299,72 @@ class Rerank(Endpoint):
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             return {"results": found, "model": self.name, "usage": usage}
 
-        pairs = [(query, document) for document in documents]
-        return Work("pairs", pairs, fields.flag("truncate"), answer)
+        values = self.values(query, documents)
+        return Work("pairs", values, fields.flag("truncate"), answer)
+
+    def values(self, query: str, documents: Sequence[Any]) -> list[Any]:
+        """Returns what is computed for a request."""
+        return [(query, document) for document in documents]
+
+    def scores(self, results: Sequence[Any]) -> Sequence[Any]:
+        """Returns the score of each document from what was computed."""
+        return results
 
     def run(self, key: Any, values: Sequence[Any]) -> Sequence[Any]:
         return list(self.reranker.predict(values, show_progress_bar=False))
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Nothing: /classify compiles the programs that both run."""
+
+
+class RerankVectors(Rerank):
+    """POST /rerank by MaxSim. Values are (whether it is the query, text), results their vectors."""
+
+    def __init__(self, embedder: MultiVectorEmbedder, name: str, batch_tokens: int):
+        self.embedder, self.name, self.batch_tokens = embedder, name, batch_tokens
+        colbert = embedder.colbert
+        # The fields of a request, and what each counts: a prefix is a token of its own.
+        self._sides = {
+            "query": (True, colbert.query_length, bool(colbert.query_prefix)),
+            self.param: (False, colbert.document_length, bool(colbert.document_prefix)),
+        }
+        self._counters = {
+            field: Counter(embedder.tokenizer, length - prefix, embedder.prompt(query))
+            for field, (query, length, prefix) in self._sides.items()
+        }
+
+    def values(self, query: str, documents: Sequence[Any]) -> list[Any]:
+        return [(True, query), *((False, document) for document in documents)]
+
+    def scores(self, results: Sequence[Any]) -> Sequence[Any]:
+        return self.embedder.similarity(results[:1], results[1:])[0]
+
+    def count(self, work: Work) -> tuple[list[int], int]:
+        rooms: list[int] = []
+        total = 0
+        for field, (query, length, prefix) in self._sides.items():  # the query, then documents
+            texts = [text for is_query, text in work.values if is_query == query]
+            part = dataclasses.replace(work, values=texts)
+            lengths, tokens = self._counters[field].tokens(part, field)
+            total += tokens + prefix * len(texts)
+            expanded = query and self.embedder.colbert.do_query_expansion
+            rooms += [length if expanded else tokens + prefix for tokens in lengths]
+        return rooms, total
+
+    def run(self, key: Any, values: Sequence[Any]) -> Sequence[Any]:
+        found: list[Any] = [None] * len(values)
+        for query in (True, False):
+            numbers = [i for i, (is_query, _) in enumerate(values) if is_query == query]
+            vectors = self.embedder.encode(
+                [values[i][1] for i in numbers], is_query=query, batch_tokens=self.batch_tokens,
+                show_progress_bar=False,
+            )  # fmt: skip
+            for i, vectors_LE in zip(numbers, vectors, strict=True):
+                found[i] = vectors_LE
+        return found
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        self.embedder.warm_up(tokens)
 
 
 class Fill(Endpoint):
@@ -425,7 +484,7 @@ def task_of(cls: type) -> str:
 
 
 def endpoints_of(
-    runner: Embedder | FillMask | TextClassification,
+    runner: Embedder | FillMask | MultiVectorEmbedder | TextClassification,
     name: str,
     batch_tokens: int,
     reranker: Reranker | None = None,
@@ -438,6 +497,8 @@ def endpoints_of(
         sentence = runner.sentence
         prompt = resolve_prompt(sentence.prompts, sentence.default_prompt_name, None, None)
         found: list[Endpoint] = [Embeddings(runner, name, batch_tokens, prompt)]
+    elif isinstance(runner, MultiVectorEmbedder):
+        found = [RerankVectors(runner, name, batch_tokens)]
     elif isinstance(runner, FillMask):
         found = [Fill(runner, name)]
     else:
@@ -445,7 +506,9 @@ def endpoints_of(
         if reranker is not None:
             found.append(Rerank(reranker, name))
     here = [endpoint.path for endpoint in found]
-    kind = "embeddings" if isinstance(runner, Embedder) else type(runner.model).__name__
+    kind = type(runner.model).__name__
+    if isinstance(runner, Embedder | MultiVectorEmbedder):
+        kind = "embeddings" if isinstance(runner, Embedder) else "a vector per token"
     served = f"this model ({kind}) answers {' and '.join(here)}"
     missing = {path: f"{path}: {served}" for path in PATHS if path not in here}
     if Rerank.path in missing and isinstance(runner, TextClassification):
