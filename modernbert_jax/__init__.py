@@ -41,6 +41,7 @@ from modernbert_jax.inference.pipelines import (
     pipeline as pipeline,
 )
 from modernbert_jax.model import ModernBertModel as ModernBertModel
+from modernbert_jax.sharding import shard_params as shard_params
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer
 
 __version__ = "0.1.0"

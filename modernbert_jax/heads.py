@@ -26,6 +26,7 @@ from modernbert_jax.model import (
     RngSource,
     check_range,
     draw_key,
+    on_any_mesh,
     one_of,
     refuse_inputs,
 )
@@ -117,6 +118,7 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
         """The output bias in its stored dtype, or None."""
         return self.decoder.bias[...] if self.config.decoder_bias else None
 
+    @on_any_mesh
     def predict_hidden(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
@@ -148,6 +150,7 @@ class ModernBertForMaskedLM(Pretrained, nnx.Module):
             logits = logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
         return logits
 
+    @on_any_mesh
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
@@ -293,6 +296,7 @@ class _Classifier(Pretrained, nnx.Module):
 class ModernBertForSequenceClassification(_Classifier):
     """Predicts one label per sequence: pooling, head, classifier."""
 
+    @on_any_mesh
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
@@ -350,6 +354,7 @@ class ModernBertForSequenceClassification(_Classifier):
 class ModernBertForTokenClassification(_Classifier):
     """Predicts one label per token."""
 
+    @on_any_mesh
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
@@ -381,6 +386,7 @@ class ModernBertForTokenClassification(_Classifier):
 class ModernBertForQuestionAnswering(_Classifier):
     """Predicts the start and the end of a span."""
 
+    @on_any_mesh
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,
@@ -424,6 +430,7 @@ class ModernBertForMultipleChoice(_Classifier):
     def _outputs(config: ModernBertConfig) -> int:
         return 1
 
+    @on_any_mesh
     def __call__(
         self, input_ids: Array | None = None, attention_mask: Array | None = None,
         segment_ids: Array | None = None, position_ids: Array | None = None, *,

@@ -1,7 +1,8 @@
-"""The encoder: inputs, layers, outputs. It knows no mesh and holds no state."""
+"""The encoder: inputs, modes, layers, outputs. Its only state are the keys of dropout."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from modernbert_jax.checkpoint.pretrained import Pretrained
 from modernbert_jax.config import FULL, ModernBertConfig
 from modernbert_jax.dropout import Key, PartKeys, fold
 from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op
+from modernbert_jax.meshes import explicit_mesh, with_auto_axes
 
 Array = jax.Array | np.ndarray
 RngSource = nnx.Rngs | nnx.RngStream | jax.Array | None
@@ -119,6 +121,34 @@ def one_of(input_ids: Any, inputs_embeds: Any) -> tuple[str, Any]:
     return ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
 
 
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def on_any_mesh(call: Call) -> Call:
+    """Lets a model's method run on meshes with explicit axes (`with_auto_axes`)."""
+
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        encoder = getattr(self, "model", self)
+        weight = encoder.embeddings.tok_embeddings.weight.get_value()
+        if explicit_mesh(weight, args, kwargs) is None:
+            return call(self, *args, **kwargs)
+        # Here, since what is called is a copy of the model, whose stream of keys is dropped.
+        names = ("dropout_key", "deterministic", "rngs")
+        key = draw_key(encoder, *(kwargs.pop(name, None) for name in names))
+        kwargs |= {"dropout_key": key, "deterministic": key is None}
+        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        rows = next((x for x in inputs if x is not None), None)
+        graph, state = nnx.split(self)
+
+        def of_state(state: Any, args: Any, kwargs: Any) -> Any:
+            return call(nnx.merge(graph, state), *args, **kwargs)
+
+        return with_auto_axes(of_state, rows, state, args, kwargs)
+
+    return cast(Call, run)
+
+
 class ModernBertModel(Pretrained, nnx.Module):
     """The encoder without a head.
 
@@ -148,6 +178,7 @@ class ModernBertModel(Pretrained, nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    @on_any_mesh
     def __call__(
         self,
         input_ids: Array | None = None,

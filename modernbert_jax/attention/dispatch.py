@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from modernbert_jax.attention import cudnn, first_use, reference, xla
 from modernbert_jax.attention.bounds import Bounds
 from modernbert_jax.attention.rope import Rope, rotated
+from modernbert_jax.meshes import with_auto_axes
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_hopper", "pallas_triton", "cudnn")
 KERNELS = IMPLEMENTATIONS[2:5]  # ours; on each device the first that can run is the fastest
@@ -264,6 +265,7 @@ def sharded(
     over the others.
     """
     device = mesh.devices.flat[0]
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # whatever the types of its axes are
     split: dict[str, tuple[str, ...]] = {}
     for what, axes in (("rows", rows), ("heads", heads)):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
@@ -280,6 +282,10 @@ def sharded(
         return manual, left, parts
 
     def run(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, *, scale: float, rope: Rope | None = None):
+        apply = functools.partial(by_part, scale=scale)
+        return with_auto_axes(apply, q_BLHK, q_BLHK, k_BMHK, v_BMHK, bounds, rope)
+
+    def by_part(q_BLHK, k_BMHK, v_BMHK, bounds: Bounds, rope: Rope | None, scale: float):
         manual, left, parts = unsplit()
         for what, count in (("rows", q_BLHK.shape[0]), ("heads", q_BLHK.shape[2])):
             if count % parts[what]:
@@ -295,9 +301,10 @@ def sharded(
 
         if not any(left.values()) and set(manual) == set(mesh.axis_names):
             return local(q_BLHK, k_BMHK, v_BMHK, bounds, rope)
+        context = jax.sharding.get_abstract_mesh()
         return jax.shard_map(
             local,
-            mesh=None if manual else mesh,
+            mesh=None if set(mesh.axis_names) <= set(context.axis_names) else mesh,
             axis_names=set(mesh.axis_names) - set(manual),
             in_specs=(by_both, by_both, by_both, by_rows, by_table),
             out_specs=by_both,

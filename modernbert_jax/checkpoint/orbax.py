@@ -103,6 +103,14 @@ def start_save_orbax(
     return finish
 
 
+def orbax_shapes(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns {path: shape and dtype} of a checkpoint's parameters without reading them.
+
+    Raises ValueError with one line if it is damaged.
+    """
+    return _undamaged(absolute_path(folder) / "params", _leaves)
+
+
 def load_orbax(
     folder: str | os.PathLike[str],
     optimizer: bool = False,
@@ -123,13 +131,13 @@ def load_orbax(
         )
     config, architecture = read_config(root)
     out: dict[str, Any] = {"config": config, "architecture": architecture}
-    out["params"] = _restore(root / "params", shardings)
+    out["params"] = _undamaged(root / "params", _read, shardings)
     out["optimizer"] = out["data"] = None
     if optimizer:
         if not (root / "optimizer").exists():
             raise FileNotFoundError(f"{root}: no optimizer/ in this checkpoint")
         by_moment = {f"{m}.{k}": s for m in ("mu", "nu") for k, s in (shardings or {}).items()}
-        state = _restore(root / "optimizer", by_moment)
+        state = _undamaged(root / "optimizer", _read, by_moment)
         out["optimizer"] = {"step": int(state["step"])} | {
             moment: {k[3:]: v for k, v in state.items() if k.startswith(moment + ".")}
             for moment in ("mu", "nu")
@@ -140,10 +148,10 @@ def load_orbax(
     return out
 
 
-def _restore(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Reads one tree as {path: array}. Raises ValueError if it is damaged."""
+def _undamaged(folder: Any, read: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Returns read(folder, *args). Raises ValueError if the tree in the folder is damaged."""
     try:
-        return _read(folder, shardings)
+        return read(folder, *args)
     except MemoryError:
         raise
     except Exception as error:  # a reader of damaged bytes may raise anything
@@ -153,13 +161,19 @@ def _restore(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]
         ) from error
 
 
-def _read(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
+def _leaves(folder: Any) -> dict[str, Any]:
+    """Returns {path: shape and dtype} of one tree."""
     metadata = ocp.metadata(str(folder)).metadata
     if metadata is None:
         raise ValueError("expected arrays, found none")
+    return _unnest(metadata)
+
+
+def _read(folder: Any, shardings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Reads one tree as {path: array}."""
     parts: list[dict[str, Any]] = [{}]  # read in turn: all at once needs twice the memory
     size = largest = 0
-    for path, leaf in _unnest(metadata).items():
+    for path, leaf in _leaves(folder).items():
         nbytes = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         largest = max(largest, nbytes)
         if parts[-1] and size + nbytes > 128 * 1024**2:

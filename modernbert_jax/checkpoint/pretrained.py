@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from modernbert_jax.attention import check as check_attention
 from modernbert_jax.checkpoint.files import read_config
 from modernbert_jax.checkpoint.hf import SafetensorsFolder, params_to_hf, tied_copy, write_hf
 from modernbert_jax.checkpoint.hub import resolve
-from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
+from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax, orbax_shapes
 from modernbert_jax.checkpoint.params import (
     check_dtypes,
     check_keys,
@@ -29,6 +30,7 @@ from modernbert_jax.checkpoint.params import (
     with_dtype,
 )
 from modernbert_jax.config import DTYPES, ModernBertConfig
+from modernbert_jax.sharding import param_shardings, put, shard_params
 from modernbert_jax.weights import BACKBONE, EMBEDDING, HEADS, find_weight, from_hf, hf_shape
 
 # Arguments of transformers' from_pretrained that have no meaning here, and what to use instead.
@@ -37,7 +39,7 @@ UNSUPPORTED = {
     "to force one, call model(..., attention=functools.partial("
     "modernbert_jax.attention.attention, implementation=NAME))",
     "device_map": "not supported, arrays go to jax's default device; use "
-    "`with jax.default_device(d)` to load to another",
+    "`with jax.default_device(d)` to load to another, or mesh= for several",
     "quantization_config": "not supported, weights are float32, bfloat16 or float16",
 }
 
@@ -57,6 +59,7 @@ class Pretrained:
         revision: str | None = None,
         seed: int = 0,
         ignore_mismatched_sizes: bool = False,
+        mesh: Mesh | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -73,10 +76,12 @@ class Pretrained:
         with one warning; one in another dtype (int8, float8) and a quantized model are refused.
         The weights of another class's head are ignored; a head that the file lacks is initialized
         from `seed`, with one warning. ignore_mismatched_sizes: also initialize a head of different
-        sizes. revision, cache_dir, local_files_only, token: passed to the hub. config_changes:
-        fields of the configuration to replace; num_labels=3, or id2label={0: "no", 1: "yes"}, which
-        sets num_labels, too, with or without its reverse, label2id. trust_remote_code is accepted
-        and ignored: code of a checkpoint is never run.
+        sizes. mesh: the devices that share the model, as in `modernbert_jax.shard_params`; each
+        weight is read straight to its devices, one at a time, so that the host never holds a
+        complete copy. revision, cache_dir, local_files_only, token: passed to the hub.
+        config_changes: fields of the configuration to replace; num_labels=3, or id2label={0: "no",
+        1: "yes"}, which sets num_labels, too, with or without its reverse, label2id.
+        trust_remote_code is accepted and ignored: code of a checkpoint is never run.
         Raises FileNotFoundError or OSError if there is no checkpoint, ValueError for a damaged one,
         for keys, shapes or dtypes that do not fit and for labels that disagree, TypeError for an
         argument that is not supported.
@@ -96,7 +101,8 @@ class Pretrained:
         )
         tensors: Mapping[str, Any]
         if is_orbax(folder):
-            loaded = load_orbax(folder)
+            split = None if mesh is None else param_shardings(orbax_shapes(folder), mesh)
+            loaded = load_orbax(folder, shardings=split)
             config, tensors = loaded["config"], loaded["params"]
         else:
             config = read_config(folder)[0]
@@ -119,8 +125,9 @@ class Pretrained:
             )
         config = config.replace(dtype=compute, param_dtype=keep, **config_changes)
         # Now, because a kernel's first use on a device runs it, which a trace of the model cannot.
-        check_attention(dtype=compute, head_dim=config.head_dim)
-        return _load(cls, config, tensors, seed, ignore_mismatched_sizes, os.fspath(folder))
+        device = None if mesh is None else mesh.local_devices[0]
+        check_attention(device, dtype=compute, head_dim=config.head_dim)
+        return _load(cls, config, tensors, seed, ignore_mismatched_sizes, mesh, os.fspath(folder))
 
     @classmethod
     def from_config(cls, config: ModernBertConfig, *, seed: int = 0) -> Self:
@@ -233,11 +240,14 @@ def _load(
     tensors: Mapping[str, Any],
     seed: int,
     ignore_mismatched_sizes: bool,
+    mesh: Mesh | None,
     source: str,
 ) -> Any:
     """Builds `cls(config)` from Hugging Face tensors (a SafetensorsFolder) or our parameters."""
     check_sizes(config, tensors)
-    shapes = {path: tuple(leaf.shape) for path, leaf in param_shapes(cls, config).items()}
+    leaves = param_shapes(cls, config)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    shardings = None if mesh is None else param_shardings(leaves, mesh)
     # Keys start with "model." in a checkpoint or class with a head, and do not in a bare encoder.
     bare_class = all(not k.startswith("model.") for k in shapes)
     bare_file = any(k.startswith(BACKBONE) for k in tensors)
@@ -280,10 +290,14 @@ def _load(
     for key, path in path_of.items():
         if path in values:
             continue
-        array = np.asarray(tensors[key])
+        array = tensors[key]
         if hf:
             array = from_hf(path, array, shapes[path])
         elif array.shape != shapes[path]:
             raise ValueError(f"{path}: expected shape {shapes[path]}, got {array.shape}")
-        values[path] = jnp.asarray(array, config.param_dtype)
-    return module_of(cls, config, values, seed)
+        if shardings is not None and isinstance(array, np.ndarray):
+            values[path] = put(np.asarray(array, jnp.dtype(config.param_dtype)), shardings[path])
+        else:
+            values[path] = jnp.asarray(array, config.param_dtype)
+    model = module_of(cls, config, values, seed)
+    return model if mesh is None else shard_params(model, mesh)  # moves what is new

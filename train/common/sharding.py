@@ -17,13 +17,19 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
+from modernbert_jax.sharding import (
+    FSDP,
+    TENSOR,
+    param_shardings as param_shardings,
+    put,
+    spec_of as spec_of,
+)
 from modernbert_jax.weights import weight_of
 
-AXES = DATA, FSDP, SEQUENCE, TENSOR = "data", "fsdp", "sequence", "tensor"
+DATA, SEQUENCE = "data", "sequence"
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)
 BATCH = (DATA, FSDP)  # the mesh axes that split the sequences of a batch
 TOKENS = (*BATCH, SEQUENCE)  # those that split its tokens
-
-_TENSOR_LETTERS = "VHF"  # split over tensor; the first D of a matrix is split over fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,38 +90,7 @@ def describe(mesh: Mesh) -> str:
     return f"{grid} ({mesh.devices.flat[0].device_kind}, {jax.process_count()} processes)"
 
 
-# Weights.
-
-
-def spec_of(path: str) -> P:
-    """Returns the partition spec of a parameter. Raises ValueError for an unknown path."""
-    axes = weight_of(path).axes
-    if axes == "D":
-        return P()
-    spec = [TENSOR if axis in _TENSOR_LETTERS else None for axis in axes]
-    if "D" in axes:
-        spec[axes.index("D")] = FSDP
-    return P(*spec)
-
-
-def param_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns {path: sharding} of the parameters, which their moments share.
-
-    Raises ValueError for a size that its mesh axis does not divide.
-    """
-    out = {}
-    for path, leaf in shapes.items():
-        spec = spec_of(path)
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                fitting = [n for n in range(1, mesh.shape[axis]) if size % n == 0]
-                raise ValueError(
-                    f"{path} of shape {tuple(leaf.shape)}: expected {size} to be a multiple of "
-                    f"mesh axis {axis} = {mesh.shape[axis]}; the next smaller divisor is "
-                    f"{fitting[-1]}"
-                )
-        out[path] = NamedSharding(mesh, spec)
-    return out
+# Weights: `modernbert_jax.sharding` has the rules.
 
 
 def split_over_tokens(
@@ -191,9 +166,7 @@ def place(
     out = {}
     for path, leaf in shapes.items():
         value = np.asarray(read(path), leaf.dtype)
-        out[path] = jax.make_array_from_callback(
-            tuple(leaf.shape), shardings[path], lambda index, value=value: value[index]
-        )
+        out[path] = put(value, shardings[path])
     return out
 
 
