@@ -3,12 +3,12 @@
 Axis letters, used in the names of arrays, in einsums, in sharding and in docstrings:
 
     B sequences   L query length   M key length   D model   H heads   K head dim   F MLP inner
-    V vocabulary   N layers   P predicted positions   S segments of a sequence
+    V vocabulary   N layers   P predicted positions   S segments of a sequence   R rank
 
 `hidden_BLD` is [sequences, length, model]; a scalar has no suffix; 1 marks a broadcast axis.
 """
 
-from modernbert_jax import losses as losses
+from modernbert_jax import lora as lora, losses as losses
 from modernbert_jax.auto import (
     AutoConfig as AutoConfig,
     AutoModel as AutoModel,
@@ -18,6 +18,7 @@ from modernbert_jax.auto import (
     AutoModelForSequenceClassification as AutoModelForSequenceClassification,
     AutoModelForTokenClassification as AutoModelForTokenClassification,
 )
+from modernbert_jax.checkpoint.pretrained import Pretrained as Pretrained
 from modernbert_jax.config import ModernBertConfig as ModernBertConfig
 from modernbert_jax.heads import (
     ModernBertForMaskedLM as ModernBertForMaskedLM,

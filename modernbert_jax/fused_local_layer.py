@@ -244,8 +244,9 @@ def _matrices(layer: Any, plan: _Plan) -> _Weights:
     parts: Any = (
         layer.attn_norm, layer.attn.Wqkv, layer.attn.Wo, layer.mlp_norm, layer.mlp.Wi, layer.mlp.Wo
     )  # fmt: skip
-    pairs = zip(parts, plan.weight_shapes, strict=True)
-    return _Weights(*(part.weight[...].reshape(shape) for part, shape in pairs))
+    arrays = [p.full_weight() if hasattr(p, "full_weight") else p.weight[...] for p in parts]
+    pairs = zip(arrays, plan.weight_shapes, strict=True)
+    return _Weights(*(array.reshape(shape) for array, shape in pairs))
 
 
 def _dropout_words(key: jax.Array | None, rows: int, length: int) -> jax.Array:

@@ -55,6 +55,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 def truncated_normal(
     rngs: nnx.Rngs, shape: tuple[int, ...], std: float, config: ModernBertConfig
 ) -> jax.Array:
@@ -68,11 +72,25 @@ def truncated_normal(
     )
 
 
+class Factor(nnx.Module):
+    """One factor of a LoRA adapter, weight [*inputs, R] or [R, *outputs]."""
+
+    def __init__(self, weight: nnx.Variable):
+        self.weight = weight
+
+
 class Linear(nnx.Module):
     """einsum(`equation`, x, weight) + bias, computed in config.dtype.
 
     The equation may have one letter for the first axes of the weight together.
+    `modernbert_jax.lora` attaches the factors lora_A and lora_B. While they are active, they add
+    lora_scale * (x lora_A) lora_B; once they are merged into the weight, they add nothing.
     """
+
+    lora_A: Factor | None = None
+    lora_B: Factor | None = None
+    lora_scale: float = 0.0
+    lora_active: bool = False
 
     def __init__(
         self,
@@ -99,7 +117,30 @@ class Linear(nnx.Module):
         if self.has_bias:
             bias = self.bias[...].astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
+        return y + self.adapter(x) if self.lora_active else y
+
+    def adapter(self, x: jax.Array, arrange: Callable[[jax.Array], jax.Array] = _same) -> jax.Array:
+        """Returns the term of the active adapter; `arrange` reorders the outputs of lora_B."""
+        assert self.lora_A is not None and self.lora_B is not None
+        dtype = jnp.dtype(self.dtype)
+        a = self.lora_A.weight[...].astype(dtype)
+        b = arrange(self.lora_B.weight[...].astype(dtype))
+        product = functools.partial(jnp.tensordot, axes=1, precision=matmul_precision(dtype))
+        low = product(x.astype(dtype), a.reshape(-1, a.shape[-1]))
+        return product(low, b) * self.lora_scale
+
+    def full_weight(self) -> jax.Array:
+        """Returns the weight and what an active adapter adds to it, in the weight's dtype."""
+        weight = self.weight[...]
+        if not self.lora_active:
+            return weight
+        return (weight.astype(jnp.float32) + self.adapter_weight()).astype(weight.dtype)
+
+    def adapter_weight(self) -> jax.Array:
+        """Returns lora_scale * lora_A lora_B in float32, in the shape of the weight."""
+        assert self.lora_A is not None and self.lora_B is not None
+        a, b = (f.weight[...].astype(jnp.float32) for f in (self.lora_A, self.lora_B))
+        return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST) * self.lora_scale
 
 
 class LayerNorm(nnx.Module):
@@ -212,6 +253,9 @@ class Attention(nnx.Module):
         y_BLP = jnp.einsum("BLD,DP->BLP", x_BLD.astype(dtype), weight_DP, precision=precision)
         if self.Wqkv.has_bias:
             y_BLP = y_BLP + by_block(self.Wqkv.bias[...].astype(dtype)).reshape(1, 1, -1)
+        if self.Wqkv.lora_active:
+            rank = lambda b_RTHK: by_block(b_RTHK).reshape(b_RTHK.shape[0], -1)  # noqa: E731
+            y_BLP = y_BLP + self.Wqkv.adapter(x_BLD, rank)
         return y_BLP.reshape(B, L, H // J, 3, J, K)
 
 

@@ -19,6 +19,7 @@ from modernbert_jax.attention import (
 from modernbert_jax.attention.bounds import has_holes, host_array, refuse_traced_list
 from modernbert_jax.attention.rope import Rope, apply_rope, rope_tables
 from modernbert_jax.checkpoint.pretrained import Pretrained
+from modernbert_jax.checkpoint.surgery import check_layers
 from modernbert_jax.config import FULL, ModernBertConfig
 from modernbert_jax.dropout import Key, PartKeys, fold
 from modernbert_jax.layers import Embeddings, EncoderLayer, LayerNorm, Op
@@ -233,6 +234,7 @@ class ModernBertModel(Pretrained, nnx.Module):
             inputs_embeds=inputs_embeds,
         )
         config = self.config
+        check_layers(self)
         dropout_key = draw_key(self, dropout_key, deterministic, rngs)
         name, given = one_of(input_ids, inputs_embeds)
         if input_ids is not None:
@@ -348,6 +350,13 @@ class ModernBertModel(Pretrained, nnx.Module):
         """Runs layers 1 to groups * period as one loop over their stacked weights."""
         kinds = self.config.layer_types[1 : 1 + period]
         graph = nnx.graphdef(self.layers[1])
+        if any(
+            nnx.graphdef(layer) != graph for layer in list(self.layers)[2 : 1 + groups * period]
+        ):
+            raise ValueError(
+                "scan_layers: expected layers 1 and up that are alike, got some with and without "
+                "adapters, or of other parts; leave scan_layers out"
+            )
         columns = [
             [nnx.state(self.layers[1 + g * period + j]) for g in range(groups)]
             for j in range(period)

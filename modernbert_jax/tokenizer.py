@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,6 +192,46 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, limit: int) -> None:
             f"tokenizer: expected ids below the model's vocab_size {limit:,}, got "
             f"{vocab_size(tokenizer) - 1:,}; use the tokenizer of this model"
         )
+
+
+def add_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], *, use_unused: bool = False
+) -> int:
+    """Adds tokens that the vocabulary lacks, in place; returns how many.
+
+    use_unused: gives them the ids of "[unused0]" and so on first, of which ModernBERT has 83, so
+    that the model need not grow: the others get ids at the end, for which
+    `model.resize_token_embeddings(vocab_size(tokenizer))` makes room.
+    Raises ValueError for an empty token, and if the ids have gaps, which a new token could not fill
+    without taking another's id.
+    """
+    if isinstance(tokens, str) or not all(isinstance(t, str) and t.strip() for t in tokens):
+        raise ValueError("tokens: expected a list of texts that are not empty")
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
+    slots = sorted(
+        (int(match[1]), token)
+        for token in (vocabulary if use_unused else ())
+        if (match := re.fullmatch(r"\[unused(\d{1,6})\]", token))
+    )
+    names = {slot: token for (_, slot), token in zip(slots, new, strict=False)}
+    rest = new[len(names) :]
+    if rest and (absent := absent_ids(tokenizer)):
+        raise ValueError(f"tokenizer: expected ids without gaps, none has the id {absent[0]}")
+    if names:
+        import tokenizers
+
+        private: Any = tokenizer
+        content = json.loads(private.backend_tokenizer.to_str())
+        for added in content["added_tokens"]:
+            if name := names.get(added["content"]):
+                added |= {"content": name, "normalized": True, "special": False}
+        own = content["model"].get("vocab")
+        if isinstance(own, dict):
+            content["model"]["vocab"] = {names.get(k, k): v for k, v in own.items()}
+        private._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens(new)  # a slot that was no added token becomes one, with its id
+    return len(new)
 
 
 def absent_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

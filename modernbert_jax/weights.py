@@ -88,6 +88,9 @@ HEADS = ("head.", "decoder.", "classifier.")
 EMBEDDING, DECODER = "model.embeddings.tok_embeddings.weight", "decoder.weight"
 
 _BY_NAME = {row.name: row for row in WEIGHTS}
+# The factors of a linear layer's LoRA adapter have the names of PEFT, and rows that follow from the
+# layer's own: R is the rank.
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,7 +98,23 @@ def find_weight(path: str) -> Weight | None:
     """The row of a parameter's path, with or without "model."; None if ModernBERT has no such."""
     if path.startswith(BACKBONE):
         path = "model." + path
-    return _BY_NAME.get(re.sub(r"\.layers\.(0|[1-9]\d*)\.", ".layers.N.", path))
+    name = re.sub(r"\.layers\.(0|[1-9]\d*)\.", ".layers.N.", path)
+    if (factor := _FACTOR.fullmatch(name)) is None:
+        return _BY_NAME.get(name)
+    row = _BY_NAME.get(f"{factor[1]}.weight")
+    if row is None or not row.inputs:
+        return None
+    inputs, outputs = row.axes[: row.inputs], row.axes[row.inputs :]
+    return (
+        Weight(name, inputs + "R", row.inputs)
+        if factor[2] == "A"
+        else Weight(name, "R" + outputs, 1)
+    )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter's path is that of a factor of a LoRA adapter."""
+    return bool(_FACTOR.fullmatch(path)) and find_weight(path) is not None
 
 
 def weight_of(path: str) -> Weight:

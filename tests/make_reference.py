@@ -19,7 +19,7 @@ import modernbert_jax
 import modernbert_jax.attention.__main__
 import modernbert_jax.inference.cli
 import train.cli
-from modernbert_jax import attention, card, losses
+from modernbert_jax import attention, card, lora, losses
 from modernbert_jax.checkpoint.pretrained import Pretrained
 
 INSTALLED = """With a wheel, `python -m train X` and `python -m modernbert_jax X` are
@@ -36,14 +36,14 @@ def page() -> str:
     parts += [_doc(modernbert_jax), "## modernbert_jax"]
     aliases = []
     for name, value in vars(modernbert_jax).items():
-        if name.startswith("_") or isinstance(value, types.ModuleType):
+        if name.startswith("_") or isinstance(value, types.ModuleType) or value is Pretrained:
             continue
         if value.__name__ == name:
             parts += _public(name, value)
         else:
             aliases.append(f"- `{name}` is `{value.__name__}`")
     parts += ["### Names of transformers", "\n".join(aliases)]
-    parts += ["### Every model", *_methods(Pretrained)]
+    parts += ["### Every model: Pretrained", _doc(Pretrained), *_methods(Pretrained)]
     parts += ["### Model cards", _doc(card), *_public("model_card", card.model_card)]
     parts += ["## modernbert_jax.losses", _doc(losses)]
     for name, value in vars(losses).items():
@@ -52,6 +52,10 @@ def page() -> str:
     parts += ["## modernbert_jax.attention", _doc(attention)]
     for name in attention.__all__:
         parts += _public(name, getattr(attention, name))
+    parts += ["## modernbert_jax.lora", _doc(lora)]
+    for name in lora.__all__:
+        if inspect.isfunction(value := getattr(lora, name)):
+            parts += _public(name, value)
     parts += ["## Commands", INSTALLED, _doc(modernbert_jax.attention.__main__)]
     for cli in (modernbert_jax.inference.cli, convert.cli, train.cli):
         program = cli.__name__.split(".")[0]

@@ -94,5 +94,6 @@ def refuse_adapter(folder: Any) -> None:
         base = "its base model"
     raise ValueError(
         f"{folder}: expected a model, found a PEFT adapter ({ADAPTER_FILE}); merge it into {base} "
-        "with peft (merge_and_unload, then save_pretrained) and load the result"
+        "with lora.load_adapter and lora.merge (or peft's merge_and_unload), then save_pretrained, "
+        "and load the result"
     )

@@ -99,15 +99,17 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
     """The tensors of model.safetensors or of its shards, as a mapping that reads them one by one.
 
     dtypes: {key: name of the dtype}. tied: the index may name a decoder.weight that no shard holds,
-    because it is the embedding. Raises FileNotFoundError if there are no weights, ValueError for a
-    truncated file, a header too large for ModernBERT, an index that points outside the folder, and
-    keys that the index and the shards do not agree on.
+    because it is the embedding. file: the name of the one file. Raises FileNotFoundError if there
+    are no weights, ValueError for a truncated file, a header too large for ModernBERT, an index
+    that points outside the folder, and keys that the index and the shards do not agree on.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], tied: bool = False):
+    def __init__(
+        self, folder: str | os.PathLike[str], tied: bool = False, *, file: str = WEIGHTS_FILE
+    ):
         folder = pathlib.Path(folder)
-        if (folder / WEIGHTS_FILE).exists():
-            files, index = [WEIGHTS_FILE], None
+        if (folder / file).exists():
+            files, index = [file], None
         elif (folder / INDEX_FILE).exists():
             index = read_index(folder / INDEX_FILE)
             files = sorted(set(index.values()))
@@ -242,19 +244,24 @@ def write_hf(
         if old.name not in split.filename_to_tensors:
             old.unlink(missing_ok=True)
     for name, keys in split.filename_to_tensors.items():
-        part = {k: np.ascontiguousarray(tensors[k]) for k in keys}
-        temporary = folder / f".{name}.tmp"
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        safetensors.numpy.save_file(part, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        temporary.replace(folder / name)
+        write_safetensors(folder / name, {key: tensors[key] for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(tokenizer_dir, folder)
     _put_card(folder / CARD_FILE, text)
     write_text(folder / CONFIG_FILE, json.dumps(data, indent=2) + "\n")
+
+
+def write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    contiguous = {key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}
+    safetensors.numpy.save_file(contiguous, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)  # safetensors makes files that only their owner can read
+    temporary.replace(path)
 
 
 def write_card(folder: str | os.PathLike[str], card: Mapping[str, Any]) -> None:

@@ -11,13 +11,28 @@ from flax import nnx
 
 from modernbert_jax.checkpoint.files import states_dtype
 from modernbert_jax.config import DTYPES, ModernBertConfig
-from modernbert_jax.weights import EMBEDDING, check_axes
+from modernbert_jax.weights import EMBEDDING, check_axes, is_adapter
 
 
-def flatten(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
-    """Returns {path: array} for every parameter of a module, or every variable of a kind."""
+def variables(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
+    """Returns {path: variable} for every variable of a kind, those of LoRA adapters included."""
     flat = nnx.to_flat_state(nnx.state(module, kind))
-    return {".".join(map(str, path)): param.get_value() for path, param in flat}
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def flatten(module: nnx.Module) -> dict[str, Any]:
+    """Returns {path: array} for every parameter of a module.
+
+    Raises ValueError for a module with LoRA adapters that are not merged: what reads these
+    parameters has no place for them.
+    """
+    params = {path: param.get_value() for path, param in variables(module).items()}
+    if any(map(is_adapter, params)):
+        raise ValueError(
+            "model: expected one without LoRA adapters, or with merged ones; call "
+            "lora.merge(model) first, or save the adapters with lora.save_adapter(model, folder)"
+        )
+    return params
 
 
 def param_shapes(cls: type, config: ModernBertConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -51,8 +66,8 @@ def initialize(
     """Returns the initial values of some variables; the compiler drops the others."""
 
     def some() -> dict[str, jax.Array]:
-        flat = flatten(cls(config, rngs=nnx.Rngs(seed)), nnx.Variable)
-        return {path: flat[path] for path in paths}
+        flat = variables(cls(config, rngs=nnx.Rngs(seed)), nnx.Variable)
+        return {path: flat[path].get_value() for path in paths}
 
     return jax.jit(some)()
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import jax
@@ -26,12 +26,27 @@ from modernbert_jax.checkpoint.params import (
     initialize,
     module_of,
     param_shapes,
+    variables,
     widest_dtype,
     with_dtype,
 )
+from modernbert_jax.checkpoint.surgery import (
+    check_layers,
+    drop_layers,
+    padded,
+    resize_vocabulary,
+)
 from modernbert_jax.config import DTYPES, ModernBertConfig
 from modernbert_jax.sharding import param_shardings, put, shard_params
-from modernbert_jax.weights import BACKBONE, EMBEDDING, HEADS, find_weight, from_hf, hf_shape
+from modernbert_jax.weights import (
+    BACKBONE,
+    EMBEDDING,
+    HEADS,
+    find_weight,
+    from_hf,
+    hf_shape,
+    is_adapter,
+)
 
 # Arguments of transformers' from_pretrained that have no meaning here, and what to use instead.
 UNSUPPORTED = {
@@ -45,7 +60,19 @@ UNSUPPORTED = {
 
 
 class Pretrained:
-    """Adds from_pretrained and save_pretrained to a model class."""
+    """Adds from_pretrained, save_pretrained and changes of size to a model class.
+
+    A class of your own derives from it and from nnx.Module. It takes (config, *, rngs), and sets
+    self.config and self.model, a ModernBertModel; whatever else it makes is its head:
+
+        class SpanHead(Pretrained, nnx.Module):
+            def __init__(self, config, *, rngs):
+                self.config = config
+                self.model = ModernBertModel(config, rngs=rngs)
+                self.spans = nnx.Linear(config.hidden_size, 2, rngs=rngs)
+
+    from_pretrained then loads the encoder of any checkpoint, and names what is new in a warning.
+    """
 
     config: ModernBertConfig
 
@@ -138,7 +165,7 @@ class Pretrained:
         """Returns the number of parameters; a tied decoder shares those of the embedding."""
         return sum(
             param.size
-            for path, param in flatten(self).items()  # type: ignore[arg-type]
+            for path, param in variables(self).items()  # type: ignore[arg-type]
             if not (exclude_embeddings and path in (EMBEDDING, EMBEDDING.removeprefix("model.")))
         )
 
@@ -161,6 +188,42 @@ class Pretrained:
         """Raises TypeError: jax's default device holds the arrays."""
         raise TypeError(f"to: {UNSUPPORTED['device_map']}; pass dtype to from_pretrained")
 
+    def resize_token_embeddings(
+        self,
+        n: int,
+        pad_to_multiple_of: int | None = 64,
+        mean_init: bool = True,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Changes the number of tokens, in place, with the decoder and the configuration.
+
+        n: the vocabulary's size, such as `len(tokenizer)`; it is rounded up to a multiple of
+        pad_to_multiple_of (None: not rounded). Added tokens get the mean of all embeddings, around
+        which transformers draws theirs (their bias is 0, or the mean of the biases if the decoder
+        is not tied); with mean_init=False they are drawn from `seed` as in a new model. A smaller n
+        removes the last tokens. Functions and optimizers that were made for the old shapes must be
+        made again.
+        Raises ValueError for an n that is no positive integer or removes pad_token_id.
+        """
+        size = padded(n, pad_to_multiple_of)
+        new = None
+        if not mean_init and size > self.config.vocab_size:
+            bare = not hasattr(self, "model")
+            path = EMBEDDING.removeprefix("model.") if bare else EMBEDDING
+            grown = self.config.replace(vocab_size=size)
+            new = initialize(type(self), grown, seed, (path,))[path]
+        resize_vocabulary(self, n, pad_to_multiple_of, new)
+
+    def drop_layers(self, indices: Iterable[int]) -> None:
+        """Removes layers, in place; num_hidden_layers and layer_types of the configuration follow.
+
+        indices: from 1 on, because layer 0, which has no attention norm, must stay the first. The
+        others keep their kind of attention, and are numbered anew. Raises ValueError for an index
+        that no layer has, and for 0.
+        """
+        drop_layers(self, indices)
+
     def save_pretrained(
         self,
         path: str | os.PathLike[str],
@@ -177,8 +240,21 @@ class Pretrained:
         max_shard_size: in bytes. card: facts for the model card README.md (base_model, language,
         license, datasets, training {name: value} and more, see `card.model_card`). A README.md
         written by a person is kept. Raises ValueError for a fact that a card does not support, and
-        for parameters that `from_pretrained` of this class and configuration would refuse.
+        for parameters that `from_pretrained` of this class and configuration would refuse, and for
+        state other than parameters that a file cannot hold, such as a BatchNorm's.
         """
+        check_layers(self)
+        kinds = {
+            type(variable).__name__
+            for path, variable in variables(self, nnx.Variable).items()  # type: ignore[arg-type]
+            if not isinstance(variable, nnx.Param | nnx.RngState | nnx.Intermediate)
+            and not is_adapter(path)  # a merged one, whose values the weights have
+        }
+        if kinds:
+            raise ValueError(
+                f"model: expected parameters only, got {', '.join(sorted(kinds))}, which a "
+                "checkpoint does not hold; remove these parts before saving"
+            )
         params = flatten(self)  # type: ignore[arg-type]
         tensors = params_to_hf(type(self), self.config, params)
         if tokenizer is not None:
