@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,12 +79,7 @@ def add_lora(
     Raises ValueError for an invalid rank or alpha, a target that names no linear layer, and a model
     that has adapters already.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MAX_RANK:
-        raise ValueError(f"rank: expected 1 to {_MAX_RANK:,}, got {shown(rank)}")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha: expected a positive number, got {shown(alpha)}")
-    if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets: expected names such as ('Wqkv', 'Wo'), got {shown(targets)}")
+    check_lora(rank, alpha, targets)
     layers = dict(_linear_layers(model))
     _refuse_adapters(layers)
     for target in targets:
@@ -98,6 +93,28 @@ def add_lora(
             bound = math.prod(a[:-1]) ** -0.5
             first = jax.random.uniform(rngs.params(), a, jnp.float32, -bound, bound)
             _attach(layer, first, jnp.zeros(b, jnp.float32), alpha / rank)
+
+
+def check_lora(rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Raises ValueError for a rank, an alpha or targets that no model takes."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MAX_RANK:
+        raise ValueError(f"rank: expected 1 to {_MAX_RANK:,}, got {shown(rank)}")
+    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: expected a positive number, got {shown(alpha)}")
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets: expected names such as ('Wqkv', 'Wo'), got {shown(targets)}")
+
+
+def attach(model: nnx.Module, factors: Mapping[str, Any], scale: float) -> None:
+    """Sets the factors of adapters, in place; works under jit.
+
+    factors: {path: array}, such as "model.layers.0.attn.Wo.lora_A.weight", two for each layer, as
+    `variables(model, LoRAParam)` has them. scale: alpha / rank.
+    """
+    layers = dict(_linear_layers(model))
+    for stem in dict.fromkeys(path.rpartition(".lora_")[0] for path in factors):
+        a, b = (jnp.asarray(factors[f"{stem}.lora_{x}.weight"], jnp.float32) for x in "AB")
+        _attach(layers[stem], a, b, scale)
 
 
 def merge(model: nnx.Module) -> None:
@@ -234,15 +251,13 @@ def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
             )
         values[path] = from_hf(path, tensors[key], shape)
     factors = {path for path in values if is_adapter(path)}
-    stems = dict.fromkeys(path.rpartition(".lora_")[0] for path in values if path in factors)
+    stems = {path.rpartition(".lora_")[0] for path in factors}
     missing = {f"{stem}.lora_{x}.weight" for stem in stems for x in "AB"} - factors
     missing |= {path for path in params if any(_within(path, m) for m in full)} - values.keys()
     if missing or not stems:
         what = ", ".join(sorted(missing)[:5]) or "lora_A and lora_B of a layer"
         raise ValueError(f"{folder / WEIGHTS_FILE}: expected {what}, found none")
-    for stem in stems:
-        a, b = (jnp.asarray(values[f"{stem}.lora_{x}.weight"], jnp.float32) for x in "AB")
-        _attach(layers[stem], a, b, scale)
+    attach(model, {path: values[path] for path in factors}, scale)
     for path in values.keys() - factors:
         old = params[path][...]
         params[path][...] = jax.device_put(jnp.asarray(values[path], old.dtype), old.sharding)
@@ -298,7 +313,7 @@ def _factor_shapes(layer: Any, path: str, rank: int) -> tuple[tuple[int, ...], t
 
 
 def _attach(layer: Any, a: jax.Array, b: jax.Array, scale: float) -> None:
-    sharding = layer.weight[...].sharding
+    sharding = getattr(layer.weight[...], "sharding", None)  # a traced weight has none
     if isinstance(sharding, NamedSharding):  # small, so each device of the weight's has a copy
         a, b = jax.device_put((a, b), NamedSharding(sharding.mesh, PartitionSpec()))
     layer.lora_A, layer.lora_B = Factor(LoRAParam(a)), Factor(LoRAParam(b))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from modernbert_jax import ModernBertForSequenceClassification, ModernBertModel
+from modernbert_jax import ModernBertForSequenceClassification, ModernBertModel, lora
 from modernbert_jax.checkpoint.params import flatten
 from modernbert_jax.packing import IGNORE_INDEX, row_size
 from modernbert_jax.tokenizer import AutoTokenizer
+from train import cli
 from train.corpora.build.bpe import train_bpe
 from train.finetune import run as module
 from train.finetune.config import FinetuneConfig
@@ -19,6 +20,7 @@ from train.finetune.encode import Encoded, answer_of, encode, pack
 from train.finetune.jax_backend import JaxBackend
 from train.finetune.run import Experiment, finetune
 from train.finetune.tasks.task import Data, Example, Task
+from train.finetune.torch_backend import TorchBackend
 
 WORDS = ("fever", "cough", "pain", "no", "denies", "possible", "rash", "edema", "today", "left")
 KINDS = ("classification", "multilabel", "tokens", "qa")
@@ -376,6 +378,84 @@ class TestFiles:
         assert alone["points"][0]["test"] == both["points"][0]["test"]
 
 
+class TestLora:
+    @pytest.mark.parametrize("kind", ["classification", "qa"])
+    def test_equals_peft_step_by_step(self, kind, start, tmp_path):
+        """From the same first adapter: the losses of some steps, and then each logit."""
+        peft = pytest.importorskip("peft")
+        config = config_of(kind, start, tmp_path / "out", lora_rank=3, lora_alpha=9.0)
+        experiment = Experiment(config)
+        ours = experiment.backend.start(config, 1)
+        ours.save(ours.weights(), tmp_path / "start" / "model")
+        backend = TorchBackend(dataclasses.replace(config, backend="torch"), kind, LABELS[kind])
+        plain = TorchBackend.start(backend, config, 1)
+        peft_model = peft.PeftModel.from_pretrained(
+            plain.model, tmp_path / "start" / "adapter", is_trainable=True
+        )
+        trained = [(n, p) for n, p in peft_model.named_parameters() if p.requires_grad]
+        flat = [p for n, p in trained if n.endswith(".bias") or "norm" in n]
+        rest = [p for _, p in trained if not any(p is other for other in flat)]
+        plain.model = peft_model
+        plain.optimizer = plain.torch.optim.AdamW(
+            [{"params": rest}, {"params": flat, "weight_decay": 0.0}],
+            weight_decay=config.weight_decay,
+        )
+        examples = experiment.splits["train"]
+        for first in range(0, 40, 8):
+            batch = [examples[first : first + 8]]
+            losses = [model.step(batch, 1e-2) for model in (ours, plain)]
+            np.testing.assert_allclose(*losses, atol=1e-4)
+        some = examples[:6]
+        for a, b in zip(ours.predict(some), plain.predict(some), strict=True):
+            if kind == "qa":  # no gradient moves all positions at once, only Adam's noise does
+                a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+            np.testing.assert_allclose(a, b, atol=2e-3)
+
+    def test_other_commands_refuse_the_flag_by_name(self, capsys):
+        for args in (["pretrain"], ["finetune", "--task", "retrieval", "--data", "d"]):
+            assert cli.main([*args, "--lora-rank", "8"]) == 2
+            assert "--lora-rank" in capsys.readouterr().err
+
+    def test_only_adapters_and_the_head_train(self, start, tmp_path):
+        config = config_of("tokens", start, tmp_path, lora_rank=2, lora_targets=("mlp.Wo",))
+        experiment = Experiment(config)
+        model = experiment.backend.start(config, 1)
+        before = model.weights()
+        for _ in range(2):  # the first changes only lora_B, because it was zero
+            model.step([experiment.splits["train"][:8]], 1e-2)
+        after = model.weights()
+        changed = {k for k in after if not np.array_equal(before[k], after[k])}
+        layers = (f"model.layers.{i}.mlp.Wo.lora_{x}.weight" for i in range(4) for x in "AB")
+        head = ("head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias")
+        assert changed == {*layers, *head}
+        other = experiment.backend.start(config, 2).weights()
+        assert not np.array_equal(other["model.layers.0.mlp.Wo.lora_A.weight"],
+                                  before["model.layers.0.mlp.Wo.lora_A.weight"])  # fmt: skip
+
+    def test_the_folders(self, start, tmp_path):
+        """OUT/model is complete, OUT/adapter is peft's, and both give the same logits."""
+        peft = pytest.importorskip("peft")
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        config = config_of("classification", start, tmp_path, lora_rank=2, save_model=True)
+        finetune(config)
+        assert "LoRA of rank 2 and alpha 16" in (tmp_path / "model" / "README.md").read_text()
+        cls = transformers.ModernBertForSequenceClassification
+        ids = np.arange(10, 30)[None]
+        base = cls.from_pretrained(start["classification"], num_labels=3)
+        with torch.no_grad():
+            before = base(torch.tensor(ids)).logits.numpy()
+            adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+            expected = adapted(torch.tensor(ids)).logits.numpy()
+        merged = ModernBertForSequenceClassification.from_pretrained(tmp_path / "model")
+        np.testing.assert_allclose(merged(ids).logits, expected, atol=1e-4)
+        assert np.abs(before - expected).max() > 0.01
+        ours = ModernBertForSequenceClassification.from_pretrained(start["classification"])
+        lora.load_adapter(ours, tmp_path / "adapter")
+        np.testing.assert_allclose(ours(ids).logits, expected, atol=1e-4)
+        stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] is None  # no path of this machine
+
+
 class TestChoices:
     def test_frozen_encoder_and_layer_decay(self, start, tmp_path):
         config = config_of("classification", start, tmp_path, freeze_encoder=True)
@@ -406,6 +486,12 @@ class TestChoices:
             ({"layer_decay": 0.9, "backend": "torch"}, "layer_decay: expected 1 with"),
             ({"grid": ("layer_decay=0.9",), "backend": "torch"}, "layer_decay: expected 1 with"),
             ({"devices": 99}, "devices: expected at most"),
+            ({"lora_rank": -1}, "rank: expected 1 to 65,536, got -1"),
+            ({"lora_rank": 4, "lora_alpha": 0.0}, "alpha: expected a positive number, got 0.0"),
+            ({"lora_rank": 4, "lora_targets": ()}, "targets: expected names"),
+            ({"lora_rank": 4, "lora_targets": ("dense",)}, "targets: expected some of Wo, Wqkv, W"),
+            ({"lora_rank": 4, "freeze_encoder": True}, "freeze_encoder, lora_rank: expected one"),
+            ({"lora_rank": 4, "backend": "torch"}, "lora_rank: expected 0 with --backend torch"),
         ],
         ids=str,
     )

@@ -28,6 +28,10 @@ def finetuning_facts(
     statistics = ("mean", "median", "std", "min", "max")
     numbers = {k: v for k, v in saved["test"].items() if isinstance(v, float)}
     step_size = settings["batch_size"] * settings["gradient_accumulation_steps"]
+    adapters = (
+        f"LoRA of rank {config.lora_rank} and alpha {config.lora_alpha:g} in "
+        f"{', '.join(config.lora_targets)}, merged into the weights"
+    )
     return {
         "title": f"{start['name']}, fine-tuned: {task.title}",
         "base_model": start.get("base_model"),
@@ -37,6 +41,7 @@ def finetuning_facts(
             "Start": start["name"],
             "Examples": [f"{count:,} {split}" for split, count in examples.items()],
             "Learning rate": f"{settings['learning_rate']:g}, linear decay to 0",
+            **({"Adapters": adapters} if config.lora_rank else {}),
             "Weight decay": settings["weight_decay"],
             "Epochs": f"{settings['epochs']}; best by validation: {saved['best_epoch']}",
             "Examples per step": step_size,

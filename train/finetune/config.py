@@ -5,6 +5,8 @@ import itertools
 import math
 from typing import Any, Literal
 
+from modernbert_jax.lora import check_lora
+
 from ..common.settings import check_set
 
 
@@ -34,6 +36,11 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     layer_decay: float = 1.0  # learning rate of each layer relative to the layer above it
     freeze_encoder: bool = False  # train only the head
+    # Trains LoRA adapters of this rank in the encoder, and the head; 0 trains all weights.
+    # OUT/model is the complete model, with the adapters merged; OUT/adapter is a PEFT folder.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0  # the adapters' products are multiplied by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = ("Wqkv", "Wo", "Wi")  # the layers that get adapters
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
     # Accepts labels that look like text (longer than 64 characters, or distinct in most examples),
     # and writes all labels to the results, the model and its card as they are. By default a label
@@ -55,6 +62,15 @@ class FinetuneConfig:
             point._validate_point()
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
+        if self.lora_rank:
+            check_lora(self.lora_rank, self.lora_alpha, self.lora_targets)
+            if self.freeze_encoder:
+                raise ValueError(
+                    "freeze_encoder, lora_rank: expected one of them, got both; adapters train "
+                    "in the encoder"
+                )
+            if self.backend == "torch":
+                raise ValueError("lora_rank: expected 0 with --backend torch")
         if self.backend == "torch" and any(p.layer_decay != 1 for p in self.points()):
             raise ValueError("layer_decay: expected 1 with --backend torch")
 
@@ -67,6 +83,11 @@ class FinetuneConfig:
             raise ValueError(f"max_grad_norm: expected above 0, got {self.max_grad_norm}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: expected above 0 to 1, got {self.layer_decay}")
+
+    @property
+    def lora_scale(self) -> float:
+        """What the products of adapters are multiplied by; 0 without adapters."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
     def points(self) -> list["FinetuneConfig"]:
         """The combinations of the grid, each a configuration without a grid."""

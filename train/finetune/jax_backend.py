@@ -2,26 +2,30 @@
 
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from modernbert_jax import (
+    ModernBertConfig,
     ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
+    lora,
 )
 from modernbert_jax.checkpoint.hf import SafetensorsFolder
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
-from modernbert_jax.checkpoint.params import flatten, initialize, module_of
+from modernbert_jax.checkpoint.params import flatten, initialize, module_of, variables
 from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.tokenizer import AutoTokenizer, check_ids
-from modernbert_jax.weights import HEADS
+from modernbert_jax.weights import HEADS, is_adapter
 
+from ..common.card import start_facts
 from ..common.optimizer import adamw
 from ..common.workdir import start_folder
 from .config import FinetuneConfig
@@ -75,7 +79,25 @@ class JaxBackend:
                 self.steps[config.batch_size] = _Steps(self, config)
         new = initialize(self.cls, self.model_config, seed, self.new) if self.new else {}
         params = {path: new.get(path, value) for path, value in self.weights.items()}
+        if config.lora_rank:
+            model = module_of(self.cls, self.model_config, params)
+            lora.add_lora(
+                model.model, config.lora_rank, config.lora_alpha, config.lora_targets,
+                rngs=nnx.Rngs(seed),
+            )  # fmt: skip
+            factors = variables(model, lora.LoRAParam)
+            params |= {path: factor.get_value() for path, factor in factors.items()}
         return JaxModel(config, self, self.steps[config.batch_size], params, seed)
+
+
+def _module(
+    cls: type, model_config: ModernBertConfig, params: Mapping[str, Any], lora_scale: float
+) -> Any:
+    """Builds the module around parameters and factors of adapters."""
+    factors = {path: value for path, value in params.items() if is_adapter(path)}
+    model = module_of(cls, model_config, params)
+    lora.attach(model, factors, lora_scale)
+    return model
 
 
 class _Steps:
@@ -84,6 +106,7 @@ class _Steps:
     def __init__(self, backend: JaxBackend, config: FinetuneConfig):
         self.cls, self.model_config = backend.cls, backend.model_config
         self.kind, self.slots = backend.kind, config.batch_size
+        self.lora_scale = config.lora_scale
         self.optimizer = adamw(max_grad_norm=config.max_grad_norm)
         self.add = jax.jit(self._add, donate_argnums=2)
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2))
@@ -91,7 +114,7 @@ class _Steps:
 
     def _logits(self, params, batch, key=None):
         """[R, slots, labels], or [R, T, labels] for tokens, or [R, T, 2] for qa."""
-        model: Any = module_of(self.cls, self.model_config, params)
+        model = _module(self.cls, self.model_config, params, self.lora_scale)
         options = {"segment_ids": batch["segment_ids"], "dropout_key": key}
         if self.kind in ("classification", "multilabel"):
             options["num_segments"] = self.slots
@@ -204,14 +227,31 @@ class JaxModel:
     def load(self, weights: dict[str, Any]) -> None:
         """Sets the weights to a copy of these."""
         params = {k: jnp.array(v) for k, v in weights.items()}
-        frozen = self.config.freeze_encoder
-        self.trained = {k: v for k, v in params.items() if not (frozen and k.startswith("model."))}
+        frozen = self.config.freeze_encoder or self.config.lora_rank > 0
+        self.trained = {
+            k: v
+            for k, v in params.items()
+            if not (frozen and k.startswith("model.")) or is_adapter(k)
+        }
         self.frozen = {k: v for k, v in params.items() if k not in self.trained}
 
     def save(self, weights: dict[str, np.ndarray], folder: pathlib.Path) -> None:
-        """Writes weights and tokenizer as a Hugging Face folder."""
+        """Writes weights and tokenizer as a Hugging Face folder.
+
+        Adapters are merged, and written to the folder "adapter" beside it, together with the head.
+        """
         config = self.backend.model_config.replace(dtype="float32")
-        model = module_of(self.backend.cls, config, weights)
+        params = {path: jnp.asarray(value) for path, value in weights.items()}
+        model = _module(self.backend.cls, config, params, self.config.lora_scale)
+        if self.config.lora_rank:
+            heads = (head.removesuffix(".") for head in HEADS)
+            lora.save_adapter(
+                model,
+                folder.with_name("adapter"),
+                base_model=start_facts(self.config.model).get("base_model"),
+                modules_to_save=[head for head in heads if hasattr(model, head)],
+            )
+            lora.merge(model)
         model.save_pretrained(folder, tokenizer=self.backend.tokenizer)
 
 
