@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {
     f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")
 }
+UNUSED = re.compile(r"\[unused(\d{1,6})\]")  # the slots that ModernBERT keeps for new tokens
 
 
 def _register_batches() -> None:
@@ -212,7 +213,7 @@ def add_tokens(
     slots = sorted(
         (int(match[1]), token)
         for token in (vocabulary if use_unused else ())
-        if (match := re.fullmatch(r"\[unused(\d{1,6})\]", token))
+        if (match := UNUSED.fullmatch(token))
     )
     names = {slot: token for (_, slot), token in zip(slots, new, strict=False)}
     rest = new[len(names) :]

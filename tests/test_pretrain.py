@@ -20,11 +20,12 @@ import tokenizers
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.checkpoint.orbax import load_orbax
 from modernbert_jax.packing import IGNORE_INDEX
-from modernbert_jax.tokenizer import AutoTokenizer
+from modernbert_jax.tokenizer import AutoTokenizer, add_tokens
 from train import cli
 from train.common.hosts import Hosts, connect
 from train.common.metrics import MetricsWriter, read_metrics
 from train.common.sharding import MeshShape, make_mesh
+from train.corpora.build.bpe import train_bpe
 from train.corpora.build.prepare import prepare
 from train.corpora.synthetic import write_corpus
 from train.pretrain import run as loop, setup
@@ -361,6 +362,49 @@ def test_starts_from_a_checkpoint_with_and_without_moments(finished, corpus, tmp
     assert loop.run(moments)["steps"] == finished[1]["steps"] + 2  # the step never restarts
     with pytest.raises(ValueError, match="init_optimizer needs an Orbax checkpoint"):
         loop.run(dataclasses.replace(export, init_optimizer=True, workdir=str(tmp_path / "c")))
+
+
+def test_a_vocabulary_that_grew(finished, corpus, tmp_path, capsys):
+    """The tokenizer has more tokens than the checkpoint: rows and moments are added, none moves."""
+    first = pathlib.Path(finished[0].workdir)
+    newest = sorted((first / "checkpoints").iterdir())[-1]
+    tokenizer = AutoTokenizer.from_pretrained(newest)
+    assert add_tokens(tokenizer, ["tachypnoe", "dyspnoe"]) == 2
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    phase = (Phase("more", tokens=2_000, learning_rate=1e-4),)
+    config = small(
+        corpus, tmp_path / "a", phases=phase, init_from=str(newest), init_optimizer=True,
+        tokenizer=str(tmp_path / "tokenizer"), mesh=MeshShape(data=1, fsdp=2),
+    )  # fmt: skip
+    old = load_orbax(newest, optimizer=True)
+    model = model_config_of(config, tokenizer)
+    assert model.vocab_size == 576  # 514 ids, rounded up to a multiple of 64
+    trainer = Trainer(config, model, make_mesh(config.mesh))
+    state = setup.start_state(config, trainer)
+    assert int(state.optimizer.step) == old["optimizer"]["step"]
+    rows = {"model.embeddings.tok_embeddings.weight", "decoder.bias"}
+    for key, value in old["params"].items():
+        new, mu, nu = (x[key] for x in (state.params, state.optimizer.mu, state.optimizer.nu))
+        assert mu.shape == nu.shape == new.shape and mu.sharding == new.sharding
+        assert (new.shape == value.shape) == (key not in rows)
+        n = len(value)
+        np.testing.assert_array_equal(new[:n], value)
+        np.testing.assert_array_equal(mu[:n], old["optimizer"]["mu"][key])
+        np.testing.assert_array_equal(nu[:n], old["optimizer"]["nu"][key])
+        assert not np.any(mu[n:]) and not np.any(nu[n:])
+        mean = value.mean(axis=0) if value.ndim == 2 else 0.0
+        np.testing.assert_allclose(new[n:], np.broadcast_to(mean, new[n:].shape), atol=1e-6)
+    assert "vocabulary: 512 rows in the checkpoint, 576 now" in capsys.readouterr().out
+
+    result = loop.run(config)  # it trains, and the same command finds its checkpoint
+    done = sorted((tmp_path / "a" / "checkpoints").iterdir())[-1]
+    assert load_orbax(done)["config"].vocab_size == 576
+    assert loop.run(config)["steps"] == result["steps"]
+
+    other = train_bpe(["an unrelated text of other words"] * 20, 300)
+    add_tokens(other, [f"word{i}" for i in range(600)])
+    with pytest.raises(ValueError, match="expected the checkpoint's own tokenizer with added"):
+        model_config_of(config, other)
 
 
 class TestBadInput:

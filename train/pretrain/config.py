@@ -108,7 +108,8 @@ class TrainConfig:
     text_column: str | None = None
     """Column or key of the text in tables and .jsonl; None: the first of text, notes, note, ..."""
     tokenizer: str | None = None
-    """Folder or hub id; None: the one of --init-from, or else a byte-level BPE is trained."""
+    """Folder or hub id; None: the one of --init-from, or else a byte-level BPE is trained. With
+    --init-from, its tokenizer with added tokens extends the embedding and the moments."""
     extend: bool = False
     """Continue the run in --workdir with further phases at its end, or with a larger budget: then
     from the last checkpoint before the decay. Without it, such a change is refused."""

@@ -5,6 +5,7 @@ Everything that can be refused is refused here, with one line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,10 +20,16 @@ from jax.sharding import Mesh
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
 from modernbert_jax.attention import IMPLEMENTATIONS, KERNELS, check, passes
-from modernbert_jax.checkpoint.files import copy_tokenizer, remove_tree, write_text
+from modernbert_jax.checkpoint.files import (
+    copy_tokenizer,
+    read_config,
+    remove_tree,
+    write_text,
+)
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
 from modernbert_jax.checkpoint.params import flatten
-from modernbert_jax.tokenizer import AutoTokenizer, absent_ids, vocab_size
+from modernbert_jax.checkpoint.surgery import padded
+from modernbert_jax.tokenizer import UNUSED, AutoTokenizer, absent_ids, vocab_size
 
 from ..common.hosts import agree, is_first, log, total
 from ..common.optimizer import StableAdamWState
@@ -271,8 +278,9 @@ def model_config_of(
 ) -> ModernBertConfig:
     """Returns the model that is trained: init_from's architecture, the run's dtypes and dropout.
 
+    Its vocabulary is larger than init_from's if the tokenizer is init_from's with added tokens.
     model_flags: the fields of config.model that were set by hand. Raises ValueError for one that
-    the checkpoint decides otherwise.
+    the checkpoint decides otherwise, and for a tokenizer with ids that the model does not have.
     """
     model = config.model
     if config.init_from:
@@ -296,10 +304,14 @@ def model_config_of(
                 "--sequence-length"
             )
     if (size := vocab_size(tokenizer)) > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {size:,} ids, the model's vocab_size is {model.vocab_size:,}; pass "
-            f"--model.vocab-size {-(-size // 64) * 64} or another --tokenizer"
-        )
+        rounded = padded(size, 64)
+        if not config.init_from:
+            raise ValueError(
+                f"the tokenizer has {size:,} ids, the model's vocab_size is "
+                f"{model.vocab_size:,}; pass --model.vocab-size {rounded} or another --tokenizer"
+            )
+        _check_added(tokenizer, config.init_from)
+        model = model.replace(vocab_size=rounded)
     return model.replace(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.cls_token_id,
@@ -307,6 +319,23 @@ def model_config_of(
         eos_token_id=tokenizer.sep_token_id,
         sep_token_id=tokenizer.sep_token_id,
     )
+
+
+def _check_added(tokenizer: PreTrainedTokenizerFast, init_from: str) -> None:
+    """Raises ValueError unless a tokenizer is that of init_from with added tokens.
+
+    Those may have the ids of unused slots, so the slots' names are not compared.
+    """
+    old, new = {}, tokenizer.get_vocab()
+    with contextlib.suppress(FileNotFoundError):  # raised if the checkpoint has no tokenizer
+        old = AutoTokenizer.from_pretrained(start_folder(init_from)).get_vocab()
+    same = all(new.get(token) == i for token, i in old.items() if not UNUSED.fullmatch(token))
+    if not old or not same:
+        raise ValueError(
+            f"the tokenizer has {vocab_size(tokenizer):,} ids, more than the checkpoint "
+            f"{init_from}; expected the checkpoint's own tokenizer with added tokens "
+            "(modernbert_jax.tokenizer.add_tokens), pass that as --tokenizer or leave it out"
+        )
 
 
 def _tokenizer_source(config: TrainConfig) -> Any:
@@ -366,6 +395,12 @@ def start_state(config: TrainConfig, trainer: Trainer) -> TrainState:
         model = ModernBertForMaskedLM.from_pretrained(
             folder, dtype=model_config.dtype, param_dtype=model_config.param_dtype
         )
+        if model_config.vocab_size > model.config.vocab_size:
+            log(
+                f"vocabulary: {model.config.vocab_size:,} rows in the checkpoint, "
+                f"{model_config.vocab_size:,} now; added rows start from the mean of all"
+            )
+            model.resize_token_embeddings(model_config.vocab_size, None)
         values = {path: np.asarray(value) for path, value in flatten(model).items()}
     params = place(values.__getitem__, shapes, shardings)
     zeros = jax.jit(trainer.tx.init, out_shardings=trainer.shardings.optimizer)(params)
@@ -376,7 +411,21 @@ def start_state(config: TrainConfig, trainer: Trainer) -> TrainState:
             f"init_from {config.init_from}: init_optimizer needs an Orbax checkpoint; convert "
             "with `python -m convert from-composer ... --optimizer`"
         )
-    saved = load_orbax(folder, optimizer=True, shardings=shardings)["optimizer"]
+    grown = model_config.vocab_size > read_config(folder)[0].vocab_size
+    # Read straight to the devices, unless the shapes are still those of the smaller vocabulary.
+    saved = load_orbax(folder, optimizer=True, shardings=None if grown else shardings)["optimizer"]
     step = jax.device_put(np.int32(saved["step"]), trainer.replicated)
-    moments = ({k: saved[name][k].astype(np.float32) for k in shapes} for name in ("mu", "nu"))
-    return TrainState(params, StableAdamWState(step, *moments))
+    if grown:
+        wide = {k: jax.ShapeDtypeStruct(leaf.shape, np.float32) for k, leaf in shapes.items()}
+        mu, nu = (
+            place(lambda k, m=saved[name]: _padded_with_zeros(m[k], wide[k].shape), wide, shardings)
+            for name in ("mu", "nu")
+        )
+    else:
+        mu, nu = ({k: saved[name][k].astype(np.float32) for k in shapes} for name in ("mu", "nu"))
+    return TrainState(params, StableAdamWState(step, mu, nu))
+
+
+def _padded_with_zeros(moment: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the moment of a parameter that has grown; a new row has seen no gradient."""
+    return np.pad(moment, [(0, new - old) for old, new in zip(moment.shape, shape, strict=True)])
