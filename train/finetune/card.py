@@ -41,7 +41,7 @@ def finetuning_facts(
             "Start": start["name"],
             "Examples": [f"{count:,} {split}" for split, count in examples.items()],
             "Learning rate": f"{settings['learning_rate']:g}, linear decay to 0",
-            **({"Adapters": adapters} if config.lora_rank else {}),
+            **({"Adapters": adapters} if config.lora_rank is not None else {}),
             "Weight decay": settings["weight_decay"],
             "Epochs": f"{settings['epochs']}; best by validation: {saved['best_epoch']}",
             "Examples per step": step_size,

@@ -36,9 +36,9 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to it
     layer_decay: float = 1.0  # learning rate of each layer relative to the layer above it
     freeze_encoder: bool = False  # train only the head
-    # Trains LoRA adapters of this rank in the encoder, and the head; 0 trains all weights.
+    # Trains LoRA adapters of this rank in the encoder, and the head; None trains all weights.
     # OUT/model is the complete model, with the adapters merged; OUT/adapter is a PEFT folder.
-    lora_rank: int = 0
+    lora_rank: int | None = None
     lora_alpha: float = 16.0  # the adapters' products are multiplied by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ("Wqkv", "Wo", "Wi")  # the layers that get adapters
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
@@ -62,7 +62,7 @@ class FinetuneConfig:
             point._validate_point()
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
-        if self.lora_rank:
+        if self.lora_rank is not None:
             check_lora(self.lora_rank, self.lora_alpha, self.lora_targets)
             if self.freeze_encoder:
                 raise ValueError(
@@ -70,7 +70,11 @@ class FinetuneConfig:
                     "in the encoder"
                 )
             if self.backend == "torch":
-                raise ValueError("lora_rank: expected 0 with --backend torch")
+                raise ValueError("lora_rank: expected None with --backend torch")
+        elif (self.lora_alpha, self.lora_targets) != (
+            FinetuneConfig.lora_alpha, FinetuneConfig.lora_targets
+        ):  # fmt: skip
+            raise ValueError("lora_alpha, lora_targets: expected lora_rank as well, got None")
         if self.backend == "torch" and any(p.layer_decay != 1 for p in self.points()):
             raise ValueError("layer_decay: expected 1 with --backend torch")
 
@@ -87,7 +91,7 @@ class FinetuneConfig:
     @property
     def lora_scale(self) -> float:
         """What the products of adapters are multiplied by; 0 without adapters."""
-        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+        return 0.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
 
     def points(self) -> list["FinetuneConfig"]:
         """The combinations of the grid, each a configuration without a grid."""

@@ -79,7 +79,7 @@ class JaxBackend:
                 self.steps[config.batch_size] = _Steps(self, config)
         new = initialize(self.cls, self.model_config, seed, self.new) if self.new else {}
         params = {path: new.get(path, value) for path, value in self.weights.items()}
-        if config.lora_rank:
+        if config.lora_rank is not None:
             model = module_of(self.cls, self.model_config, params)
             lora.add_lora(
                 model.model, config.lora_rank, config.lora_alpha, config.lora_targets,
@@ -227,7 +227,7 @@ class JaxModel:
     def load(self, weights: dict[str, Any]) -> None:
         """Sets the weights to a copy of these."""
         params = {k: jnp.array(v) for k, v in weights.items()}
-        frozen = self.config.freeze_encoder or self.config.lora_rank > 0
+        frozen = self.config.freeze_encoder or self.config.lora_rank is not None
         self.trained = {
             k: v
             for k, v in params.items()
@@ -243,7 +243,7 @@ class JaxModel:
         config = self.backend.model_config.replace(dtype="float32")
         params = {path: jnp.asarray(value) for path, value in weights.items()}
         model = _module(self.backend.cls, config, params, self.config.lora_scale)
-        if self.config.lora_rank:
+        if self.config.lora_rank is not None:
             heads = (head.removesuffix(".") for head in HEADS)
             lora.save_adapter(
                 model,
