@@ -449,7 +449,7 @@ class TestGeneric:
         table = datasets.Dataset.from_list(rows)
         path = tmp_path / f"part.{kind}"
         {"csv": table.to_csv, "parquet": table.to_parquet}.get(kind, table.to_json)(path)
-        source = find("huggingface", "report" if kind == "csv" else "")
+        source = find("huggingface", "report" if kind == "csv" else None)
         assert source.parts(tmp_path) == [path] and source.parts(path) == [path]
         report = reading.Report()
         examples = list(source.read(path, tmp_path, report))
