@@ -26,6 +26,7 @@ PICTURES = {
     "05_inside_attention": 5,
     "06_plan_a_pod": 3,
     "07_continue_pretraining": 1,
+    "08_own_training_loop": 1,
 }
 # A path that belongs to one machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
@@ -196,6 +197,15 @@ def test_finetune_runs(folder, monkeypatch):
     printed = ran("04_finetune_negex", folder, monkeypatch)
     accuracy, f1 = map(float, re.findall(r"test: .*?([\d.]+)%", printed))
     assert accuracy > 75 and f1 > 85
+
+
+def test_own_training_loop_runs(folder, monkeypatch):
+    printed = ran("08_own_training_loop", folder, monkeypatch)
+    frozen, adapters, everything = map(float, re.findall(r", accuracy ([\d.]+)%", printed))
+    assert min(adapters, everything) > frozen > 60 and everything > 80
+    assert "P('data', None) on 2 devices" in printed
+    difference = re.search(r"largest difference: (\S+)", printed)
+    assert difference and float(difference[1]) < 1e-4
 
 
 def test_inside_attention_runs(folder, monkeypatch):
