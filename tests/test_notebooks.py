@@ -27,6 +27,7 @@ PICTURES = {
     "06_plan_a_pod": 3,
     "07_continue_pretraining": 1,
     "08_own_training_loop": 1,
+    "10_new_words": 1,
 }
 # A path that belongs to one machine: /home/..., C:\Users\...
 MACHINE = re.compile(r"(?<![\w.])/(home|root|tmp|opt|work|usr|var|mnt|Users|content)/|[A-Z]:\\")
@@ -176,6 +177,16 @@ def test_continue_pretraining_runs(folder, monkeypatch):
     before, after = map(float, notes.groups())
     assert after > 50 and before < 30 and float(commonest[1]) < 10
     assert float(general[2]) < float(general[1])  # it forgets
+
+
+def test_new_words_runs(folder, monkeypatch):
+    printed = ran("10_new_words", folder, monkeypatch)
+    before, after = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:tokens b|after)", printed)[:2]
+    )
+    assert after < 0.9 * before and "the same text again: True" in printed
+    known = re.search(r"put first: ([\d.]+)% before, ([\d.]+)% after", printed)
+    assert known and float(known[1]) < 5 and float(known[2]) > 40
 
 
 def test_fill_mask_runs(folder, monkeypatch):
