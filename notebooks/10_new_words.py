@@ -18,7 +18,7 @@
 # into pieces, made each a token of its own, and continued the pretraining until the model knows
 # them, with a count and a picture of before and after.
 #
-# **Time:** 120 s on 2 CPU cores. Nothing is downloaded.
+# **Time:** 180 s on 2 CPU cores. Nothing is downloaded.
 
 # %%
 import importlib.util

@@ -186,7 +186,7 @@ def test_new_words_runs(folder, monkeypatch):
     )
     assert after < 0.9 * before and "the same text again: True" in printed
     known = re.search(r"put first: ([\d.]+)% before, ([\d.]+)% after", printed)
-    assert known and float(known[1]) < 5 and float(known[2]) > 40
+    assert known and float(known[1]) < 5 and float(known[2]) > 25
 
 
 def test_fill_mask_runs(folder, monkeypatch):
