@@ -1,6 +1,7 @@
 """Small models of many shapes, made by transformers; shared by the parity tests."""
 
 import numpy as np
+import pytest
 
 BASE = {
     "vocab_size": 97,
@@ -66,8 +67,11 @@ def hf_config(changes=None):
 
 
 def hf_model(head: str, changes=None, seed: int = 0):
-    """transformers' model, every weight random (biases and norms too), in eval mode."""
-    import torch
+    """transformers' model, every weight random (biases and norms too), in eval mode.
+
+    The calling test skips where torch is absent: on the second version pair.
+    """
+    torch = pytest.importorskip("torch")
     import transformers
 
     torch.manual_seed(seed)
