@@ -162,14 +162,15 @@ class TestPartsOfSequences:
         config = MODEL.replace(
             num_hidden_layers=2, layer_types=(kind,) * 2, embedding_dropout=0.1, mlp_dropout=0.2
         )
-        graph, state = nnx.split(ModernBertModel(config, rngs=nnx.Rngs(0)))
+        # The keys of the dropout stream are state as well, but have no gradient.
+        graph, state, rest = nnx.split(ModernBertModel(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
         segment_ids = jnp.asarray(batch_of(0, ROWS)["segment_ids"][0])
         x, d = np.random.default_rng(0).normal(size=(2, ROWS, LENGTH, 64)).astype(np.float32)
         keys = jax.random.split(jax.random.key(3), ROWS)
 
         def both(state, x, d, **more):
             def run(state, x):
-                model = nnx.merge(graph, state)
+                model = nnx.merge(graph, state, rest)
                 return model(
                     inputs_embeds=x, segment_ids=segment_ids, dropout_key=keys, **more
                 ).last_hidden_state
