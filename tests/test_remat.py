@@ -31,10 +31,10 @@ attention = functools.partial(rotated, with_vjp(jax.jit(kernel, static_argnums=4
 
 def gradient(remat, scan):
     model = ModernBertModel(CONFIG, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
+    graph, state, rest = nnx.split(model, nnx.Param, ...)  # the rest: keys of the dropout stream
 
     def loss(state):
-        hidden = nnx.merge(graph, state)(
+        hidden = nnx.merge(graph, state, rest)(
             IDS, dropout_key=jax.random.key(1), attention=attention, remat=REMAT[remat],
             scan_layers=scan,
         ).last_hidden_state  # fmt: skip
