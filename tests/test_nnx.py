@@ -157,6 +157,7 @@ def torch_pair(head: str, changes=None):
 RNG = np.random.default_rng(1)
 TOKEN_LABELS = np.where(RNG.random((3, 14)) < 0.4, RNG.integers(0, 5, (3, 14)), -100)
 # name -> (head, changes, labels)
+FURTHER = ("choices", "multi", "regression")  # the same losses as in other cases
 LABELED = {
     "masked_lm": ("ModernBertForMaskedLM", {}, {"labels": np.where(
         RNG.random((3, 14)) < 0.3, RNG.integers(4, 97, (3, 14)), -100)}),
@@ -182,7 +183,9 @@ LABELED = {
 
 @pytest.mark.parity
 @pytest.mark.optimized
-@pytest.mark.parametrize("case", LABELED)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.matrix] * (case in FURTHER)) for case in LABELED
+])  # fmt: skip
 def test_losses_and_gradients_are_those_of_transformers(case):
     """`labels=`: the loss and the gradient of each weight."""
     torch = pytest.importorskip("torch")
