@@ -349,8 +349,8 @@ class TestNamesOfTransformers:
         assert config.num_labels == theirs.num_labels == 3
         assert config.hidden_size == theirs.hidden_size
         assert mj.AutoConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
-        with pytest.raises(TypeError, match="colour: expected a field of ModernBertConfig"):
-            mj.AutoConfig.from_pretrained(tmp_path, colour=1)
+        with pytest.raises(TypeError, match="hue: expected a field of ModernBertConfig"):
+            mj.AutoConfig.from_pretrained(tmp_path, hue=1)
         with pytest.raises(FileNotFoundError, match=r"expected config\.json, found none"):
             mj.AutoConfig.from_pretrained(tmp_path.parent)
 
