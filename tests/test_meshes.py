@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import modernbert_jax as mj
+from modernbert_jax import lora
 from modernbert_jax.attention import attention, make_bounds, sharded
 from modernbert_jax.checkpoint import pretrained
 from modernbert_jax.checkpoint.hf import SafetensorsFolder
@@ -176,6 +177,70 @@ class TestShardParams:
         mesh = mesh_of("explicit", (1, 8), ("data", "tensor"))
         with pytest.raises(ValueError, match="expected 2 to be a multiple of mesh axis tensor = 8"):
             mj.shard_params(make(), mesh)
+
+
+class TestInPlace:
+    """What changes a model keeps it where it is."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        "n, mean",
+        [
+            (72, True),
+            *(pytest.param(*x, marks=pytest.mark.matrix) for x in [(72, False), (60, True)]),
+        ],
+    )
+    def test_resize(self, kind, n, mean):
+        plain, model = make(), mj.shard_params(make(), mesh_of(kind))
+        for one in (plain, model):
+            one.resize_token_embeddings(n, None, mean)
+        for (path, want), got in zip(flatten(plain).items(), flatten(model).values(), strict=True):
+            close(got, want, err_msg=path)
+        assert model.model.embeddings.tok_embeddings.weight[...].sharding.spec == P(
+            "tensor", "fsdp"
+        )
+        close(model(IDS % n).logits, plain(IDS % n).logits)
+
+    def test_a_size_that_does_not_divide(self):
+        model = mj.shard_params(make(), mesh_of("explicit"))
+        with pytest.raises(ValueError, match="expected 71 to be a multiple of mesh axis tensor"):
+            model.resize_token_embeddings(71, None)
+        assert model.config.vocab_size == 64
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_adapters(self, late):
+        def adapted(place):
+            model = make() if late else place(make())
+            lora.add_lora(model, rank=2)
+            for i, (_, leaf) in enumerate(nnx.iter_graph(nnx.state(model, lora.LoRAParam))):
+                if isinstance(leaf, lora.LoRAParam):
+                    leaf.set_value(leaf + np.float32(0.01 * (i % 7)))
+            return place(model)
+
+        model = adapted(lambda m: mj.shard_params(m, mesh_of("explicit")))
+        want = adapted(lambda m: m)(IDS).logits
+        assert np.abs(want - make()(IDS).logits).max() > 0.01
+        for change in (lambda m: None, lora.merge, lora.unmerge):
+            change(model)
+            close(model(IDS).logits, want)
+            weight = model.model.layers[1].mlp.Wo.weight[...]
+            assert weight.sharding.spec == P("tensor", "fsdp")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedder(kind, small_tokenizer, tmp_path):
+    """Texts need not fill the mesh: an Embedder's rows are whole on every device."""
+    config = CONFIG.replace(vocab_size=len(small_tokenizer))
+    mj.ModernBertModel(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
+    texts = ["the patient has no fever", "no cough", "seen today with a rash and pain"]
+    embedder = mj.Embedder.from_pretrained(tmp_path)
+    want, mesh = embedder.encode(texts), mesh_of(kind, (8,), ("data",))
+    with jax.set_mesh(mesh):
+        close(embedder.encode(texts), want)
+        close(mj.Embedder.from_pretrained(tmp_path).encode(texts), want)
+    model = mj.ModernBertModel.from_pretrained(tmp_path, mesh=mesh)
+    close(mj.Embedder(model, small_tokenizer).encode(texts), want)
 
 
 class TestFromPretrained:

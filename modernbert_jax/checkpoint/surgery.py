@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from modernbert_jax.config import ModernBertConfig
+from modernbert_jax.sharding import param_shardings
 from modernbert_jax.untrusted import shown
+from modernbert_jax.weights import EMBEDDING
 
 
 def resize_vocabulary(
@@ -20,8 +23,12 @@ def resize_vocabulary(
     the decoder is tied to the embedding, else the mean of the biases.
     """
     size = padded(n, pad_to_multiple_of)
-    _set_config(model, vocab_size=size)
     embedding = getattr(model, "model", model).embeddings.tok_embeddings
+    old = embedding.weight.get_value()
+    if isinstance(old.sharding, NamedSharding):  # refuses a size that the mesh does not divide
+        grown = jax.ShapeDtypeStruct((size, *old.shape[1:]), old.dtype)
+        param_shardings({EMBEDDING: grown}, old.sharding.mesh)
+    _set_config(model, vocab_size=size)
     _resize(embedding.weight, size, new)
     decoder = getattr(model, "decoder", None)
     tied = model.config.tie_word_embeddings
@@ -65,13 +72,17 @@ def check_layers(model: Any) -> None:
 
 def _resize(variable: nnx.Variable, size: int, new: jax.Array | None) -> None:
     old = variable.get_value()
+    split = isinstance(sharding := old.sharding, NamedSharding)
+    if split:  # on explicit axes, split arrays do not concatenate
+        old, new = jax.device_put((old, new), NamedSharding(sharding.mesh, PartitionSpec()))
     added = size - len(old)
     if added <= 0:
-        variable.set_value(old[:size])
-        return
-    mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True)
-    rows = jnp.repeat(mean, added, axis=0) if new is None else new[len(old) :]
-    variable.set_value(jnp.concatenate([old, rows.astype(old.dtype)]))
+        value = old[:size]
+    else:
+        mean = jnp.mean(old.astype(jnp.float32), axis=0, keepdims=True)
+        rows = jnp.repeat(mean, added, axis=0) if new is None else new[len(old) :]
+        value = jnp.concatenate([old, rows.astype(old.dtype)])
+    variable.set_value(jax.device_put(value, sharding) if split else value)
 
 
 def _set_config(model: Any, **changes: Any) -> None:
