@@ -75,14 +75,20 @@ def hf_model(head: str, changes=None, seed: int = 0):
     import transformers
 
     torch.manual_seed(seed)
-    model = getattr(transformers, head)(hf_config(changes)).eval()
+    return randomized(getattr(transformers, head)(hf_config(changes)))
+
+
+def randomized(model):
+    """A model of transformers in eval mode, its biases and norms random and its matrices larger."""
+    import torch
+
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)
             else:
                 p.mul_(3.0)
-    return model
+    return model.eval()
 
 
 def inputs(length: int, rows: int = 3, padding: str | None = None, seed: int = 0):
