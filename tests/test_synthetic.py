@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from train.corpora.readers.text import read_documents
+from train.configs.notebook import get_config
+from train.corpora.readers.text import find_files, not_read, read_documents
 from train.corpora.synthetic import (
     BACKGROUND,
     DIAGNOSES,
@@ -21,6 +23,7 @@ from train.corpora.synthetic import (
     synthetic_notes,
     write_corpus,
 )
+from train.pretrain.corpora import with_corpora
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +185,13 @@ def test_write_corpus_makes_a_folder_that_can_be_read(tmp_path, notes):
     assert [set(record) for record in records] == [{"id", "text"}] * 20
     assert len({record["id"] for record in records}) == 20
     assert [document.text for document in read_documents(path.parent)] == notes[:20]
+
+
+def test_the_notes_of_a_run_are_the_only_files_in_their_folder(tmp_path):
+    """A run warns about files that it cannot read; its own marker must not be one of them."""
+    (corpus,) = {
+        path
+        for phase in with_corpora(replace(get_config(), synthetic_notes=3), tmp_path).phases
+        for path in phase.corpus
+    }
+    assert not_read(Path(corpus), {file.path for file in find_files(corpus)}) == ""

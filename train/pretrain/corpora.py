@@ -52,10 +52,10 @@ def with_corpora(config: TrainConfig, workdir: Any) -> TrainConfig:
     default = config.corpus
     if not default and not all(phase.corpus for phase in config.phases):
         folder = pathlib.Path(workdir) / "synthetic"
-        if not (folder / "done").exists():
+        if not (folder / ".done").exists():  # hidden, so that it counts as no file that is left out
             log(f"writing {config.synthetic_notes:,} synthetic clinical notes")
             write_corpus(folder, config.synthetic_notes, config.seed)
-            (folder / "done").write_text("")
+            (folder / ".done").write_text("")
         default = (str(folder),)
     phases = tuple(dataclasses.replace(p, corpus=p.corpus or default) for p in config.phases)
     return dataclasses.replace(config, phases=phases)
