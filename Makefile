@@ -8,7 +8,11 @@ NEXT := .venv-next
 
 # Two processes, each a file at a time: most tests compile on one core.
 PYTEST := -m pytest -n 2 --dist loadfile -ra --durations=10
-QUICK := -m "not slow and not matrix"
+QUICK := not slow and not matrix
+# Tests marked `optimized` compile as users do; all others compile in other processes, where XLA
+# optimizes little: tests/conftest.py.
+pytest_twice = $(TEST)/bin/python $(PYTEST) -m "$(1) and not optimized" $(2) && \
+    $(TEST)/bin/python $(PYTEST) -m "$(1) and optimized" $(2)
 # The files that `make check` runs: half of all tests, in about 70 seconds of processor time.
 CHECK_TESTS := $(patsubst %,tests/test_%.py, config configs corpora_sources corpora_text corpora_xml \
     data layout loss masking mixture optimizer packing scores synthetic task_files tasks)
@@ -30,11 +34,11 @@ demo:  ## runs the main job in small: writes notes, pretrains in two phases, exp
 
 check:  ## lints and runs the quick test files: the inner loop, under 90 seconds on two idle cores
 	@$(MAKE) --no-print-directory lint
-	$(TEST)/bin/python $(PYTEST) $(QUICK) $(CHECK_TESTS)
+	$(TEST)/bin/python $(PYTEST) -m "$(QUICK) and not optimized" $(CHECK_TESTS)
 
 test:  ## runs every kind of check with few cases each, then lints
 	@.ci/venv $(TEST) test $(PYTHON)
-	$(TEST)/bin/python $(PYTEST) $(QUICK)
+	$(call pytest_twice,$(QUICK))
 	@$(MAKE) --no-print-directory lint
 
 # Here a missing Python 3.12 is no failure: the second pair is tested where it can be.
@@ -43,11 +47,11 @@ test-all: test test-slow test-matrix  ## runs everything: also the second versio
 
 test-slow:  ## runs long tests of their own kind: the documents, the notebooks, kills, packaging
 	@.ci/venv $(TEST) test $(PYTHON)
-	$(TEST)/bin/python $(PYTEST) -m slow --ignore tests/attack || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(call pytest_twice,slow,--ignore tests/attack)
 
 test-matrix:  ## runs every case of the matrices of which `make test` has some; CI leaves it out
 	@.ci/venv $(TEST) test $(PYTHON)
-	$(TEST)/bin/python $(PYTEST) -m matrix --ignore tests/attack
+	$(call pytest_twice,matrix,--ignore tests/attack)
 
 soak:  ## kills one of two hosts at a random step, twenty times
 	@.ci/venv $(TEST) test $(PYTHON)
@@ -59,7 +63,7 @@ attack: soak  ## attacks folders, files and runs: hostile inputs, full disks, ho
 test-next:  ## runs the library's tests on the newer jax and flax; needs Python 3.12 or newer
 	@if python=$$(.ci/venv find 12); then \
 	    .ci/venv $(NEXT) test "$$python" && \
-	    $(NEXT)/bin/python $(PYTEST) $(QUICK) $(NEXT_TESTS); \
+	    $(NEXT)/bin/python $(PYTEST) -m "$(QUICK)" $(NEXT_TESTS); \
 	else \
 	    echo "test-next: found no Python 3.12 or newer, so the second version pair is not tested"; \
 	    $(if $(CI),true,false); \

@@ -57,7 +57,6 @@ DOCUMENTS = [
 ]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.optimized,
     pytest.mark.filterwarnings("ignore:.*weights of the head are new"),
 ]
 by_name = pytest.mark.parametrize(
@@ -440,6 +439,8 @@ class World:
         more = SMALLER.get(verb, "")
         for flag, instead in REPLACED.items():
             more += f" {instead}" if flag in words else ""
+        if verb == "pretrain" and "continue" in words:  # three epochs would be 300 steps
+            more += " --epochs 0.2" if "--epochs" in words else " --epochs 0.1"
         compiles = importlib.util.find_spec("libtpu") and "--cuda-compiler" not in words
         if verb == "plan" and not (self.full and compiles):
             cli.plan_arguments(words[1:], "plan")[2].validate()
