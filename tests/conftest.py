@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 # No test may download from the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `make test` has a process per core: torch's threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tokenizers warn, and may deadlock, if a process forks after using them in parallel.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
