@@ -351,8 +351,9 @@ class TestNamesOfTransformers:
         assert mj.AutoConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
         with pytest.raises(TypeError, match="hue: expected a field of ModernBertConfig"):
             mj.AutoConfig.from_pretrained(tmp_path, hue=1)
+        (tmp_path / "empty").mkdir()
         with pytest.raises(FileNotFoundError, match=r"expected config\.json, found none"):
-            mj.AutoConfig.from_pretrained(tmp_path.parent)
+            mj.AutoConfig.from_pretrained(tmp_path / "empty")
 
     def test_from_config(self):
         model = mj.AutoModelForMaskedLM.from_config(CONFIG, seed=3)
