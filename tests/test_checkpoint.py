@@ -72,7 +72,16 @@ def equal(state, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (8, 1, 1, 1), (1, 1, 1, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (2, 2, 1, 2),
+        (1, 1, 1, 1),
+        (8, 1, 1, 1),
+        pytest.param((1, 2, 2, 2), marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
 def test_the_newest_comes_back_on_any_mesh(two, mesh):
     checkpoints = keeper(two, mesh=mesh)
     state, position, folder = checkpoints.restore()

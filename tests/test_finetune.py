@@ -379,7 +379,9 @@ class TestFiles:
 
 
 class TestLora:
-    @pytest.mark.parametrize("kind", ["classification", "qa"])
+    @pytest.mark.parametrize(
+        "kind", ["classification", pytest.param("qa", marks=pytest.mark.matrix)]
+    )
     def test_equals_peft_step_by_step(self, kind, start, tmp_path):
         """From the same first adapter: the losses of some steps, and then each logit."""
         peft = pytest.importorskip("peft")

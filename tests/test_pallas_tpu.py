@@ -140,7 +140,9 @@ def test_matches_reference(window, dtype, capfd):
     check(segment_ids(MIXED, PADDING), 2, 64, window, dtype, capfd)
 
 
-@pytest.mark.parametrize(("heads", "window"), [(3, None), (1, 16), (3, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("heads", "window"), [(3, None), (1, 16), pytest.param(3, 1, marks=pytest.mark.matrix), (1, 0)]
+)
 def test_odd_heads_and_several_tiles(heads, window, capfd):
     check(segment_ids(PACKED), heads, 64, window, jnp.float32, capfd)
 
@@ -204,7 +206,7 @@ def packed(op):
 
 @pytest.mark.parametrize("form", [lambda op: op, packed])
 @pytest.mark.parametrize("window", [64, None])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.matrix)])
 def test_rotates_as_outside(form, window, shared):
     """dq and dk too; `shared` tables have one row."""
     ids_BL = segment_ids(MIXED, PADDING) if shared else segment_ids(MIXED)

@@ -83,7 +83,9 @@ def texts_of(start, count=12):
     return texts, [np.asarray(i, np.int32) for i in tokenizer(texts)["input_ids"]]
 
 
-@pytest.mark.parametrize("chunk, devices", [(64, 1), (3, 1), (2, 4)])
+@pytest.mark.parametrize(
+    "chunk, devices", [(64, 1), pytest.param(3, 1, marks=pytest.mark.matrix), (2, 4)]
+)
 def test_loss_and_gradient_equal_torch(start, data, chunk, devices):
     """The whole batch at once in torch, padded; here in chunks, packed, over devices."""
     import torch
