@@ -42,6 +42,7 @@ from modernbert_jax.inference.pipelines import (
     pipeline as pipeline,
 )
 from modernbert_jax.model import ModernBertModel as ModernBertModel
+from modernbert_jax.quantization import quantize as quantize
 from modernbert_jax.sharding import shard_params as shard_params
 from modernbert_jax.tokenizer import AutoTokenizer as AutoTokenizer
 

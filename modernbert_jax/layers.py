@@ -110,14 +110,22 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
-        weight = self.weight[...].astype(dtype)
         letters = self.equation.partition("->")[0].partition(",")[2]
-        weight = weight.reshape(-1, *weight.shape[weight.ndim - len(letters) + 1 :])
-        y = jnp.einsum(self.equation, x.astype(dtype), weight, precision=matmul_precision(dtype))
+        outputs = len(letters) - 1
+        y = self.product(self.equation, x, lambda w: w.reshape(-1, *w.shape[w.ndim - outputs :]))
         if self.has_bias:
             bias = self.bias[...].astype(dtype)
             y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return y + self.adapter(x) if self.lora_active else y
+
+    def product(
+        self, equation: str, x: jax.Array, arrange: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Returns einsum(equation, x, arrange(weight)).
+
+        arrange: joins the input axes of the weight to one, and may reorder its outputs.
+        """
+        return weighted(equation, x, arrange(self.weight[...].astype(self.dtype)))
 
     def adapter(self, x: jax.Array, arrange: Callable[[jax.Array], jax.Array] = _same) -> jax.Array:
         """Returns the term of the active adapter; `arrange` reorders the outputs of lora_B."""
@@ -141,6 +149,12 @@ class Linear(nnx.Module):
         assert self.lora_A is not None and self.lora_B is not None
         a, b = (f.weight[...].astype(jnp.float32) for f in (self.lora_A, self.lora_B))
         return jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST) * self.lora_scale
+
+
+def weighted(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns einsum(equation, x, weight), computed in the weight's dtype."""
+    dtype = weight.dtype
+    return jnp.einsum(equation, x.astype(dtype), weight, precision=matmul_precision(dtype))
 
 
 class LayerNorm(nnx.Module):
@@ -245,17 +259,17 @@ class Attention(nnx.Module):
 
     def _packed_qkv(self, x_BLD: jax.Array, J: int) -> jax.Array:
         """q, k and v with those of J heads side by side, so that no kernel's operand is copied."""
-        (B, L, D), (_, _, H, K) = x_BLD.shape, self.Wqkv.weight.shape
-        by_block = lambda w: jnp.swapaxes(w.reshape(-1, 3, H // J, J, K), 1, 2)  # noqa: E731
-        dtype = jnp.dtype(self.config.dtype)
-        weight_DP = by_block(self.Wqkv.weight[...].astype(dtype)).reshape(D, -1)
-        precision = matmul_precision(dtype)
-        y_BLP = jnp.einsum("BLD,DP->BLP", x_BLD.astype(dtype), weight_DP, precision=precision)
+        (B, L, _), (_, _, H, K) = x_BLD.shape, self.Wqkv.weight.shape
+
+        def by_block(w: jax.Array) -> jax.Array:  # [..., 3, H, K] -> [..., P]
+            w = w.reshape(-1, 3, H // J, J, K)
+            return jnp.swapaxes(w, 1, 2).reshape(w.shape[0], -1)
+
+        y_BLP = self.Wqkv.product("BLD,DP->BLP", x_BLD, by_block)
         if self.Wqkv.has_bias:
-            y_BLP = y_BLP + by_block(self.Wqkv.bias[...].astype(dtype)).reshape(1, 1, -1)
+            y_BLP = y_BLP + by_block(self.Wqkv.bias[...].astype(y_BLP.dtype))[None]
         if self.Wqkv.lora_active:
-            rank = lambda b_RTHK: by_block(b_RTHK).reshape(b_RTHK.shape[0], -1)  # noqa: E731
-            y_BLP = y_BLP + self.Wqkv.adapter(x_BLD, rank)
+            y_BLP = y_BLP + self.Wqkv.adapter(x_BLD, by_block)
         return y_BLP.reshape(B, L, H // J, 3, J, K)
 
 

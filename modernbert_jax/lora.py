@@ -80,7 +80,7 @@ def add_lora(
     that has adapters already.
     """
     check_lora(rank, alpha, targets)
-    layers = dict(_linear_layers(model))
+    layers = dict(linear_layers(model))
     _refuse_adapters(layers)
     for target in targets:
         if not any(_ends(path, target) for path in layers):
@@ -111,7 +111,7 @@ def attach(model: nnx.Module, factors: Mapping[str, Any], scale: float) -> None:
     factors: {path: array}, such as "model.layers.0.attn.Wo.lora_A.weight", two for each layer, as
     `variables(model, LoRAParam)` has them. scale: alpha / rank.
     """
-    layers = dict(_linear_layers(model))
+    layers = dict(linear_layers(model))
     for stem in dict.fromkeys(path.rpartition(".lora_")[0] for path in factors):
         a, b = (jnp.asarray(factors[f"{stem}.lora_{x}.weight"], jnp.float32) for x in "AB")
         _attach(layers[stem], a, b, scale)
@@ -121,9 +121,16 @@ def merge(model: nnx.Module) -> None:
     """Adds the adapters to the weights, in place: then the model costs what it did without them.
 
     The adapters stay in the model, inactive and no parameters, so that `unmerge` can take them out
-    again and `save_adapter` can write them. Raises ValueError if none is active.
+    again and `save_adapter` can write them. Raises ValueError if none is active, and for int8
+    weights, which cannot hold the sum.
     """
-    for layer in _adapted(model, active=True):
+    layers = _adapted(model, active=True)
+    if any(layer.weight.dtype == jnp.int8 for layer in layers):
+        raise ValueError(
+            "merge: expected float weights, got int8; the adapters work unmerged, or merge them "
+            "into the float model and quantize that"
+        )
+    for layer in layers:
         layer.weight[...] = layer.full_weight()
         _set_kind(layer, _MergedFactor)
 
@@ -160,7 +167,7 @@ def save_adapter(
     ("head", "classifier") of a classifier that was trained with them.
     Raises ValueError if the model has no adapters, and for an unknown or adapted module.
     """
-    layers = dict(_linear_layers(model))
+    layers = dict(linear_layers(model))
     adapted = {path: layer for path, layer in layers.items() if layer.lora_A is not None}
     if not adapted:
         raise ValueError("save_adapter: expected a model with adapters, got none; see add_lora")
@@ -226,7 +233,7 @@ def load_adapter(model: nnx.Module, folder: str | os.PathLike[str]) -> None:
     rank, scale, full = _read_settings(folder / ADAPTER_FILE)
     tensors = SafetensorsFolder(folder, file=WEIGHTS_FILE)
     check_dtypes(tensors)
-    layers, params = dict(_linear_layers(model)), variables(model)
+    layers, params = dict(linear_layers(model)), variables(model)
     _refuse_adapters(layers)
     values: dict[str, np.ndarray] = {}
     for key in tensors:
@@ -285,7 +292,7 @@ def _read_settings(path: pathlib.Path) -> tuple[int, float, list[str]]:
     return rank, alpha / (math.sqrt(rank) if data.get("use_rslora") else rank), full
 
 
-def _linear_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+def linear_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """Yields the path of each linear layer of ModernBERT and the layer."""
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
@@ -321,7 +328,7 @@ def _attach(layer: Any, a: jax.Array, b: jax.Array, scale: float) -> None:
 
 
 def _adapted(model: nnx.Module, active: bool) -> list[Any]:
-    found = [layer for _, layer in _linear_layers(model) if layer.lora_A is not None]
+    found = [layer for _, layer in linear_layers(model) if layer.lora_A is not None]
     found = [layer for layer in found if layer.lora_active == active]
     if not found:
         what = "active" if active else "merged"

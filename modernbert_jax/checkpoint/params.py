@@ -3,7 +3,7 @@
 A path is the parameter's Hugging Face key, such as "layers.3.attn.Wqkv.weight".
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,10 @@ from flax import nnx
 from modernbert_jax.checkpoint.files import states_dtype
 from modernbert_jax.config import DTYPES, ModernBertConfig
 from modernbert_jax.weights import EMBEDDING, check_axes, is_adapter
+
+
+class Int8(nnx.Variable):
+    """An int8 weight of a quantized model; no parameter, since nothing trains it."""
 
 
 def variables(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[str, Any]:
@@ -23,9 +27,14 @@ def variables(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> dict[
 def flatten(module: nnx.Module) -> dict[str, Any]:
     """Returns {path: array} for every parameter of a module.
 
-    Raises ValueError for a module with LoRA adapters that are not merged: what reads these
-    parameters has no place for them.
+    Raises ValueError for a module with int8 weights or with LoRA adapters that are not merged: what
+    reads these parameters has no place for them.
     """
+    if variables(module, Int8):
+        raise ValueError(
+            "model: expected float weights, got int8; save, export and train the float model, and "
+            "call quantize(model) after loading it"
+        )
     params = {path: param.get_value() for path, param in variables(module).items()}
     if any(map(is_adapter, params)):
         raise ValueError(
@@ -33,6 +42,24 @@ def flatten(module: nnx.Module) -> dict[str, Any]:
             "lora.merge(model) first, or save the adapters with lora.save_adapter(model, folder)"
         )
     return params
+
+
+def with_arrays(module: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+    """Returns {path: array} of a model, and a function that builds it around such arrays.
+
+    The function works under jit. What it builds has the model's int8 weights and adapters, but not
+    its dropout.
+    """
+    module = nnx.view(module, deterministic=True)
+    getattr(module, "model", module).dropout_rngs = None
+    graph, state = nnx.split(module)
+    flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+
+    def build(arrays: Mapping[str, Any]) -> Any:
+        filled = {path: leaf.replace(arrays[key]) for key, (path, leaf) in flat.items()}
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+    return {key: leaf.get_value() for key, (_, leaf) in flat.items()}, build
 
 
 def param_shapes(cls: type, config: ModernBertConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -18,6 +18,7 @@ from modernbert_jax.checkpoint.hf import SafetensorsFolder, params_to_hf, tied_c
 from modernbert_jax.checkpoint.hub import resolve
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax, orbax_shapes
 from modernbert_jax.checkpoint.params import (
+    Int8,
     check_dtypes,
     check_keys,
     check_sizes,
@@ -55,7 +56,8 @@ UNSUPPORTED = {
     "modernbert_jax.attention.attention, implementation=NAME))",
     "device_map": "not supported, arrays go to jax's default device; use "
     "`with jax.default_device(d)` to load to another, or mesh= for several",
-    "quantization_config": "not supported, weights are float32, bfloat16 or float16",
+    "quantization_config": "not supported, weights are read as float32, bfloat16 or float16; "
+    "modernbert_jax.quantize(model) makes them int8",
 }
 
 
@@ -162,10 +164,14 @@ class Pretrained:
         return cls(config, rngs=nnx.Rngs(seed))  # type: ignore[call-arg]
 
     def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
-        """Returns the number of parameters; a tied decoder shares those of the embedding."""
+        """Returns the number of parameters; a tied decoder shares those of the embedding.
+
+        int8 weights count as what they were.
+        """
+        params = variables(self) | variables(self, Int8)  # type: ignore[arg-type]
         return sum(
             param.size
-            for path, param in variables(self).items()  # type: ignore[arg-type]
+            for path, param in params.items()
             if not (exclude_embeddings and path in (EMBEDDING, EMBEDDING.removeprefix("model.")))
         )
 
@@ -244,6 +250,7 @@ class Pretrained:
         state other than parameters that a file cannot hold, such as a BatchNorm's.
         """
         check_layers(self)
+        params = flatten(self)  # type: ignore[arg-type]
         kinds = {
             type(variable).__name__
             for path, variable in variables(self, nnx.Variable).items()  # type: ignore[arg-type]
@@ -255,7 +262,6 @@ class Pretrained:
                 f"model: expected parameters only, got {', '.join(sorted(kinds))}, which a "
                 "checkpoint does not hold; remove these parts before saving"
             )
-        params = flatten(self)  # type: ignore[arg-type]
         tensors = params_to_hf(type(self), self.config, params)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)

@@ -21,8 +21,6 @@ import numpy as np
 
 from modernbert_jax.attention import Bounds
 from modernbert_jax.attention.rope import Rope
-from modernbert_jax.checkpoint.params import module_of
-from modernbert_jax.config import ModernBertConfig
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.sentence import (
     COLBERT,
@@ -136,9 +134,8 @@ class Colbert:
 
     def vectors(
         self,
-        config: ModernBertConfig,
+        model: ModernBertModel,
         attention: Op,
-        params: Mapping[str, jax.Array],
         own: Mapping[str, jax.Array],
         input_ids_BL: jax.Array,
         segment_ids_BL: jax.Array,
@@ -146,12 +143,11 @@ class Colbert:
     ) -> jax.Array:
         """Returns the vectors [B, L, E] of the tokens of packed texts, float32, of length 1.
 
-        params, own: the weights of the encoder, and of `sentence`. ends_BL: of `attended_ends`;
-        None if all tokens are attended to.
+        own: the weights of `sentence`. ends_BL: of `attended_ends`; None if all tokens are attended
+        to.
         """
         if ends_BL is not None:
             attention = attending_to_first(attention, ends_BL)
-        model = module_of(ModernBertModel, config, params)
         hidden_BLD = model(
             input_ids_BL, segment_ids=segment_ids_BL, attention=attention
         ).last_hidden_state

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from modernbert_jax.checkpoint.hub import resolve
-from modernbert_jax.checkpoint.params import flatten, module_of
+from modernbert_jax.checkpoint.params import with_arrays
 from modernbert_jax.inference.export import (
     Function,
     check_exported,
@@ -89,15 +89,14 @@ class Embedder:
             lower_case(self.tokenizer)
         self._placement = place = Placement(self.device, self.mesh, config)
         attention = place.attention
-        self._params = flatten(self.model)
+        arrays, build = with_arrays(self.model)
         own = {_MODULES + key: jnp.asarray(array) for key, array in sentence.params().items()}
-        self._params = place.put_params(self._params | own)
+        self._params = place.put_params(arrays | own)
         layer = self.layer % (layers + 1)
 
         def embed_tokens(params, input_ids_BL, segment_ids_BL, segments: int, skip: int = 0):
-            model = module_of(ModernBertModel, config, params)
             last = layer == layers
-            out = model(
+            out = build(params)(
                 input_ids_BL, segment_ids=segment_ids_BL, attention=attention,
                 output_hidden_states=not last,
             )  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from modernbert_jax.checkpoint.hub import resolve
-from modernbert_jax.checkpoint.params import flatten
+from modernbert_jax.checkpoint.params import with_arrays
 from modernbert_jax.inference.colbert import (
     Colbert,
     TokenIds,
@@ -60,12 +60,14 @@ class MultiVectorEmbedder:
             lower_case(self.tokenizer)
         self._placement = place = Placement(self.device, self.mesh, config)
         own = {key: jnp.asarray(array) for key, array in colbert.sentence.params().items()}
-        self._params = place.put_params((flatten(self.model), own))
+        arrays, build = with_arrays(self.model)
+        self._params = place.put_params((arrays, own))
 
         def embed(params, input_ids_BL, segment_ids_BL, ends_BL=None):
             encoder, own = params
+            model = build(encoder)
             return colbert.vectors(
-                config, place.attention, encoder, own, input_ids_BL, segment_ids_BL, ends_BL
+                model, place.attention, own, input_ids_BL, segment_ids_BL, ends_BL
             )
 
         self._embed = jax.jit(embed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.params import flatten, module_of
+from modernbert_jax.checkpoint.params import with_arrays
 from modernbert_jax.heads import ModernBertForSequenceClassification
 from modernbert_jax.inference.export import Function, packed_batches, save, tokens_per_sequence
 from modernbert_jax.packing import placed, segment_slots
@@ -43,7 +43,7 @@ class Pipeline:
         self.longest: int = model.config.max_position_embeddings
         # As in transformers, the tokenizer's limit decides where texts are cut, and refuses none.
         self.max_length: int = max_tokens(tokenizer, self.longest)
-        self._params = flatten(model)
+        self._params, self._build = with_arrays(model)
         function, static_argnums = self._function()
         self._run = Function(self._program, function, model.config, folder, static_argnums)
 
@@ -131,10 +131,8 @@ class LogitsPipeline(Pipeline):
         return "logits"  # what one of these pipelines exports, all of them use
 
     def _function(self):
-        config = self.model.config
-
         def logits(params, input_ids_BL, segment_ids_BL, segments: int):
-            model = module_of(ModernBertForSequenceClassification, config, params)
+            model = self._build(params)
             return model(input_ids_BL, segment_ids=segment_ids_BL, num_segments=segments).logits
 
         return logits, (3,)

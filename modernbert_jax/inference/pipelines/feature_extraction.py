@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.pipelines.base import Pipeline, texts_of
 from modernbert_jax.model import ModernBertModel
@@ -26,11 +25,8 @@ class FeatureExtraction(Pipeline):
     task: str = "feature-extraction"
 
     def _function(self):
-        config = self.model.config
-
         def hidden(params, input_ids_BL, segment_ids_BL):
-            model = module_of(ModernBertModel, config, params)
-            out = model(input_ids_BL, segment_ids=segment_ids_BL)
+            out = self._build(params)(input_ids_BL, segment_ids=segment_ids_BL)
             return out.last_hidden_state.astype(jnp.float32)
 
         return hidden, ()

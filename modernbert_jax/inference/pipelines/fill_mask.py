@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForMaskedLM
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.pipelines.base import Pipeline, texts_of
@@ -45,10 +44,8 @@ class FillMask(Pipeline):
         self.top_k: int = self._count(5 if top_k is None else top_k)
 
     def _function(self):
-        config = self.model.config
-
         def probabilities(params, input_ids_BL, segment_ids_BL, positions_BP):
-            model = module_of(ModernBertForMaskedLM, config, params)
+            model = self._build(params)
             out = model(input_ids_BL, segment_ids=segment_ids_BL, predict_positions=positions_BP)
             return jax.nn.softmax(out.logits, axis=-1)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForQuestionAnswering
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.pipelines.base import Pipeline
@@ -48,11 +47,8 @@ class QuestionAnswering(Pipeline):
             )
 
     def _function(self):
-        config = self.model.config
-
         def logits(params, input_ids_BL, segment_ids_BL):
-            model = module_of(ModernBertForQuestionAnswering, config, params)
-            out = model(input_ids_BL, segment_ids=segment_ids_BL)
+            out = self._build(params)(input_ids_BL, segment_ids=segment_ids_BL)
             return jnp.stack([out.start_logits, out.end_logits], axis=-1)
 
         return logits, ()

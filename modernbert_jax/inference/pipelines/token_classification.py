@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from modernbert_jax.checkpoint.params import module_of
 from modernbert_jax.heads import ModernBertForTokenClassification
 from modernbert_jax.inference.export import whole_number
 from modernbert_jax.inference.pipelines.base import Pipeline, label_of, texts_of
@@ -72,10 +71,8 @@ class TokenClassification(Pipeline):
         self.stride = whole_number("stride", stride, 0, self.window - 1)
 
     def _function(self):
-        config = self.model.config
-
         def probabilities(params, input_ids_BL, segment_ids_BL):
-            model = module_of(ModernBertForTokenClassification, config, params)
+            model = self._build(params)
             return jax.nn.softmax(model(input_ids_BL, segment_ids=segment_ids_BL).logits, axis=-1)
 
         return probabilities, ()

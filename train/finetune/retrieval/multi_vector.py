@@ -145,9 +145,8 @@ class MultiVectorEncoder:
 
     def _vectors(self, params, ids_BL, segments_BL, ends_BL=None):
         own = {k.removeprefix(_OWN): x for k, x in params.items() if k.startswith(_OWN)}
-        return self.colbert.vectors(
-            self.model_config, self._attention, params, own, ids_BL, segments_BL, ends_BL
-        )
+        model = module_of(ModernBertModel, self.model_config, params)
+        return self.colbert.vectors(model, self._attention, own, ids_BL, segments_BL, ends_BL)
 
     def _add_gradient(self, params, sums, cotangent_BLE, *arrays):
         _, pull = jax.vjp(lambda p: self._vectors(p, *arrays), params)
