@@ -115,7 +115,8 @@ def quantize(model: Model, mode: str = "weights") -> Model:
         weight = layer.weight[...]
         if weight.dtype == jnp.int8:
             raise ValueError("model: expected float weights, got int8; load the model again")
-        if len(getattr(weight, "devices", set)()) > 1:
+        sharding = getattr(weight, "sharding", None)  # a traced weight has none
+        if sharding is not None and len(sharding.device_set) > 1:
             raise ValueError(
                 "model: expected weights on one device, got several; quantize first, then call "
                 "shard_params(model, mesh)"

@@ -107,7 +107,7 @@ def test_importing_the_library_loads_nothing_of_training_or_conversion():
             if not module.name.endswith("__main__"):
                 __import__(module.name)
         optional = {"grain", "pandas", "sklearn", "tensorflow", "tensorflow_datasets", "torch"}
-        optional |= {"transformers", "tyro"}  # flax itself imports optax
+        optional |= {"qwix", "transformers", "tyro"}  # flax itself imports optax
         print(*(optional & set(sys.modules)))
     """
     done = subprocess.run(
@@ -218,7 +218,7 @@ def test_declared_dependencies_are_the_imports():
         }
 
     library = declared(project["dependencies"])
-    assert imports("modernbert_jax") == library | declared(extras["serve"])
+    assert imports("modernbert_jax") == library | declared(extras["serve"] + extras["int8"])
     # What one flag asks for is imported there. Which build of torch is the user's choice.
     chosen = {"torch", "wandb", "sentence_transformers"}
     elsewhere = declared(extras["beam"] + extras["huggingface"]) | chosen

@@ -1,7 +1,6 @@
 """int8 weights: rounding against NumPy, closeness to float32, adapters, inference and refusals."""
 
 import dataclasses
-import math
 import sys
 
 import jax
@@ -16,6 +15,7 @@ from modernbert_jax import Embedder, lora, pipeline, quantize
 from modernbert_jax.checkpoint.params import variables, with_arrays
 from modernbert_jax.layers import Linear
 from modernbert_jax.weights import weight_of
+from tests.benchmarks.int8 import cosine, scaled
 
 pytest.importorskip("qwix")
 
@@ -28,27 +28,14 @@ IDS = np.random.default_rng(0).integers(5, 300, (3, 40))
 
 
 def seeded(cls=mj.ModernBertForMaskedLM, **changes):
-    """A model whose layers add as much as they get: a new one's add almost nothing."""
     model = cls(CONFIG.replace(**changes), rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    for path, param in variables(model).items():
-        row = weight_of(path)
-        fan_in = math.prod(param.shape[: row.inputs]) if row.inputs else 4
-        value = rng.normal(0.0, fan_in**-0.5, param.shape)
-        if row.kind == "norms":
-            value = np.exp(0.3 * value)
-        param.set_value(jnp.asarray(value, param.dtype))
+    scaled(model, seed=1)
     return model
 
 
 def last_hidden(model, **options) -> np.ndarray:
     call = nnx.jit(lambda model: getattr(model, "model", model)(IDS, **options).last_hidden_state)
     return np.asarray(call(model), np.float64)
-
-
-def cosine(a, b) -> np.ndarray:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 @pytest.fixture(scope="module")
