@@ -126,7 +126,7 @@ def test_adapters_train_upon_int8_weights():
     model = quantize(seeded())
     lora.add_lora(model, rank=2)
     frozen = {path: np.asarray(value) for path, value in with_arrays(model)[0].items()}
-    optimizer = nnx.Optimizer(model, optax.sgd(0.5), wrt=lora.LoRAParam)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.02), wrt=lora.LoRAParam)
 
     def loss_of(model):
         return model(IDS, labels=IDS).loss
