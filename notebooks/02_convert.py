@@ -15,8 +15,8 @@
 # # 2 · Convert in both directions, and read the parity report
 #
 # **At the end** you will have a checkpoint in three layouts (Hugging Face, Orbax and Composer), a
-# check that no bit was lost between them, and a parity report which shows that this library
-# computes the same values as `transformers`.
+# check that no bit was lost between them, its weights split over several devices, and a parity
+# report which shows that this library computes the same values as `transformers`.
 #
 # **Time:** 20 s on 2 CPU cores. Nothing is downloaded.
 
@@ -41,12 +41,14 @@ REAL = bool(os.environ.get("MODERNBERT_REAL"))  # use the released checkpoint, f
 # ## A checkpoint in Hugging Face's layout
 #
 # This is either the released ModernBERT-base, or a model of the same architecture and one
-# thousandth of its size, with random weights from a seed.
+# thousandth of its size, with random weights from a seed. For one section, the CPU pretends to be
+# four devices.
 
 # %%
 import tempfile
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
@@ -59,6 +61,7 @@ if REAL:
 
     SOURCE = str(resolve("answerdotai/ModernBERT-base"))
 else:
+    jax.config.update("jax_num_cpu_devices", 4)
     SOURCE = "hf"
     config = ModernBertConfig.tiny(vocab_size=512, hidden_size=64, intermediate_size=96)
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
@@ -124,6 +127,39 @@ print(f"{'parameter':42}{'here':>18}{'in the file':>14}")
 for key in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo", "mlp_norm"):
     key = f"model.layers.1.{key}.weight"
     print(f"{key:42}{str(here[key].shape):>18}{str(there[key].shape):>14}")
+
+# %% [markdown]
+# ## Straight onto several devices
+#
+# `from_pretrained(..., mesh=mesh)` reads each weight straight to the devices that hold a part of
+# it, so that no device needs room for all of them. Over a mesh axis `fsdp` a weight is split by its
+# model dimension, over `tensor` by heads, MLP or vocabulary. (`shard_params(model, mesh)` moves a
+# model that exists; notebook 8 splits a batch.)
+
+# %%
+import numpy as np
+
+mesh = jax.make_mesh((len(jax.devices()),), ("fsdp",))
+spread = ModernBertForMaskedLM.from_pretrained("orbax", mesh=mesh)
+for key in ("embeddings.tok_embeddings", "layers.1.attn.Wqkv", "layers.1.mlp.Wo", "final_norm"):
+    weight = flatten(spread)[f"model.{key}.weight"]
+    part = weight.addressable_shards[0].data.shape
+    print(f"{key:26}{str(weight.shape):16} {str(weight.sharding.spec):30} {part} on a device")
+held = sum(x.addressable_shards[0].data.nbytes for x in flatten(spread).values())
+whole = sum(x.nbytes for x in here.values())
+print(f"{mesh.size} devices, {held / whole:.0%} of the weights on each")
+
+# %% [markdown]
+# The logits are those of one device, and the model is saved in the same way, with the same bits.
+
+# %%
+forward = nnx.jit(lambda model, ids: model(ids).logits)
+token_ids = np.random.default_rng(0).integers(0, 500, (2, 32))
+one = ModernBertForMaskedLM.from_pretrained("orbax")
+difference = np.abs(np.asarray(forward(spread, token_ids)) - np.asarray(forward(one, token_ids)))
+print(f"largest difference of a logit: {difference.max():.0e}")
+spread.save_pretrained("hf_from_mesh")
+same_bits(SOURCE, "hf_from_mesh")
 
 # %% [markdown]
 # ## The parity report

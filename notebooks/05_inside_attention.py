@@ -14,8 +14,9 @@
 # %% [markdown]
 # # 5 · Inside attention
 #
-# **At the end** you will have seen the two kinds of layers, what each head attends to, why packed
-# notes do not attend to each other, and which blocks a kernel visits.
+# **At the end** you will have seen the two kinds of layers, what each head attends to, how an
+# answer forms from layer to layer, why packed notes do not attend to each other, and which blocks a
+# kernel visits.
 #
 # **Time:** 45 s on 2 CPU cores. Most of it trains a small model, which replaces a download.
 
@@ -175,6 +176,29 @@ for layer in layers:
     print(f"layer {layer}: {shown}")
 
 # %% [markdown]
+# ## From layer to layer
+#
+# The hidden states at the masked word, in the same dictionary: how long the vector is, how far the
+# layer has turned it, and what the head would answer if the model ended there (a "logit lens"). The
+# last one has passed the final norm, and its answer is the model's. A probe would be trained on
+# such states.
+
+# %%
+answer = tokenizer(" daily", add_special_tokens=False)["input_ids"][0]  # the word that was masked
+states = [inside[f"hidden_states.{i}"][0, position] for i in range(len(model.model.layers) + 1)]
+print("after       length  cosine with the one before  p(daily)  first answer")
+for i, state in enumerate(states):
+    before = states[max(i - 1, 0)]
+    cosine = (state @ before) / np.linalg.norm(state) / np.linalg.norm(before)
+    normed = state if i == len(states) - 1 else model.model.final_norm(state)
+    logits_V = np.asarray(model.logits(model.head(normed)), np.float64)
+    p_V = np.exp(logits_V - logits_V.max())
+    p_V /= p_V.sum()
+    name, turned = (f"layer {i - 1}", f"{cosine:.2f}") if i else ("embeddings", "")
+    first = tokenizer.decode([int(p_V.argmax())])
+    print(f"{name:10} {np.linalg.norm(state):7.1f} {turned:>27} {p_V[answer]:9.3f}  {first!r}")
+
+# %% [markdown]
 # ## Packing
 #
 # Here three notes share one sequence, and `segment_ids` separate them. The interval of a query ends
@@ -227,5 +251,4 @@ plt.show()
 # ## Next
 #
 # - `python -m modernbert_jax.attention` checks and times every implementation on your device.
-# - `capture(model, "hidden_states.*", ...)` returns the inputs for probes, and
-#   `Embedder(layer=...)` makes vectors from any layer.
+# - `Embedder(layer=...)` makes vectors of texts from any layer.

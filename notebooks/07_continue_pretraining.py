@@ -75,8 +75,10 @@ from train.pretrain.run import run
 START = "thomas-sounack/BioClinical-ModernBERT-base"
 if not REAL:
     START = "runs/start/export"
+    config = configs.load("notebook")
+    phase = dataclasses.replace(config.phases[0], decay_tokens=150_000)  # one phase is enough
     config = dataclasses.replace(
-        configs.load("notebook"), corpus=("runs/general",), workdir="runs/start"
+        config, phases=(phase,), corpus=("runs/general",), workdir="runs/start"
     )
     with contextlib.redirect_stdout(io.StringIO()):
         result = run(config)
@@ -93,7 +95,7 @@ if not REAL:
 from train.corpora.synthetic import write_corpus
 
 NOTES = "runs/notes"
-file = write_corpus(NOTES, 600, seed=17)
+file = write_corpus(NOTES, 400, seed=17)
 print(json.loads(file.open().readline())["text"])
 
 # %% [markdown]
@@ -112,7 +114,8 @@ print(json.loads(file.open().readline())["text"])
 config = configs.load("continue")
 if not REAL:
     phases = tuple(dataclasses.replace(phase, learning_rate=5e-3) for phase in config.phases)
-    config = dataclasses.replace(config, phases=phases, model=config.model.replace(dtype="float32"))
+    model = config.model.replace(dtype="float32")
+    config = dataclasses.replace(config, phases=phases, model=model, remat="none")
 config = dataclasses.replace(
     config,
     init_from=START,
