@@ -17,7 +17,7 @@
 # **At the end** you will have continued the pretraining of a checkpoint on a folder of notes, seen
 # what it knew of them before and after, what it forgot, and filled masks with the result.
 #
-# **Time:** 180 s on 2 CPU cores. Nothing is downloaded.
+# **Time:** 80 s on 2 CPU cores. Nothing is downloaded.
 
 # %%
 import importlib.util

@@ -57,20 +57,17 @@ from train.pretrain.run import run
 
 START = "answerdotai/ModernBERT-base"
 if not REAL:
-    START = "runs/start/export"
-    if not os.path.exists(START):  # notebook 7 trains the same model
-        file = Path("runs/general/train.jsonl")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        paragraphs = [p for text in topics.values() for p in text.split("\n\n") if len(p) > 200]
-        kept = [p for i, p in enumerate(paragraphs) if i % 10]
-        file.write_text("".join(json.dumps({"text": p}) + "\n" for p in kept))
-        config = configs.load("notebook")
-        phase = dataclasses.replace(config.phases[0], decay_tokens=150_000)
-        config = dataclasses.replace(
-            config, phases=(phase,), corpus=(str(file.parent),), workdir="runs/start"
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            run(config)
+    START = "runs/words-start/export"
+    file = Path("runs/words-general/text.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    paragraphs = [p for text in topics.values() for p in text.split("\n\n") if len(p) > 200]
+    file.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    config = dataclasses.replace(
+        configs.load("notebook"), corpus=(str(file.parent),), workdir="runs/words-start"
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = run(config)
+    print(f"trained on {result['total_tokens']:,} tokens in {result['steps']} steps")
 
 # %% [markdown]
 # ## Which words break?
@@ -87,7 +84,7 @@ from train.corpora.synthetic import write_corpus
 
 NOTES = "runs/words-notes"
 read = lambda file: [json.loads(line)["text"] for line in file.open()]  # noqa: E731
-notes = read(write_corpus(NOTES, 400, seed=17))
+notes = read(write_corpus(NOTES, 600, seed=17))
 tokenizer = AutoTokenizer.from_pretrained(START)
 counts = Counter(word for note in notes for word in re.findall(r"(?<= )[a-z]{5,}\b", note))
 pieces = {word: tokenizer.tokenize(" " + word) for word in counts}
@@ -126,7 +123,7 @@ from flax import nnx
 
 from modernbert_jax import ModernBertForMaskedLM
 
-unseen = read(write_corpus("runs/words-unseen", 40, seed=99))
+unseen = read(write_corpus("runs/words-unseen", 60, seed=99))
 new_ids = tokenizer.convert_tokens_to_ids([" " + word for word in words])
 rows, targets = [], []
 for ids in tokenizer(unseen, max_length=256, truncation=True, padding="max_length")["input_ids"]:
@@ -167,8 +164,7 @@ print(f"new words put first: {np.nanmean(known_before):.1%}")
 config = configs.load("continue")
 if not REAL:
     phases = tuple(dataclasses.replace(phase, learning_rate=5e-3) for phase in config.phases)
-    model_config = config.model.replace(dtype="float32")
-    config = dataclasses.replace(config, phases=phases, model=model_config, remat="none")
+    config = dataclasses.replace(config, phases=phases, model=config.model.replace(dtype="float32"))
 config = dataclasses.replace(
     config,
     init_from=START,
