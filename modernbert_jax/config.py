@@ -86,7 +86,7 @@ class ModernBertConfig:
 
     classifier_pooling: str = "cls"  # or "mean"
     num_labels: int = 2
-    id2label: tuple[str, ...] = ()  # names in order, or {id: name}; () if unnamed
+    id2label: tuple[str, ...] = ()  # names in order, or {id: name}; () means LABEL_0, LABEL_1, ...
     problem_type: str | None = None
 
     output_hidden_states: bool = False  # what a call returns that says nothing else
@@ -164,8 +164,9 @@ class ModernBertConfig:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(DTYPES)}, got {shown(getattr(self, name))}"
                 )
-        set_("id2label", label_names(self.id2label))
-        if self.id2label and len(self.id2label) != self.num_labels:
+        names = label_names(self.id2label) or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+        set_("id2label", names)
+        if len(self.id2label) != self.num_labels:
             raise ValueError(
                 f"id2label: expected {self.num_labels} names (num_labels), got {len(self.id2label)}"
             )
@@ -176,6 +177,16 @@ class ModernBertConfig:
             )
 
     # Derived values.
+
+    @property
+    def model_type(self) -> str:
+        """ "modernbert", as in config.json."""
+        return "modernbert"
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The number of each label: the reverse of id2label."""
+        return {name: i for i, name in enumerate(self.id2label)}
 
     @property
     def head_dim(self) -> int:
@@ -378,7 +389,7 @@ class ModernBertConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns a `config.json` that transformers 4.48 and 5 both read."""
         data = json.loads(self.hf_extra)
-        data["model_type"] = "modernbert"
+        data["model_type"] = self.model_type
         skip = ("hf_extra", "dtype", "param_dtype", "residual_dtype", "layer_types", "id2label")
         for field in dataclasses.fields(self):
             if field.name not in skip:
@@ -392,10 +403,9 @@ class ModernBertConfig:
             kind: {"rope_type": "default", "rope_theta": self.rope_theta(kind)}
             for kind in (FULL, SLIDING)
         }
-        names = self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
         data.pop("num_labels")
-        data["id2label"] = {str(i): name for i, name in enumerate(names)}
-        data["label2id"] = {name: i for i, name in enumerate(names)}
+        data["id2label"] = {str(i): name for i, name in enumerate(self.id2label)}
+        data["label2id"] = self.label2id
         data["dtype"] = data["torch_dtype"] = self.param_dtype
         for name in ("attention_out_dropout", "output_hidden_states", "output_attentions"):
             if not data[name]:

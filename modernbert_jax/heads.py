@@ -21,6 +21,7 @@ from modernbert_jax.layers import ACTIVATIONS, LayerNorm, Linear, Op, truncated_
 from modernbert_jax.model import (
     Array,
     BaseModelOutput,
+    ModelOutput,
     ModernBertModel,
     Remat,
     RngSource,
@@ -37,7 +38,7 @@ _HEAD_KEY = 1_000_000  # the number of the head's dropout key, beyond those of a
 
 
 @struct.dataclass
-class MaskedLMOutput:
+class MaskedLMOutput(ModelOutput):
     """logits: float32 [B, L, V], or [B, P, V] at the predicted positions. loss: with labels."""
 
     logits: jax.Array
@@ -47,7 +48,7 @@ class MaskedLMOutput:
 
 
 @struct.dataclass
-class ClassifierOutput:
+class ClassifierOutput(ModelOutput):
     """logits: float32 [B, E], [B, S, E] for packed sequences, [B, L, E] for tokens, or [B, C].
 
     E is the number of labels, C the number of choices. loss: a float32 scalar, with labels.
@@ -60,7 +61,7 @@ class ClassifierOutput:
 
 
 @struct.dataclass
-class QuestionAnsweringOutput:
+class QuestionAnsweringOutput(ModelOutput):
     """start_logits and end_logits: float32 [B, L]. loss: with start_positions and end_positions."""
 
     start_logits: jax.Array

@@ -1,7 +1,8 @@
 """The encoder: inputs, modes, layers, outputs. Its only state are the keys of dropout."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -30,8 +31,35 @@ RngSource = nnx.Rngs | nnx.RngStream | jax.Array | None
 Remat = bool | Callable[..., bool]  # True, or a policy of jax.checkpoint_policies
 
 
+class ModelOutput:
+    """What a call returns; as in transformers, also by name or number: out["logits"], out[0].
+
+    The loss comes first, and what is None is left out: `loss, logits = model(...)[:2]`.
+    """
+
+    def keys(self) -> tuple[str, ...]:
+        """Returns the names of the outputs that are there, in transformers' order."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        names.sort(key=lambda name: name != "loss")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Returns the outputs that are there."""
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"{key}: expected one of {', '.join(self.keys())}")
+        return getattr(self, key)
+
+
 @struct.dataclass
-class BaseModelOutput:
+class BaseModelOutput(ModelOutput):
     """Outputs of the encoder.
 
     last_hidden_state: hidden_BLD. hidden_states: the embeddings, then each layer's output; the last
@@ -54,7 +82,7 @@ FOREIGN = {
     "multiple choice; question answering takes start_positions and end_positions, and the encoder "
     "has no loss; modernbert_jax.losses has the functions",
     "head_mask": "not supported, heads cannot be masked",
-    "return_dict": "not supported, outputs are always named (`.logits`)",
+    "return_dict": "expected true, outputs are always named; out.to_tuple() is the tuple",
     "use_cache": "not supported, an encoder has no cache",
     **dict.fromkeys(
         (
@@ -86,6 +114,7 @@ def refuse_input(name: str, value: Any) -> None:
 
 def refuse_inputs(unsupported: Mapping[str, Any], **inputs: Any) -> None:
     """Applies `refuse_input` to all inputs and raises TypeError if any name is not supported."""
+    unsupported = {k: v for k, v in unsupported.items() if (k, v) != ("return_dict", True)}
     for name, value in {**inputs, **unsupported}.items():
         refuse_input(name, value)
     for name in unsupported:
@@ -175,7 +204,11 @@ class ModernBertModel(Pretrained, nnx.Module):
         self.final_norm = LayerNorm(config)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Used by `nnx.view`. deterministic: True disables dropout, False enables it."""
+        """Used by `nnx.view`.
+
+        Args:
+          deterministic: True disables dropout, False enables it.
+        """
         if deterministic is not None:
             self.deterministic = deterministic
 

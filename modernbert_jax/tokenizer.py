@@ -59,6 +59,11 @@ class AutoTokenizer:
         path_or_repo: str | os.PathLike[str],
         *,
         add_prefix_space: bool | None = None,
+        model_max_length: int | None = None,
+        padding_side: str | None = None,
+        truncation_side: str | None = None,
+        use_fast: bool = True,
+        trust_remote_code: bool = False,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -74,6 +79,9 @@ class AutoTokenizer:
         add_prefix_space: whether a space is put before the first word, and before each word of
             `is_split_into_words` input, as token classification needs; None keeps the setting of
             tokenizer.json. transformers 5 ignores this argument for ModernBERT's tokenizer.
+        model_max_length, padding_side, truncation_side: as in transformers; None keeps those of
+            tokenizer_config.json. use_fast: True, since there are fast tokenizers only.
+            trust_remote_code is accepted and ignored: code of a checkpoint is never run.
         revision, cache_dir, local_files_only, token: as in transformers, for a hub id.
 
         Raises FileNotFoundError if there is no such folder, repository or file, and ValueError for
@@ -81,6 +89,8 @@ class AutoTokenizer:
         """
         from transformers import PreTrainedTokenizerFast
 
+        if not use_fast:
+            raise ValueError("use_fast: expected True, there are fast tokenizers only")
         _register_batches()
         folder = pathlib.Path(path_or_repo).expanduser()
         if not folder.is_dir():
@@ -109,6 +119,17 @@ class AutoTokenizer:
                 setattr(tokenizer, name, special)
         if add_prefix_space is not None:
             _set_prefix_space(tokenizer, add_prefix_space)
+        for name, side in (("padding_side", padding_side), ("truncation_side", truncation_side)):
+            if side not in (None, "left", "right"):
+                raise ValueError(f"{name}: expected 'left' or 'right', got {side!r}")
+            if side is not None:
+                setattr(tokenizer, name, side)
+        if model_max_length is not None:
+            if type(model_max_length) is not int or model_max_length < 1:
+                raise ValueError(
+                    f"model_max_length: expected a positive integer, got {model_max_length!r}"
+                )
+            tokenizer.model_max_length = model_max_length
         return tokenizer
 
 

@@ -173,7 +173,7 @@ class TestNewcomers:
     def test_habits(self):
         model = tiny()
         assert model.eval() is model and model.train() is model
-        with pytest.raises(TypeError, match="to: not supported, arrays go to jax's default"):
+        with pytest.raises(AttributeError, match="to: not supported, arrays go to jax's default"):
             model.to("cuda")
         mask = [[1, 1, 1, 1, 0, 0]]
         a, b = (model(self.ids, m).last_hidden_state for m in (mask, np.array(mask)))

@@ -217,7 +217,7 @@ def write_hf(
     *,
     architecture: str,
     tokenizer_dir: str | os.PathLike[str] | None = None,
-    max_shard_size: int = 5 * 1024**3,
+    max_shard_size: int | str = 5 * 1024**3,
     card: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder: config.json, weights, tokenizer files and README.md.

@@ -4,7 +4,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,22 @@ UNSUPPORTED = {
     "quantization_config": "not supported, weights are read as float32, bfloat16 or float16; "
     "modernbert_jax.quantize(model) makes them int8",
 }
+# Attributes of torch's and transformers' models, and what to use instead.
+_ON_DEVICE = (
+    f"{UNSUPPORTED['device_map'].removeprefix('not supported, ')}; pass dtype to from_pretrained"
+)
+_PARAMS = "nnx.state(model, nnx.Param) has the parameters"
+_FREEZE = f"{_PARAMS}, and a filter freezes some: nnx.Optimizer(..., wrt=) and nnx.DiffState"
+TORCH = {
+    **dict.fromkeys(("to", "cuda", "cpu", "device"), _ON_DEVICE),
+    **dict.fromkeys(("half", "bfloat16", "float"), "pass dtype to from_pretrained"),
+    "dtype": "config.dtype is the one of computation, config.param_dtype that of the weights",
+    **dict.fromkeys(("parameters", "named_parameters", "requires_grad_", "zero_grad"), _FREEZE),
+    **dict.fromkeys(("state_dict", "load_state_dict"), f"{_PARAMS}; nnx.update replaces them"),
+    "base_model": "the encoder is model.model",
+    "gradient_checkpointing_enable": "call model(..., remat=True)",
+    "generate": "an encoder cannot generate",
+}
 
 
 class Pretrained:
@@ -78,11 +94,20 @@ class Pretrained:
 
     config: ModernBertConfig
 
+    if not TYPE_CHECKING:  # it would hide unknown attributes from a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, with advice for an attribute of torch's models."""
+            if name in TORCH:
+                raise AttributeError(f"{name}: not supported, {TORCH[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def from_pretrained(
         cls,
         path_or_repo: str | os.PathLike[str],
         *,
+        config: ModernBertConfig | None = None,
         dtype: Any = None,
         param_dtype: Any = None,
         revision: str | None = None,
@@ -98,6 +123,7 @@ class Pretrained:
     ) -> Self:
         """Loads a Hugging Face folder, a hub id or an Orbax directory.
 
+        config: replaces the checkpoint's, such as one from `AutoConfig.from_pretrained`.
         dtype (or torch_dtype, torch's own types included): the dtype of computation. The default is
         transformers 5's: the dtype in config.json, whatever the dtypes of the tensors are; if it
         states none, the tensors' dtype, or float32 if they differ. param_dtype: the dtype of the
@@ -121,6 +147,12 @@ class Pretrained:
             dtype = str(dtype).removeprefix("torch.")
         for name in UNSUPPORTED.keys() & config_changes.keys():
             raise TypeError(f"{name}: {UNSUPPORTED[name]}")
+        if not isinstance(config, ModernBertConfig | None):
+            raise TypeError(
+                f"config: expected a ModernBertConfig of modernbert_jax, got "
+                f"{type(config).__module__}.{type(config).__name__}; AutoConfig.from_pretrained "
+                "reads one"
+            )
         folder = resolve(
             path_or_repo,
             revision,
@@ -132,9 +164,9 @@ class Pretrained:
         if is_orbax(folder):
             split = None if mesh is None else param_shardings(orbax_shapes(folder), mesh)
             loaded = load_orbax(folder, shardings=split)
-            config, tensors = loaded["config"], loaded["params"]
+            config, tensors = config or loaded["config"], loaded["params"]
         else:
-            config = read_config(folder)[0]
+            config = config or read_config(folder)[0]
             tensors = SafetensorsFolder(folder, config.tie_word_embeddings)
         check_dtypes(tensors, also=("float64",))
         config = with_dtype(config, folder, tensors)
@@ -190,9 +222,9 @@ class Pretrained:
         super().train(**attributes)  # type: ignore[misc]
         return self
 
-    def to(self, *_: Any, **__: Any) -> Self:
-        """Raises TypeError: jax's default device holds the arrays."""
-        raise TypeError(f"to: {UNSUPPORTED['device_map']}; pass dtype to from_pretrained")
+    def get_input_embeddings(self) -> Any:
+        """Returns the module of the token embeddings, whose `weight` is [V, D]."""
+        return getattr(self, "model", self).embeddings.tok_embeddings
 
     def resize_token_embeddings(
         self,
@@ -235,7 +267,7 @@ class Pretrained:
         path: str | os.PathLike[str],
         *,
         tokenizer: Any = None,
-        max_shard_size: int = 5 * 1024**3,
+        max_shard_size: int | str = 5 * 1024**3,
         card: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a Hugging Face folder that transformers loads.
@@ -243,7 +275,7 @@ class Pretrained:
         A parameter that ModernBERT does not have, one of your own subclass, is stored unchanged
         under its path. config.json states the dtype of the weights, float32 if they differ.
         tokenizer: any object with save_pretrained; it is saved into the same folder.
-        max_shard_size: in bytes. card: facts for the model card README.md (base_model, language,
+        max_shard_size: in bytes, or "5GB". card: facts for the model card README.md (base_model, language,
         license, datasets, training {name: value} and more, see `card.model_card`). A README.md
         written by a person is kept. Raises ValueError for a fact that a card does not support, and
         for parameters that `from_pretrained` of this class and configuration would refuse, and for
@@ -283,7 +315,7 @@ class Pretrained:
         private: bool | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        max_shard_size: int = 5 * 1024**3,
+        max_shard_size: int | str = 5 * 1024**3,
         card: Mapping[str, Any] | None = None,
     ) -> str:
         """Uploads what `save_pretrained` writes in one commit and returns the commit's address.

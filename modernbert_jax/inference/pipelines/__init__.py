@@ -27,6 +27,7 @@ TASKS: dict[str, Any] = {
     "text-ranking": Reranker,
     "token-classification": TokenClassification,
     "ner": TokenClassification,
+    "sentiment-analysis": TextClassification,
     "zero-shot-classification": ZeroShotClassification,
 }
 # Arguments of transformers' pipeline that have no meaning here, and what to use instead.
@@ -59,9 +60,9 @@ def pipeline(
 ) -> Any:
     """Returns the pipeline of a task: an instance of a class in `modernbert_jax`.
 
-    task: "feature-extraction", "fill-mask", "question-answering", "text-classification",
-    "token-classification" or "ner", "zero-shot-classification", all as in transformers, or
-    "text-ranking", which is sentence-transformers' CrossEncoder. model: a folder, a
+    task: "feature-extraction", "fill-mask", "question-answering", "text-classification" or
+    "sentiment-analysis", "token-classification" or "ner", "zero-shot-classification", all as in
+    transformers, or "text-ranking", which is sentence-transformers' CrossEncoder. model: a folder, a
     hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
     programs for later processes. exported: use the functions that you have exported into the folder

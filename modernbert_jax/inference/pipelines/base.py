@@ -179,8 +179,3 @@ def texts_of(inputs: Any) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"inputs: expected texts, number {number} is a {type(text).__name__}")
     return texts
-
-
-def label_of(config: Any, index: int) -> str:
-    """Returns the name of a label, LABEL_0 and so on if the model has no names."""
-    return config.id2label[index] if config.id2label else f"LABEL_{index}"

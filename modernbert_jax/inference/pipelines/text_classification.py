@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from modernbert_jax.inference.export import whole_number
-from modernbert_jax.inference.pipelines.base import LogitsPipeline, label_of, texts_of
+from modernbert_jax.inference.pipelines.base import LogitsPipeline, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +67,7 @@ class TextClassification(LogitsPipeline):
         results: list[Any] = []
         for scores_E in self._outputs(ids, self._activation, show_progress_bar):
             labels = [
-                {"label": label_of(self.model.config, int(e)), "score": float(scores_E[e])}
+                {"label": self.model.config.id2label[int(e)], "score": float(scores_E[e])}
                 for e in np.argsort(-scores_E, kind="stable")
             ]
             results.append(labels[0] if isinstance(top_k, str) else labels[:top_k])

@@ -12,7 +12,7 @@ import numpy as np
 
 from modernbert_jax.heads import ModernBertForTokenClassification
 from modernbert_jax.inference.export import whole_number
-from modernbert_jax.inference.pipelines.base import Pipeline, label_of, texts_of
+from modernbert_jax.inference.pipelines.base import Pipeline, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -121,7 +121,7 @@ class TokenClassification(Pipeline):
         labeled = []
         for index, span in enumerate(spans, start=len(self._before)):
             best = int(span["p"].argmax())
-            label, score = label_of(self.model.config, best), float(span["p"][best])
+            label, score = self.model.config.id2label[best], float(span["p"][best])
             labeled.append({**span, "entity": label, "score": score, "index": index})
         if strategy == "none":
             return [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modernbert_jax.inference.pipelines.base import LogitsPipeline, label_of, texts_of
+from modernbert_jax.inference.pipelines.base import LogitsPipeline, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ class ZeroShotClassification(LogitsPipeline):
     ):
         """Raises ValueError for a model without a label that begins with "entail" beside others."""
         super().__init__(model, tokenizer, folder, batch_tokens=batch_tokens)
-        names = [label_of(model.config, n) for n in range(model.config.num_labels)]
+        names = model.config.id2label
         found = [n for n, name in enumerate(names) if name.lower().startswith("entail")]
         if not found or len(names) < 2:
             raise ValueError(
