@@ -275,11 +275,11 @@ class Pretrained:
         A parameter that ModernBERT does not have, one of your own subclass, is stored unchanged
         under its path. config.json states the dtype of the weights, float32 if they differ.
         tokenizer: any object with save_pretrained; it is saved into the same folder.
-        max_shard_size: in bytes, or "5GB". card: facts for the model card README.md (base_model, language,
-        license, datasets, training {name: value} and more, see `card.model_card`). A README.md
-        written by a person is kept. Raises ValueError for a fact that a card does not support, and
-        for parameters that `from_pretrained` of this class and configuration would refuse, and for
-        state other than parameters that a file cannot hold, such as a BatchNorm's.
+        max_shard_size: in bytes, or "5GB". card: facts for the model card README.md (base_model,
+        language, license, datasets, training {name: value} and more, see `card.model_card`). A
+        README.md written by a person is kept. Raises ValueError for a fact that a card does not
+        support, and for parameters that `from_pretrained` of this class and configuration would
+        refuse, and for state other than parameters that a file cannot hold, such as a BatchNorm's.
         """
         check_layers(self)
         params = flatten(self)  # type: ignore[arg-type]

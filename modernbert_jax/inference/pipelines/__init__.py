@@ -62,8 +62,8 @@ def pipeline(
 
     task: "feature-extraction", "fill-mask", "question-answering", "text-classification" or
     "sentiment-analysis", "token-classification" or "ner", "zero-shot-classification", all as in
-    transformers, or "text-ranking", which is sentence-transformers' CrossEncoder. model: a folder, a
-    hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
+    transformers, or "text-ranking", which is sentence-transformers' CrossEncoder. model: a folder,
+    a hub id, or a model of the task's class together with a tokenizer. dtype, torch_dtype,
     param_dtype, revision: as for from_pretrained. compile_cache: a folder that keeps compiled
     programs for later processes. exported: use the functions that you have exported into the folder
     `model`; other people's are refused. batch_tokens: the most tokens in a packed sequence. top_k
