@@ -123,7 +123,7 @@ class Pretrained:
     ) -> Self:
         """Loads a Hugging Face folder, a hub id or an Orbax directory.
 
-        config: replaces the checkpoint's, such as one from `AutoConfig.from_pretrained`.
+        config: replaces the checkpoint's, dtypes included; `AutoConfig.from_pretrained` reads one.
         dtype (or torch_dtype, torch's own types included): the dtype of computation. The default is
         transformers 5's: the dtype in config.json, whatever the dtypes of the tensors are; if it
         states none, the tensors' dtype, or float32 if they differ. param_dtype: the dtype of the
@@ -164,14 +164,16 @@ class Pretrained:
         if is_orbax(folder):
             split = None if mesh is None else param_shardings(orbax_shapes(folder), mesh)
             loaded = load_orbax(folder, shardings=split)
-            config, tensors = config or loaded["config"], loaded["params"]
+            own, tensors = loaded["config"], loaded["params"]
         else:
-            config = config or read_config(folder)[0]
-            tensors = SafetensorsFolder(folder, config.tie_word_embeddings)
+            own = read_config(folder)[0]
+            tensors = SafetensorsFolder(folder, (config or own).tie_word_embeddings)
         check_dtypes(tensors, also=("float64",))
-        config = with_dtype(config, folder, tensors)
-        compute = _dtype_name("dtype", config.param_dtype if dtype is None else dtype)
-        keep = _dtype_name("param_dtype", compute if param_dtype is None else param_dtype)
+        config = config or with_dtype(own, folder, tensors)
+        compute = _dtype_name("dtype", config.dtype if dtype is None else dtype)
+        if param_dtype is None:
+            param_dtype = config.param_dtype if dtype is None else compute
+        keep = _dtype_name("param_dtype", param_dtype)
         if compute == "float16" and jax.default_backend() == "cpu":
             warnings.warn(
                 "dtype: float16 is slow on a CPU and overflows early; pass dtype='float32'",
