@@ -158,7 +158,9 @@ def widest_dtype(arrays: Mapping[str, Any]) -> str:
     return found.pop() if len(found) == 1 and found <= set(DTYPES) else "float32"
 
 
-def with_dtype(config: ModernBertConfig, folder: Any, arrays: Mapping[str, Any]) -> Any:
+def with_dtype(
+    config: ModernBertConfig, folder: Any, arrays: Mapping[str, Any]
+) -> ModernBertConfig:
     """Returns the configuration with the widest dtype of the arrays if config.json states none."""
     if states_dtype(folder):
         return config

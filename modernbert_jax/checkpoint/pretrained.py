@@ -226,7 +226,8 @@ class Pretrained:
 
     def get_input_embeddings(self) -> Any:
         """Returns the module of the token embeddings, whose `weight` is [V, D]."""
-        return getattr(self, "model", self).embeddings.tok_embeddings
+        encoder: Any = getattr(self, "model", self)
+        return encoder.embeddings.tok_embeddings
 
     def resize_token_embeddings(
         self,

@@ -27,7 +27,8 @@ def resize_vocabulary(
     old = embedding.weight.get_value()
     if isinstance(old.sharding, NamedSharding):  # refuses a size that the mesh does not divide
         grown = jax.ShapeDtypeStruct((size, *old.shape[1:]), old.dtype)
-        param_shardings({EMBEDDING: grown}, old.sharding.mesh)
+        mesh: Any = old.sharding.mesh
+        param_shardings({EMBEDDING: grown}, mesh)
     _set_config(model, vocab_size=size)
     _resize(embedding.weight, size, new)
     decoder = getattr(model, "decoder", None)
