@@ -410,14 +410,15 @@ class TestCommandLine:
             float(ours("text-ranking", one)(["no fever", "denies fever"])), abs=1e-6
         )
         pipe = ours("text-classification", nli)
-        assert self.answer(capsys, nli, "text-classification", *text) == pipe("no fever")
-        got = self.answer(capsys, nli, "text-classification", *text, *pair)
-        assert got == pipe({"text": "no fever", "text_pair": "denies fever"})
+        for task in ("text-classification", "sentiment-analysis"):
+            assert self.answer(capsys, nli, task, *text) == pipe("no fever")
+            got = self.answer(capsys, nli, task, *text, *pair)
+            assert got == pipe({"text": "no fever", "text_pair": "denies fever"})
         for task in ("ner", "token-classification"):
             assert self.answer(capsys, tagger, task, *text) == ours(task, tagger)("no fever")
         assert len(self.answer(capsys, mlm, "fill-mask")) == 5
         assert len(self.answer(capsys, encoder, "embed", *text)) == 32
-        assert len(TASKS) == 8  # another task belongs in this test
+        assert len(TASKS) == 9  # another task belongs in this test
 
     @pytest.mark.parametrize(
         ("task", "arguments", "line"),

@@ -83,6 +83,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Any, ...]:
         "text-ranking": "pair",
         "question-answering": "pair",
         "text-classification": "pair",
+        "sentiment-analysis": "pair",
         "zero-shot-classification": "labels",
     }.get(args.task)
     for name in ("pair", "labels"):
@@ -91,7 +92,7 @@ def _inputs(args: argparse.Namespace) -> tuple[Any, ...]:
     if takes is None:
         return (args.text,)
     second = getattr(args, takes)
-    if args.task == "text-classification":
+    if args.task in ("text-classification", "sentiment-analysis"):
         return (args.text if second is None else {"text": args.text, "text_pair": second},)
     if second is None:
         raise ValueError(f"--{takes}: expected one for {args.task}, got none")
