@@ -131,7 +131,7 @@ def merge(model: nnx.Module) -> None:
             "into the float model and quantize that"
         )
     for layer in layers:
-        layer.weight[...] = layer.full_weight()
+        layer.weight.set_value(layer.full_weight())
         _set_kind(layer, _MergedFactor)
 
 
@@ -149,7 +149,7 @@ def unmerge(model: nnx.Module) -> None:
                 "rounds; load the model and the adapter again"
             )
     for layer in layers:
-        layer.weight[...] = layer.weight[...] - layer.adapter_weight()
+        layer.weight.set_value(layer.weight[...] - layer.adapter_weight())
         _set_kind(layer, LoRAParam)
 
 

@@ -109,6 +109,10 @@ def check_keys(what: str, found: Collection[str], expected: Collection[str]) -> 
         if keys:
             parts.append(f"{name} keys: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     if parts:
+        if any(map(is_adapter, set(found) - set(expected))):
+            parts.append(
+                "LoRA adapters among them: of a training run, load export/; see lora.load_adapter"
+            )
         raise ValueError(f"{what} do not fit the configuration; {'; '.join(parts)}")
 
 

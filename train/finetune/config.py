@@ -5,9 +5,7 @@ import itertools
 import math
 from typing import Any, Literal
 
-from modernbert_jax.lora import check_lora
-
-from ..common.settings import check_set
+from ..common.settings import LORA_ALPHA, LORA_TARGETS, check_adapters, check_set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,10 @@ class FinetuneConfig:
     # Trains LoRA adapters of this rank in the encoder, and the head; None trains all weights.
     # OUT/model is the complete model, with the adapters merged; OUT/adapter is a PEFT folder.
     lora_rank: int | None = None
-    lora_alpha: float = 16.0  # the adapters' products are multiplied by lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] = ("Wqkv", "Wo", "Wi")  # the layers that get adapters
+    lora_alpha: float = (
+        LORA_ALPHA  # the adapters' products are multiplied by lora_alpha / lora_rank
+    )
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # the layers that get adapters
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
     # Accepts labels that look like text (longer than 64 characters, or distinct in most examples),
     # and writes all labels to the results, the model and its card as they are. By default a label
@@ -62,8 +62,8 @@ class FinetuneConfig:
             point._validate_point()
         if not self.seeds:
             raise ValueError("seeds: expected at least one")
+        check_adapters(self)
         if self.lora_rank is not None:
-            check_lora(self.lora_rank, self.lora_alpha, self.lora_targets)
             if self.freeze_encoder:
                 raise ValueError(
                     "freeze_encoder, lora_rank: expected one of them, got both; adapters train "
@@ -71,10 +71,6 @@ class FinetuneConfig:
                 )
             if self.backend == "torch":
                 raise ValueError("lora_rank: expected None with --backend torch")
-        elif (self.lora_alpha, self.lora_targets) != (
-            FinetuneConfig.lora_alpha, FinetuneConfig.lora_targets
-        ):  # fmt: skip
-            raise ValueError("lora_alpha, lora_targets: expected lora_rank as well, got None")
         if self.backend == "torch" and any(p.layer_decay != 1 for p in self.points()):
             raise ValueError("layer_decay: expected 1 with --backend torch")
 

@@ -106,7 +106,8 @@ def abstract_arguments(trainer: Trainer, phase: Phase) -> tuple[Any, ...]:
         for path, leaf in trainer.shapes.items()
     }
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=trainer.replicated)
-    state = TrainState(params, StableAdamWState(step, params, params))  # type: ignore[arg-type]
+    moments = trainer.of_trained(params)
+    state = TrainState(params, StableAdamWState(step, moments, moments))  # type: ignore[arg-type]
     positions = predicted_positions(config.sequence_length, phase.mlm_probability)
     widths = {"input_ids": config.sequence_length, "segment_ids": config.sequence_length}
     widths |= {"predict_positions": positions, "labels": positions}
@@ -125,11 +126,12 @@ def abstract_arguments(trainer: Trainer, phase: Phase) -> tuple[Any, ...]:
 def state_bytes(trainer: Trainer) -> dict[str, float]:
     """Bytes of the parameters and of both moments on one device."""
     shardings = param_shardings(trainer.shapes, trainer.mesh)
-    size = sum(
-        math.prod(shardings[path].shard_shape(tuple(leaf.shape))) * leaf.dtype.itemsize
+    sizes = {
+        path: math.prod(shardings[path].shard_shape(tuple(leaf.shape))) * leaf.dtype.itemsize
         for path, leaf in trainer.shapes.items()
-    )
-    return {"parameters": size, "moments": 2 * size}
+    }
+    moments = 2 * sum(trainer.of_trained(sizes).values())
+    return {"parameters": sum(sizes.values()), "moments": moments}
 
 
 def available_bytes(device: Any) -> float:

@@ -8,7 +8,7 @@ from modernbert_jax import ModernBertConfig
 from modernbert_jax.attention import IMPLEMENTATIONS
 
 from ..common.hosts import Hosts
-from ..common.settings import check_set
+from ..common.settings import LORA_ALPHA, LORA_TARGETS, check_adapters, check_set
 from ..common.sharding import MeshShape
 
 
@@ -118,6 +118,11 @@ class TrainConfig:
     weights."""
     init_optimizer: bool = False
     """Also load the optimizer's moments from --init-from (Orbax checkpoints only)."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank alone, in --init-from's layers; None trains all weights. The
+    export is the complete model, with the adapters merged; WORKDIR/adapter is a PEFT folder."""
+    lora_alpha: float = LORA_ALPHA  # The adapters' products are multiplied by alpha / rank.
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # The layers that get adapters.
     global_rope_theta: float | None = None
     """Replaces the value of --init-from, for context extension; None keeps it."""
     seed: int = 17  # Seed used for initialization, order of the data, masks and dropout.
@@ -290,6 +295,12 @@ class TrainConfig:
                 "fused_local_layers: expected mesh.sequence 1 and mesh.tensor 1, got "
                 f"{self.mesh.sequence} and {self.mesh.tensor}"
             )
+        check_adapters(self)
+        if self.lora_rank is not None and (self.init_from is None or self.init_optimizer):
+            raise ValueError(
+                "lora_rank: expected init_from, whose weights stay as they are, without "
+                f"init_optimizer; got {self.init_from} and {self.init_optimizer}"
+            )
         for phase in self.phases:
             if problem := self._problem_of(phase):
                 raise ValueError(f"phase {phase.name}: {problem}")
@@ -338,8 +349,8 @@ class TrainConfig:
 # What `pretrain --help` shows of each part, the most used first; --help-all shows the rest.
 FREQUENT: dict[type, tuple[str, ...]] = {
     TrainConfig: (
-        "corpus", "workdir", "init_from", "epochs", "extend", "tokenizer", "text_column",
-        "general_text", "phases", "sequence_length", "fit_to_corpus",
+        "corpus", "workdir", "init_from", "epochs", "extend", "lora_rank", "tokenizer",
+        "text_column", "general_text", "phases", "sequence_length", "fit_to_corpus",
         "global_batch_size", "gradient_accumulation_steps", "mesh", "model", "remat", "attention",
         "eval_every", "checkpoint_every", "checkpoint_minutes", "wandb", "seed",
     ),

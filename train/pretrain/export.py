@@ -6,12 +6,11 @@ import json
 import math
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modernbert_jax import FillMask, ModernBertForMaskedLM
-from modernbert_jax.checkpoint.files import write_bytes, write_text
-from modernbert_jax.checkpoint.params import module_of
+from modernbert_jax import FillMask, ModernBertForMaskedLM, lora
+from modernbert_jax.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, write_bytes, write_text
 
 from ..common.hosts import from_first, is_first, log, to_host
 from ..common.metrics import plot, read_metrics, save_figure
@@ -54,10 +53,18 @@ def finish(
         result["general"] = {"before": _scores(lines[0]) if lines else None, **general_after}
     for line in before_and_after(result):
         log(line)
-    model = module_of(ModernBertForMaskedLM, session.trainer.model_config, params)
+    model = session.trainer.build(params)
     hardware = describe(session.trainer.mesh)
     facts = pretraining_facts(config, result, corpora, recipe=recipe, hardware=hardware)
-    _export(model, tokenizer, workdir / "export", facts)
+    if config.lora_rank is not None:
+        base = facts["base_model"]
+        _write(workdir / "adapter", lambda to: lora.save_adapter(model, to, base_model=base))
+        lora.merge(model)
+        log(f"adapters in PEFT's format: {workdir / 'adapter'}")
+    _write(
+        workdir / "export",
+        lambda to: model.save_pretrained(to, tokenizer=tokenizer, card=facts),
+    )
     result["goodput"] = session.goodput.share()
     result["fill_mask"] = _fill(model, tokenizer, config.fill_mask)
     for item in result["fill_mask"]:
@@ -174,18 +181,15 @@ def plot_before_and_after(workdir: Any, result: Mapping[str, Any]) -> Any:
     return save_figure(figure, workdir / "before_after.png")
 
 
-def _export(
-    model: ModernBertForMaskedLM,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Any,
-    facts: dict[str, Any],
-) -> None:
+def _write(folder: Any, save: Callable[[Any], None]) -> None:
+    """Calls save(folder), by way of a local folder if it is in a bucket."""
     if isinstance(folder, pathlib.Path):
-        return model.save_pretrained(folder, tokenizer=tokenizer, card=facts)
-    with tempfile.TemporaryDirectory() as local:  # the folder is in a bucket
-        model.save_pretrained(local, tokenizer=tokenizer, card=facts)
+        return save(folder)
+    with tempfile.TemporaryDirectory() as local:
+        save(local)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(pathlib.Path(local).iterdir(), key=lambda p: p.name == "config.json"):
+        last = (CONFIG_FILE, ADAPTER_FILE)
+        for file in sorted(pathlib.Path(local).iterdir(), key=lambda p: p.name in last):
             write_bytes(folder / file.name, file.read_bytes())
 
 

@@ -250,18 +250,20 @@ def _extend(
 def _plan(config: TrainConfig, trainer: Trainer) -> str:
     """Returns what the run will do and need; the corpora have been logged before."""
     parameters = sum(math.prod(p.shape) for p in trainer.shapes.values())
+    trained = sum(math.prod(p.shape) for p in trainer.of_trained(trainer.shapes).values())
     step_tokens = config.global_batch_size * config.sequence_length
     steps = {phase.name: -(-phase.tokens // step_tokens) for phase in config.phases}
     count = config.keep_checkpoints + 1 + count_kept(config.phases)
     lines = [
-        f"plan: {parameters:,} parameters on {describe(trainer.mesh)}",
+        f"plan: {parameters:,} parameters on {describe(trainer.mesh)}"
+        + (f", {trained:,} of them trained" if trained < parameters else ""),
         f"a step has {config.global_batch_size} sequences of {config.sequence_length} tokens "
         f"({step_tokens:,}) in {config.gradient_accumulation_steps} micro-batches",
         *(f"{p.name}: {p.tokens:,} tokens, about {steps[p.name]:,} steps" for p in config.phases),
         f"in total {sum(phase.tokens for phase in config.phases):,} tokens, about "
         f"{sum(steps.values()):,} steps; checkpoints need up to "
-        f"{12 * parameters * count / 2**30:.1f} GiB; the remaining time follows after "
-        f"{TIMED_STEPS} steps",
+        f"{(4 * parameters + 8 * trained) * count / 2**30:.1f} GiB; the remaining time follows "
+        f"after {TIMED_STEPS} steps",
     ]
     return "\n    ".join(lines)
 

@@ -225,7 +225,9 @@ class StepLog:
         speeds = {"tokens_per_second": speed, "tokens_per_second_device": per_device}
         speeds["waiting"] = waiting
         lengths = flops.segment_lengths(batch.arrays["segment_ids"])
-        if kind in flops.PEAK and len(lengths):
+        # `model_flops` counts the gradients of all weights, which adapters do without.
+        complete = self.session.config.lora_rank is None
+        if kind in flops.PEAK and len(lengths) and complete:
             predicted = masked * lengths.sum() / batch.tokens  # of this process
             model = flops.model_flops(trainer.model_config, lengths, predicted)
             speeds["mfu"] = flops.mfu(per_device, model.train / lengths.sum(), kind)

@@ -27,7 +27,7 @@ from modernbert_jax.checkpoint.files import (
     write_text,
 )
 from modernbert_jax.checkpoint.orbax import is_orbax, load_orbax
-from modernbert_jax.checkpoint.params import flatten
+from modernbert_jax.checkpoint.params import variables
 from modernbert_jax.checkpoint.surgery import padded
 from modernbert_jax.tokenizer import UNUSED, AutoTokenizer, absent_ids, vocab_size
 
@@ -53,6 +53,7 @@ _FREE = {
     "scan_layers", "remat", "loss_chunk", "attention", "fused_local_layers", "stall_minutes",
     "profile_step", "profile_steps", "wandb", "extend", "derived",
 }  # fmt: skip
+_ADDED = ("lora_rank", "lora_alpha", "lora_targets")
 # What a start that got no further than its data leaves in a workdir.
 _DERIVED = ("tokenizer", "tokens", "synthetic")
 
@@ -126,6 +127,8 @@ def _previous(config: TrainConfig, workdir: Any) -> dict[str, Any] | None:
     if isinstance(found.get("mesh"), dict):
         found["mesh"].setdefault("sequence", 1)  # the record of an older run
     wanted = _as_json(config)
+    # Fields that the version which began the run did not have.
+    found = {k: v for k, v in _as_json(TrainConfig()).items() if k in _ADDED} | found
     if committed(workdir):
         budget = {"epochs", "phases"}
         for name in _changed(found, wanted):
@@ -311,6 +314,11 @@ def model_config_of(
                 f"{model.vocab_size:,}; pass --model.vocab-size {rounded} or another --tokenizer"
             )
         _check_added(tokenizer, config.init_from)
+        if config.lora_rank is not None:
+            raise ValueError(
+                f"lora_rank: expected the vocabulary of {config.init_from}, got a tokenizer with "
+                "added tokens, whose embeddings adapters would not train; leave --lora-rank out"
+            )
         model = model.replace(vocab_size=rounded)
     return model.replace(
         pad_token_id=tokenizer.pad_token_id,
@@ -401,9 +409,11 @@ def start_state(config: TrainConfig, trainer: Trainer) -> TrainState:
                 f"{model_config.vocab_size:,} now; added rows start from the mean of all"
             )
             model.resize_token_embeddings(model_config.vocab_size, None)
-        values = {path: np.asarray(value) for path, value in flatten(model).items()}
+        trainer.add_adapters(model)
+        values = {path: np.asarray(v.get_value()) for path, v in variables(model).items()}
     params = place(values.__getitem__, shapes, shardings)
-    zeros = jax.jit(trainer.tx.init, out_shardings=trainer.shardings.optimizer)(params)
+    init = jax.jit(trainer.tx.init, out_shardings=trainer.shardings.optimizer)
+    zeros = init(trainer.of_trained(params))
     if not config.init_optimizer:
         return TrainState(params, zeros)  # type: ignore[arg-type]
     if not is_orbax(folder):

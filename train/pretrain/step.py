@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM
+from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, lora
 from modernbert_jax.attention import context_parallel, sharded
-from modernbert_jax.checkpoint.params import flatten, module_of, param_shapes
+from modernbert_jax.checkpoint.params import module_of, param_shapes, variables
 from modernbert_jax.packing import IGNORE_INDEX
+from modernbert_jax.weights import is_adapter
 
 from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw
 from ..common.sharding import (
@@ -56,7 +57,10 @@ REMAT: dict[str, bool | Callable[..., bool]] = {
 
 
 class TrainState(NamedTuple):
-    """params: {path: array}, param_dtype. optimizer: moments and the step, which never restarts."""
+    """params: {path: array}, param_dtype; the factors of adapters are float32.
+
+    optimizer: moments of what is trained, and the step, which never restarts.
+    """
 
     params: dict[str, jax.Array]
     optimizer: StableAdamWState
@@ -71,18 +75,24 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, model_config: ModernBertConfig, mesh: Mesh):
         self.config, self.model_config, self.mesh = config, model_config, mesh
-        self.shapes = param_shapes(ModernBertForMaskedLM, model_config)
+        shapes: dict[str, Any] = param_shapes(ModernBertForMaskedLM, model_config)
+        if config.lora_rank is not None:
+            adapted = variables(nnx.eval_shape(self._model))
+            shapes = {path: v.get_value() for path, v in adapted.items()}
+        self.shapes = shapes
+        self.trained = [k for k in shapes if config.lora_rank is None or is_adapter(k)]
         optimizer = config.optimizer
         self.tx = stable_adamw(
             optimizer.b1,
             optimizer.b2,
             optimizer.eps,
             optimizer.weight_decay,
-            decay_mask(self.shapes),
+            decay_mask(self.of_trained(shapes)),
         )
         params = param_shardings(self.shapes, mesh)
+        moments = self.of_trained(params)
         self.replicated = NamedSharding(mesh, P())
-        self.shardings = TrainState(params, StableAdamWState(self.replicated, params, params))  # type: ignore[arg-type]
+        self.shardings = TrainState(params, StableAdamWState(self.replicated, moments, moments))  # type: ignore[arg-type]
         self.train_step = jax.jit(
             self._train, donate_argnums=0, out_shardings=(self.shardings, self.replicated)
         )
@@ -92,12 +102,36 @@ class Trainer:
         """Returns random weights from config.seed and zero moments, created on their devices."""
 
         def make():
-            params = flatten(
-                ModernBertForMaskedLM(self.model_config, rngs=nnx.Rngs(self.config.seed))
-            )
-            return TrainState(params, self.tx.init(params))  # type: ignore[arg-type]
+            params = {path: v.get_value() for path, v in variables(self._model()).items()}
+            return TrainState(params, self.tx.init(self.of_trained(params)))  # type: ignore[arg-type]
 
         return jax.jit(make, out_shardings=self.shardings)()
+
+    def of_trained(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the entries {path: value} of the parameters that are trained."""
+        return {path: tree[path] for path in self.trained}
+
+    def add_adapters(self, model: ModernBertForMaskedLM) -> None:
+        """Adds the adapters of --lora-rank, if it is set, to a model, drawn from config.seed."""
+        config = self.config
+        if config.lora_rank is not None:
+            lora.add_lora(
+                model, config.lora_rank, config.lora_alpha, config.lora_targets,
+                rngs=nnx.Rngs(config.seed),
+            )  # fmt: skip
+
+    def build(self, params: Mapping[str, Any]) -> ModernBertForMaskedLM:
+        """Returns the model around parameters, with its adapters; works under jit."""
+        model = module_of(ModernBertForMaskedLM, self.model_config, params)
+        if self.config.lora_rank is not None:
+            factors = {path: value for path, value in params.items() if is_adapter(path)}
+            lora.attach(model, factors, self.config.lora_alpha / self.config.lora_rank)
+        return model
+
+    def _model(self) -> ModernBertForMaskedLM:
+        model = ModernBertForMaskedLM(self.model_config, rngs=nnx.Rngs(self.config.seed))
+        self.add_adapters(model)
+        return model
 
     def local_slots(self) -> np.ndarray:
         """Returns which sequences of a micro-batch this process provides, in order."""
@@ -118,16 +152,17 @@ class Trainer:
         each batch array that is not an input of the model.
         """
         loss, correct, grads = self._gradients(state, batch)
+        trained = self.of_trained(state.params)
         updates: Any
         optimizer: Any
         updates, optimizer = self.tx.update(
             grads,
             state.optimizer,
-            state.params,
+            trained,
             learning_rate=learning_rate,
             max_learning_rate=max_learning_rate,
         )
-        params: Any = optax.apply_updates(state.params, updates)
+        params: Any = state.params | optax.apply_updates(trained, updates)  # type: ignore[operator]
         masked = jnp.sum(batch["labels"] != IGNORE_INDEX).astype(jnp.float32)
         metrics = {
             "loss": loss,
@@ -150,21 +185,22 @@ class Trainer:
 
         def local(shards, inputs, weight_A, step):
             params = gather(shards, self.model_config.dtype)
+            trained = self.of_trained(params)
 
-            def weighted_loss(params, micro, index):
+            def weighted_loss(trained, micro, index):
                 keys = self._dropout_keys(step, index, len(micro["labels"]))
-                loss, correct = self._forward(params, micro, keys)
+                loss, correct = self._forward(params | trained, micro, keys)
                 return loss * weight_A[index], correct
 
             def accumulate(sums, item):
                 (loss, correct), grads = jax.value_and_grad(weighted_loss, has_aux=True)(
-                    params, *item
+                    trained, *item
                 )
                 grads = {k: g.astype(jnp.float32) for k, g in grads.items()}
                 return jax.tree.map(jnp.add, sums, (loss, correct, grads)), None
 
             zero = jnp.zeros((), jnp.float32)
-            zeros = {k: jnp.zeros(p.shape, jnp.float32) for k, p in params.items()}
+            zeros = {k: jnp.zeros(p.shape, jnp.float32) for k, p in trained.items()}
             indices = jnp.arange(len(weight_A))
             sums, _ = jax.lax.scan(accumulate, (zero, zero, zeros), (inputs, indices))
             loss, correct, grads = sums
@@ -173,7 +209,7 @@ class Trainer:
             return *sum_over(TOKENS, (loss, correct)), scatter(grads)
 
         run = split_over_tokens(
-            local, self.mesh, (specs, P(None, BATCH), P(), P()), (P(), P(), specs)
+            local, self.mesh, (specs, P(None, BATCH), P(), P()), (P(), P(), self.of_trained(specs))
         )
         inputs = {k: batch[k] for k in _INPUTS}
         return run(state.params, inputs, weight_A, state.optimizer.step)
@@ -206,7 +242,7 @@ class Trainer:
         It computes its part of the tokens, and the losses of an equal share of the predictions.
         """
         config, parts = self.config, self.mesh.shape[SEQUENCE]
-        model = module_of(ModernBertForMaskedLM, self.model_config, params)
+        model = self.build(params)
         attention = sharded(
             self.mesh, rows=BATCH, heads=TENSOR, implementation=config.attention or None
         )
