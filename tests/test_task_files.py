@@ -3,11 +3,13 @@
 All texts are invented.
 """
 
+import contextlib
 import csv
 import dataclasses
 import itertools
 import json
 import os
+import pathlib
 from collections import Counter
 
 import pandas
@@ -383,6 +385,34 @@ def test_quotes_that_mean_nothing(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as error:
         task_named("classification").load(tmp_path)
     assert "secret" not in str(error.value)
+    assert not open_files(tmp_path)
+
+
+def open_files(folder) -> list[str]:
+    """The files in a folder that this process has open, as Linux lists them."""
+    names = []
+    for link in pathlib.Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # the one of the listing itself
+            names.append(os.readlink(link))
+    return [name for name in names if name.startswith(str(folder))]
+
+
+@pytest.mark.parametrize(
+    "task, name, text",
+    [
+        ("classification", "a.csv", "text,label\na,1,2\nb,1\n"),
+        ("classification", "a.csv", "words,label\na,1\nb,1\n"),
+        ("classification", "a.jsonl", '{"text": "a"}\n{"text": 3}\n{"text": "b"}\n'),
+        ("tokens", "a.conll", "a O\nb\nc O\n"),
+        ("tokens", "a.conll", "a X-\n\nb O\n"),
+    ],
+)
+def test_no_error_leaves_a_file_open(tmp_path, task, name, text):
+    """Not even while the error, whose frames hold the readers, is kept."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        task_named(task).load(tmp_path)
+    assert not open_files(tmp_path), error
 
 
 def test_the_columns_of_jsonl_are_those_of_all_records(tmp_path):

@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,12 +360,14 @@ def _quoted(path: Path) -> bool:
 
 
 def _quoted_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
-    reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
-    number = 0
-    while (row := _next_row(reader, path, number)) is not None:
-        if row:
-            yield row
-            number += 1
+    # Closed here, because csv's reader keeps the file open as long as an error's frames live.
+    with contextlib.closing(read_lines(path)) as lines:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        number = 0
+        while (row := _next_row(reader, path, number)) is not None:
+            if row:
+                yield row
+                number += 1
 
 
 def _next_row(reader: Any, path: Path, number: int) -> list[str] | None:
@@ -389,7 +391,7 @@ def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Generator[str, None, None]:
     """Yields lines with "\\n", whatever the file's encoding and line ends are; unpacks .gz.
 
     Raises ValueError for a file that is not text, or a damaged .gz.

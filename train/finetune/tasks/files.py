@@ -12,8 +12,8 @@ is used for it. A single file, or a brat folder without these subfolders, is spl
   spaces, and a blank line after each sentence; .jsonl or .parquet with words and labels; or a
   folder of brat's .txt and .ann.
 
-CSV, TSV and JSONL are read by the readers of `prepare`, not by pandas: these stream, name the
-record of an error, keep every field as text ("NA" and "null" too), and never quote a row.
+CSV, TSV and JSONL are read by the readers of `prepare`, not by pandas: these name the record of an
+error, keep every field as text ("NA" and "null" too), and never quote a row.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def read_table(
     Column names ignore case. Raises ValueError for a missing column, and for a row with more or
     fewer fields than the header.
     """
-    rows = _rows(path)
+    rows = iter(list(_rows(path)))  # no error leaves the file open
     _, header = next(rows, (0, []))
     found = {column: find_column(header, (column,)) for column in columns}
     for column, name in found.items():
@@ -265,7 +265,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for at, record in objects:
             yield at, {name: record.get(name) for name in columns}
         return
-    rows = _rows(path)
+    rows = iter(list(_rows(path)))  # no error leaves the file open
     _, header = next(rows, (0, []))
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         shown = dict(zip(header, shown_columns(header), strict=True))
@@ -409,7 +409,7 @@ def _conll(path: pathlib.Path) -> Iterator[tuple[str, list[str], list[str]]]:
     words: list[str] = []
     tags: list[str] = []
     number = 0
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(list(read_lines(path)), start=1):
         # Not split() or strip(): a word may hold a no-break space, or a form feed.
         separator = "\t" if "\t" in line else " +"
         fields = [field.strip(" ") for field in re.split(separator, line.strip(" \n"))]
