@@ -81,7 +81,7 @@ def read_table(
     Column names ignore case. Raises ValueError for a missing column, and for a row with more or
     fewer fields than the header.
     """
-    rows = iter(list(_rows(path)))  # no error leaves the file open
+    rows = _rows(path)
     _, header = next(rows, (0, []))
     found = {column: find_column(header, (column,)) for column in columns}
     for column, name in found.items():
@@ -243,7 +243,8 @@ def _suffix(path: pathlib.Path) -> str:
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    return read_rows(path, "\t" if _suffix(path) == ".tsv" else ",")
+    # Read to the end, so that no error in a row leaves the file open.
+    return iter(list(read_rows(path, "\t" if _suffix(path) == ".tsv" else ",")))
 
 
 def _same_length(path: pathlib.Path, number: int, row: list[str], header: list[str]) -> None:
@@ -265,7 +266,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for at, record in objects:
             yield at, {name: record.get(name) for name in columns}
         return
-    rows = iter(list(_rows(path)))  # no error leaves the file open
+    rows = _rows(path)
     _, header = next(rows, (0, []))
     if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         shown = dict(zip(header, shown_columns(header), strict=True))
