@@ -17,8 +17,6 @@ from modernbert_jax.layers import Linear
 from modernbert_jax.weights import weight_of
 from tests.benchmarks.int8 import cosine, scaled
 
-pytest.importorskip("qwix")
-
 CONFIG = mj.ModernBertConfig(
     vocab_size=300, hidden_size=48, intermediate_size=72, num_hidden_layers=3,
     num_attention_heads=4, local_attention=16, pad_token_id=0, max_position_embeddings=512,
