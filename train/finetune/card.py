@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.card import NOT_FOR_CARE, start_facts, versions
-from ..common.settings import adapters_in_words
+from ..common.settings import adapter_facts
 from .config import FinetuneConfig
 from .tasks.task import Task
 
@@ -29,10 +29,6 @@ def finetuning_facts(
     statistics = ("mean", "median", "std", "min", "max")
     numbers = {k: v for k, v in saved["test"].items() if isinstance(v, float)}
     step_size = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    rank, adapters = config.lora_rank, {}
-    if rank is not None:
-        words = adapters_in_words(rank, config.lora_alpha, config.lora_targets)
-        adapters = {"Adapters": words}
     return {
         "title": f"{start['name']}, fine-tuned: {task.title}",
         "base_model": start.get("base_model"),
@@ -42,7 +38,7 @@ def finetuning_facts(
             "Start": start["name"],
             "Examples": [f"{count:,} {split}" for split, count in examples.items()],
             "Learning rate": f"{settings['learning_rate']:g}, linear decay to 0",
-            **adapters,
+            **adapter_facts(config),
             "Weight decay": settings["weight_decay"],
             "Epochs": f"{settings['epochs']}; best by validation: {saved['best_epoch']}",
             "Examples per step": step_size,

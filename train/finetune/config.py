@@ -84,11 +84,6 @@ class FinetuneConfig:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: expected above 0 to 1, got {self.layer_decay}")
 
-    @property
-    def lora_scale(self) -> float:
-        """What the products of adapters are multiplied by; 0 without adapters."""
-        return 0.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
-
     def points(self) -> list["FinetuneConfig"]:
         """The combinations of the grid, each a configuration without a grid."""
         fields = {

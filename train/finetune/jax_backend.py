@@ -2,7 +2,7 @@
 
 import pathlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import optax
 from flax import nnx
 
 from modernbert_jax import (
-    ModernBertConfig,
     ModernBertForQuestionAnswering,
     ModernBertForSequenceClassification,
     ModernBertForTokenClassification,
@@ -27,6 +26,7 @@ from modernbert_jax.weights import HEADS, is_adapter
 
 from ..common.card import start_facts
 from ..common.optimizer import adamw
+from ..common.settings import with_adapters
 from ..common.workdir import start_folder
 from .config import FinetuneConfig
 from .encode import Encoded, pack
@@ -90,23 +90,13 @@ class JaxBackend:
         return JaxModel(config, self, self.steps[config.batch_size], params, seed)
 
 
-def _module(
-    cls: type, model_config: ModernBertConfig, params: Mapping[str, Any], lora_scale: float
-) -> Any:
-    """Builds the module around parameters and factors of adapters."""
-    factors = {path: value for path, value in params.items() if is_adapter(path)}
-    model = module_of(cls, model_config, params)
-    lora.attach(model, factors, lora_scale)
-    return model
-
-
 class _Steps:
     """The compiled functions for a batch size; seeds and grid points share them."""
 
     def __init__(self, backend: JaxBackend, config: FinetuneConfig):
         self.cls, self.model_config = backend.cls, backend.model_config
         self.kind, self.slots = backend.kind, config.batch_size
-        self.lora_scale = config.lora_scale
+        self.config = config
         self.optimizer = adamw(max_grad_norm=config.max_grad_norm)
         self.add = jax.jit(self._add, donate_argnums=2)
         self.update = jax.jit(self._update, donate_argnums=(0, 1, 2))
@@ -114,7 +104,7 @@ class _Steps:
 
     def _logits(self, params, batch, key=None):
         """[R, slots, labels], or [R, T, labels] for tokens, or [R, T, 2] for qa."""
-        model = _module(self.cls, self.model_config, params, self.lora_scale)
+        model = with_adapters(self.cls, self.model_config, params, self.config)
         options = {"segment_ids": batch["segment_ids"], "dropout_key": key}
         if self.kind in ("classification", "multilabel"):
             options["num_segments"] = self.slots
@@ -242,7 +232,7 @@ class JaxModel:
         """
         config = self.backend.model_config.replace(dtype="float32")
         params = {path: jnp.asarray(value) for path, value in weights.items()}
-        model = _module(self.backend.cls, config, params, self.config.lora_scale)
+        model = with_adapters(self.backend.cls, config, params, self.config)
         if self.config.lora_rank is not None:
             heads = (head.removesuffix(".") for head in HEADS)
             lora.save_adapter(

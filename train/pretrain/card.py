@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..common.card import NOT_FOR_CARE, start_facts, versions
-from ..common.settings import adapters_in_words
+from ..common.settings import adapter_facts
 from ..corpora.build.bpe import FEWEST_DOCUMENTS
 from ..corpora.sources import GENERIC, find
 from ..tokens.store import TokenStore, manifest_of
@@ -35,10 +35,6 @@ def pretraining_facts(
     """
     start = start_facts(config.init_from) if config.init_from else {"name": "random weights"}
     optimizer, model = config.optimizer, config.model
-    rank, adapters = config.lora_rank, {}
-    if rank is not None:
-        words = adapters_in_words(rank, config.lora_alpha, config.lora_targets)
-        adapters = {"Adapters": words}
     paths = {
         pathlib.PurePath(path).name: path
         for phase in config.phases
@@ -61,7 +57,7 @@ def pretraining_facts(
                 f"StableAdamW, betas {optimizer.b1:g} and {optimizer.b2:g}, eps {optimizer.eps:g}, "
                 f"weight decay {optimizer.weight_decay:g}"
             ),
-            **adapters,
+            **adapter_facts(config),
             "Compute dtype": model.dtype,
             "Attention output dropout": model.attention_out_dropout,
             "Seed": config.seed,

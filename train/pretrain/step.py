@@ -12,11 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from modernbert_jax import ModernBertConfig, ModernBertForMaskedLM, lora
 from modernbert_jax.attention import context_parallel, sharded
-from modernbert_jax.checkpoint.params import module_of, param_shapes, variables
+from modernbert_jax.checkpoint.params import param_shapes, variables
 from modernbert_jax.packing import IGNORE_INDEX
 from modernbert_jax.weights import is_adapter
 
 from ..common.optimizer import StableAdamWState, decay_mask, stable_adamw
+from ..common.settings import with_adapters
 from ..common.sharding import (
     BATCH,
     SEQUENCE,
@@ -122,11 +123,7 @@ class Trainer:
 
     def build(self, params: Mapping[str, Any]) -> ModernBertForMaskedLM:
         """Returns the model around parameters, with its adapters; works under jit."""
-        model = module_of(ModernBertForMaskedLM, self.model_config, params)
-        if self.config.lora_rank is not None:
-            factors = {path: value for path, value in params.items() if is_adapter(path)}
-            lora.attach(model, factors, self.config.lora_alpha / self.config.lora_rank)
-        return model
+        return with_adapters(ModernBertForMaskedLM, self.model_config, params, self.config)
 
     def _model(self) -> ModernBertForMaskedLM:
         model = ModernBertForMaskedLM(self.model_config, rngs=nnx.Rngs(self.config.seed))
